@@ -1,0 +1,92 @@
+"""Rewrite a Hugging Face model as a recipe says: Linear layers that compute in 4 bits and still train.
+
+Importing the package has one side effect: as soon as transformers' quantizers are imported (at once, if they are
+already), ``quant_method: qsurgeon`` is registered with them. Nothing else is imported until it is used, so that
+``qsurgeon --help`` answers without torch.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from qsurgeon.version import __version__
+
+if TYPE_CHECKING:
+    from qsurgeon.checkpoint import rewrite
+    from qsurgeon.formats import Format, get_format
+    from qsurgeon.hf import apply, load, plan
+    from qsurgeon.layers import QuantLinear
+    from qsurgeon.recipe import Recipe, load_recipe
+    from qsurgeon.report import inspect
+
+__all__ = [
+    "Format",
+    "QuantLinear",
+    "Recipe",
+    "__version__",
+    "apply",
+    "get_format",
+    "inspect",
+    "load",
+    "load_recipe",
+    "plan",
+    "rewrite",
+]
+
+_HOME = {
+    "Format": "formats",
+    "QuantLinear": "layers",
+    "Recipe": "recipe",
+    "apply": "hf",
+    "get_format": "formats",
+    "inspect": "report",
+    "load": "hf",
+    "load_recipe": "recipe",
+    "plan": "hf",
+    "rewrite": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qsurgeon' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"qsurgeon.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_WATCHED = "transformers.quantizers.auto"
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; imports ``qsurgeon.hf`` right after the watched module."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _WATCHED:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                importlib.import_module("qsurgeon.hf")
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _WATCHED in sys.modules:
+    importlib.import_module("qsurgeon.hf")
+else:
+    sys.meta_path.insert(0, _Watch())

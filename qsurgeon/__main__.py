@@ -1,0 +1,5 @@
+"""Run ``python -m qsurgeon``."""
+
+from qsurgeon.cli import main
+
+main()

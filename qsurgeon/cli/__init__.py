@@ -1,0 +1,29 @@
+"""The command line: parse, call one function, print. Results on stdout, messages and progress on stderr.
+
+Exit codes: 0 done, 1 found something wrong or the environment failed, 2 the user's mistake.
+"""
+
+import os
+import sys
+
+from qsurgeon.cli.commands import app
+from qsurgeon.errors import QSurgeonError
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except QSurgeonError as error:
+        sys.exit(_complain(str(error), 2))
+    except BrokenPipeError:
+        # Whoever read our output has enough; without this the interpreter complains while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(_complain(str(error), 1))
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    return code

@@ -1,0 +1,178 @@
+"""The commands. Imports that bring torch stand inside them, so that ``qsurgeon --help`` answers at once."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qsurgeon.errors import QSurgeonError
+from qsurgeon.version import __version__
+
+if TYPE_CHECKING:
+    from qsurgeon.recipe import Recipe
+    from qsurgeon.report import Report
+
+app = typer.Typer(
+    name="qsurgeon",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Rewrite a Hugging Face model as a YAML recipe says: Linear layers that compute in 4 bits and still train.",
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder, config.json or hub id; wins over the recipe's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+All = Annotated[
+    bool, typer.Option("--all", help="One line a module, also where they differ only in a number.")
+]
+
+
+class UsageError(QSurgeonError):
+    """A command that lacks something neither its options nor its recipe say."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qsurgeon {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plan(recipe: RecipeName, model: ModelOption = None, as_json: Json = False, every: All = False) -> None:
+    """Show what a recipe would do to every module of a model; read no weight, change nothing."""
+    from qsurgeon.hf import plan as make_plan
+    from qsurgeon.recipe import load_recipe
+    from qsurgeon.report import report_of
+
+    loaded = load_recipe(recipe)
+    source = _model_of(loaded, model)
+    _print_report(report_of(make_plan(loaded, source), source), as_json, every)
+
+
+@app.command()
+def apply(
+    recipe: RecipeName,
+    model: ModelOption = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder to write; wins over the recipe's.")
+    ] = None,
+) -> None:
+    """Write a folder that from_pretrained opens as the model with the recipe applied."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from qsurgeon.checkpoint import rewrite, weight_files
+    from qsurgeon.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    source = Path(_model_of(loaded, model))
+    destination = output or loaded.output
+    if destination is None:
+        raise UsageError("no folder to write: say --output FOLDER, or 'output:' in the recipe")
+    columns = ("copying weights", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        total = sum(file.stat().st_size for file in weight_files(source)) if source.is_dir() else None
+        task = bar.add_task("", total=total)
+        done = rewrite(loaded, source, destination, lambda count: bar.advance(task, count))
+    typer.echo(f"{destination}: {done.summary}")
+    typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or hub id.")],
+    as_json: Json = False,
+    every: All = False,
+) -> None:
+    """Show what every module of a model computes with, and why. Exits 1 if nothing is wrapped."""
+    from qsurgeon.report import inspect as ask
+
+    report = ask(model)
+    _print_report(report, as_json, every)
+    if not report.wrapped:
+        raise typer.Exit(1)
+
+
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """List the number formats that a recipe can name."""
+    from rich.table import Table
+
+    from qsurgeon.formats import CATALOG
+    from qsurgeon.report import rendered
+
+    rows = [{"format": name, "bits": format.bits, **format.to_dict()} for name, format in CATALOG.items()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    typer.echo(rendered(table))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None, as_json: Json = False
+) -> None:
+    """List the shipped recipes, or print one to start from."""
+    from rich.table import Table
+
+    from qsurgeon.recipe import find_recipe, shipped_recipes
+    from qsurgeon.report import rendered
+
+    if name is not None:
+        typer.echo(find_recipe(name).read_text("utf-8"), nl=False)
+        return
+    rows = {
+        one: file.read_text("utf-8").splitlines()[0].lstrip("# ") for one, file in shipped_recipes().items()
+    }
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("recipe", "what it does", box=None, pad_edge=False)
+    for one, text in rows.items():
+        table.add_row(one, text)
+    typer.echo(rendered(table))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from qsurgeon.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _model_of(recipe: "Recipe", model: str | None) -> str:
+    source = model or recipe.model
+    if source is None:
+        raise UsageError("no model: say --model FOLDER, or 'model:' in the recipe")
+    return source
+
+
+def _print_report(report: "Report", as_json: bool, every: bool) -> None:
+    from qsurgeon.report import report_text
+
+    if as_json:
+        typer.echo(report.to_json())
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(report_text(report, fold=not every, width=width))

@@ -1,0 +1,87 @@
+"""What can go wrong, from the outside in.
+
+QSurgeonError             the command line prints it without a trace and exits 2
+├── FormatError           a number format that cannot be: an unknown name, fields that do not combine
+├── ShapeError            a tensor that a format cannot take
+├── GradientError         a quantizer asked to be part of an autograd graph
+├── RecipeError           the recipe's text: syntax, keys, values, each with file, line and column
+├── PlanError             recipe and model do not fit
+├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
+├── CheckpointError       files: missing, of the wrong kind, or in the way
+└── NothingWrappedError   a model that should compute in another format and does not
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class QSurgeonError(Exception):
+    """Base of all: a mistake of the user's or of the input's; anything else is our bug and keeps its trace."""
+
+
+class FormatError(QSurgeonError, ValueError):
+    """A number format that cannot be: an unknown name, or fields that do not combine.
+
+    It is a ValueError so that pydantic, which validates recipes, can locate it.
+    """
+
+
+class ShapeError(QSurgeonError):
+    """A tensor that a format cannot take."""
+
+
+class GradientError(QSurgeonError):
+    """A quantizer was asked to be part of an autograd graph, where its own gradient is zero everywhere."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing that is wrong, where it is, and the line it is on.
+
+    ``where`` is ``file:line:column`` (or a path such as ``rules[0].target[1]`` for a recipe made in Python).
+    ``excerpt`` is the source line with a caret under the column, or empty.
+    """
+
+    where: str
+    message: str
+    excerpt: str = ""
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{head}\n{self.excerpt}" if self.excerpt else head
+
+
+class MistakesError(QSurgeonError):
+    """Every mistake found in one run, in the order of the file."""
+
+    def __init__(self, mistakes: Sequence[Mistake]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(map(str, self.mistakes)))
+
+
+class RecipeError(MistakesError):
+    """A recipe whose text is wrong: syntax, keys, values."""
+
+
+class PlanError(MistakesError):
+    """A recipe that does not fit the model: a pattern without a module, a tied weight."""
+
+
+class SurgeryError(QSurgeonError):
+    """A model that cannot be operated on: wrapped already, or its forward replaced by something else."""
+
+
+class CheckpointError(QSurgeonError):
+    """A checkpoint's files are missing, of the wrong kind, or in the way."""
+
+
+class NothingWrappedError(QSurgeonError):
+    """A model that should compute in another format does not: the run would silently be full precision."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error message: a guess, or all that would have been right."""
+    names = sorted(known)
+    guess = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean '{guess[0]}'?" if guess else f"expected one of: {', '.join(names)}"

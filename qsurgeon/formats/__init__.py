@@ -1,0 +1,6 @@
+"""Number formats: what values a tensor may take, and how to round to them. Knows tensors, nothing of models."""
+
+from qsurgeon.formats.block import Format, Gradient, Quantized
+from qsurgeon.formats.catalog import CATALOG, get_format
+
+__all__ = ["CATALOG", "Format", "Gradient", "Quantized", "get_format"]

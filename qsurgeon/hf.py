@@ -1,0 +1,194 @@
+"""transformers' own registration: ``quantization_config`` in config.json, and the quantizer that obeys it.
+
+Importing this module registers both; ``qsurgeon/__init__.py`` sees to it that it is imported as soon as
+``transformers.quantizers.auto`` is. Anything of transformers that this depends on and that is not public stands here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qsurgeon.errors import CheckpointError, NothingWrappedError
+from qsurgeon.layers import Quantization, quant_linears
+from qsurgeon.recipe import Recipe, load_recipe
+from qsurgeon.surgery import (
+    QUANT_METHOD,
+    Module,
+    Plan,
+    Record,
+    build_plan,
+    inventory,
+    operate,
+    plain_model,
+    read_config,
+    read_record,
+    record_of,
+    skeleton,
+)
+from qsurgeon.version import __version__
+
+
+class QSurgeonConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a model: a Record as transformers wants it."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.record = read_record(fields, "config.json")
+        self.quant_method = QUANT_METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json keeps."""
+        return {"quant_method": QUANT_METHOD, **self.record.model_dump(mode="json")}
+
+
+class QSurgeonQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Wraps the modules that the config names, before the weights are loaded into them."""
+
+    quantization_config: QSurgeonConfig
+    is_trainable = True
+    is_qat_trainable = True
+
+    def is_serializable(self) -> bool:
+        """Say that the model can be saved."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        quantizations = self.quantization_config.record.quantizations()
+        operate(model, _as_named_in(model, quantizations))
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, module in quant_linears(model).items():
+            for key, parameter in module.named_parameters(recurse=False):
+                # transformers marks what it read from the checkpoint; the rest it would leave random.
+                if not getattr(parameter, "_is_hf_initialized", True):
+                    raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
+        # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
+        # `state_dict=`, which FSDP needs, and block .half() and .float().
+        model.hf_quantizer = None
+        model.is_quantized = False
+        return model
+
+
+def _as_named_in(model: Any, quantizations: dict[str, Quantization]) -> dict[str, Quantization]:
+    """Return ``quantizations`` under the names that ``model`` has for them.
+
+    A checkpoint of a model with a head may be loaded as its base model, and the other way round: then all names
+    begin with the base model's prefix on one side only, and what is outside of it does not exist.
+
+    Raises: NothingWrappedError if no module would be left to wrap, CheckpointError if one is missing.
+    """
+    prefix = model.base_model_prefix + "."
+    names = {module.name for module in inventory(model)}
+    for rename in (
+        _same,
+        lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None,
+        prefix.__add__,
+    ):
+        found = {new: how for name, how in quantizations.items() if (new := rename(name)) in names}
+        inside = [name for name in quantizations if rename(name) is not None]
+        if found and len(found) == len(inside):
+            return found
+    if found_any := [name for name in quantizations if name in names]:
+        missing = next(name for name in quantizations if name not in names)
+        raise CheckpointError(
+            f"{type(model).__name__} has {found_any[0]} but no {missing}, which config.json wraps"
+        )
+    raise NothingWrappedError(
+        f"{type(model).__name__} has none of the {len(quantizations)} modules that config.json wraps, "
+        f"such as {next(iter(quantizations), 'none')}"
+    )
+
+
+def _same(name: str) -> str | None:
+    return name
+
+
+def register() -> None:
+    """Make transformers know ``quant_method: qsurgeon``; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(QSurgeonConfig)
+        register_quantizer(QUANT_METHOD)(QSurgeonQuantizer)
+
+
+register()
+
+
+def plan(recipe: Recipe | str | Path, model: Any) -> Plan:
+    """Decide what ``recipe`` does to ``model``, module by module; no weight is read.
+
+    ``recipe``: a Recipe, a file, or the name of a shipped one. ``model``: a live model, a config, a folder, a
+    config.json or a hub id.
+
+    Raises: RecipeError, PlanError, CheckpointError with all that is wrong.
+    """
+    return build_plan(as_recipe(recipe), modules_of(model))
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """Return ``recipe``, loaded if it is a name or a path."""
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def modules_of(model: Any) -> tuple[Module, ...]:
+    """Return the modules of a live model, a config, a folder, a config.json or a hub id."""
+    if isinstance(model, nn.Module):
+        return inventory(model)
+    config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
+    return inventory(skeleton(config))
+
+
+def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
+    """Wrap the modules of a live model as ``recipe`` says, in place, and return it.
+
+    Its config keeps the record, so that ``save_pretrained`` writes a folder that ``from_pretrained`` rebuilds.
+
+    Raises: RecipeError, PlanError, and SurgeryError (also for a model that is wrapped already).
+    """
+    made = build_plan(as_recipe(recipe), inventory(model))
+    chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
+    operate(model, chosen, untie=made.recipe.untie)
+    root: Any = plain_model(model)[1]
+    if hasattr(root, "config"):
+        root.config.quantization_config = QSurgeonConfig(**record_of(made, __version__).model_dump())
+    if hasattr(root, "add_model_tags"):
+        root.add_model_tags([QUANT_METHOD])
+    return model
+
+
+def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
+    """Return the model in a folder (or under a hub id) that qsurgeon wrote; wrapped, or not at all.
+
+    ``auto_class``: transformers.AutoModelForCausalLM unless told otherwise. ``kwargs`` go to its
+    ``from_pretrained``.
+
+    Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision.
+    """
+    register()
+    model = (auto_class or transformers.AutoModelForCausalLM).from_pretrained(path, **kwargs)
+    if not quant_linears(model):
+        raise NothingWrappedError(
+            f"{path}: no module is wrapped; its config.json has no quantization_config of qsurgeon. "
+            f"Write one with: qsurgeon apply RECIPE --model {path} --output FOLDER"
+        )
+    return model
+
+
+def record_in(config: Any) -> Record | None:
+    """Return the record that a config carries, or None if it has none of ours.
+
+    Raises: CheckpointError for a record that cannot be read.
+    """
+    data = getattr(config, "quantization_config", None)
+    if isinstance(data, QSurgeonConfig):
+        return data.record
+    if isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD:
+        return read_record(data, "config.json")
+    return None

@@ -1,0 +1,92 @@
+"""QuantLinear: a Linear that multiplies rounded inputs with a rounded weight."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from qsurgeon.errors import SurgeryError
+from qsurgeon.formats import Format, Gradient
+from qsurgeon.layers.straight_through import straight_through
+
+AS_IT_IS = "-"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a rule gives a module: formats (None leaves the tensor as it is), the gradient, the rule's name."""
+
+    weight: Format | None
+    input: Format | None
+    gradient: Gradient = "ste"
+    rule: str = ""
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's format, as tables show it."""
+        return self.weight.name if self.weight else AS_IT_IS
+
+    @property
+    def input_name(self) -> str:
+        """The input's format, as tables show it."""
+        return self.input.name if self.input else AS_IT_IS
+
+
+class QuantLinear(nn.Linear):
+    """``nn.Linear`` whose weight and input are rounded in each forward pass; the bias and the output are not.
+
+    Shapes: (..., in_features) in, (..., out_features) out. Parameters and their names are ``nn.Linear``'s, and
+    there are no buffers: state dicts, optimizers, peft and FSDP see the layer they know. The weight itself is
+    never changed: y = q(x) · q(W)ᵀ + b, and with the straight-through gradient grad_x = g · q(W) and
+    grad_W = gᵀ · q(x).
+    """
+
+    quantization: Quantization
+
+    @staticmethod
+    def check(linear: nn.Module) -> None:
+        """Do nothing if ``linear`` can be wrapped.
+
+        Raises: SurgeryError if it is not exactly an ``nn.Linear`` (a subclass has a forward of its own), or if
+        its forward was replaced by something that would go on computing in full precision.
+        """
+        if type(linear) is not nn.Linear:
+            raise SurgeryError(f"it is a {type(linear).__qualname__}, not nn.Linear itself")
+        if "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):
+            raise SurgeryError(
+                "its forward was replaced on the instance, so that wrapping would have no effect"
+            )
+
+    @classmethod
+    def wrap(cls, linear: nn.Module, quantization: Quantization) -> None:
+        """Turn ``linear`` itself into a QuantLinear; no tensor is copied or made.
+
+        The module object stays the same, so that hooks, optimizers and parents keep what they hold.
+
+        Raises: SurgeryError as ``check``.
+        """
+        cls.check(linear)
+        linear.__class__ = cls
+        linear.quantization = quantization
+        if hasattr(linear, "_hf_hook"):
+            # accelerate's hook calls the forward it found when it was attached.
+            linear._old_forward = cls.forward.__get__(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return q(x) · q(W)ᵀ + b."""
+        how = self.quantization
+        weight = self.weight
+        if how.weight is not None:
+            weight = straight_through(weight, how.weight.as_weight, how.gradient)
+        if how.input is not None:
+            x = straight_through(x, how.input.as_input, how.gradient)
+        return nn.functional.linear(x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Return what ``print(model)`` shows of the layer."""
+        how = self.quantization
+        return f"{super().extra_repr()}, weight={how.weight_name}, input={how.input_name}, gradient={how.gradient}"
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """Return the QuantLinear modules of ``model`` by their names in it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}

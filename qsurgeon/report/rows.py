@@ -1,0 +1,102 @@
+"""A model's rows and totals, for print, JSON, and whoever evaluates it."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from qsurgeon.layers import AS_IT_IS
+from qsurgeon.report.tables import report_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module: what it is, what it computes with, and why.
+
+    bits: of one weight value as the layer computes with it. bytes: of the parameters it holds now.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    weight: str
+    input: str
+    gradient: str
+    why: str
+    parameters: int
+    bits: float | None
+    bytes: int
+    linear: bool
+    large: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of a model, and their totals."""
+
+    rows: tuple[Row, ...]
+    storage: str
+    source: str = ""
+
+    @property
+    def wrapped(self) -> int:
+        """How many modules compute in another format."""
+        return sum(row.gradient != AS_IT_IS for row in self.rows)
+
+    @property
+    def linears(self) -> int:
+        """How many Linear modules there are, wrapped or not; adapters are not counted."""
+        return sum(row.linear for row in self.rows)
+
+    @property
+    def coverage(self) -> dict[str, float]:
+        """The share of all parameters per weight format; ``-`` is what stays as it is."""
+        totals: dict[str, int] = defaultdict(int)
+        for row in self.rows:
+            totals[row.weight] += row.parameters
+        everything = sum(totals.values()) or 1
+        return {name: count / everything for name, count in sorted(totals.items(), key=lambda one: -one[1])}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The mean over all parameters, as the model computes with them."""
+        everything = sum(row.parameters for row in self.rows) or 1
+        return sum(row.parameters * (row.bits or 0) for row in self.rows) / everything
+
+    @property
+    def unnamed(self) -> tuple[Row, ...]:
+        """The large modules that no rule names, largest first."""
+        return tuple(sorted((row for row in self.rows if row.large), key=lambda row: -row.parameters))
+
+    @property
+    def summary(self) -> str:
+        """What the model computes with, in one line: what an evaluation should print beside its score."""
+        kinds: dict[tuple[str, str], int] = defaultdict(int)
+        for row in self.rows:
+            if row.gradient != AS_IT_IS:
+                kinds[row.weight, row.input] += 1
+        if not kinds:
+            return f"full precision: none of {self.linears} Linear modules is wrapped"
+        parts = [f"{n} with weight {weight}, input {input_}" for (weight, input_), n in kinds.items()]
+        return f"{self.wrapped} of {self.linears} Linear modules are wrapped: {'; '.join(parts)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON-ready values."""
+        rows = [{**vars(row), "shape": list(row.shape)} for row in self.rows]
+        return {
+            "source": self.source,
+            "storage": self.storage,
+            "wrapped": self.wrapped,
+            "linears": self.linears,
+            "coverage": self.coverage,
+            "bits_per_weight": self.bits_per_weight,
+            "unnamed": [row.module for row in self.unnamed],
+            "modules": rows,
+        }
+
+    def to_json(self) -> str:
+        """Return all of it as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        return report_text(self, fold=True)

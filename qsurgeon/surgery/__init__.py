@@ -1,0 +1,24 @@
+"""From a recipe to a changed model: list its modules, decide each one's fate, operate."""
+
+from qsurgeon.surgery.inventory import Module, inventory, plain_model
+from qsurgeon.surgery.operate import operate
+from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
+from qsurgeon.surgery.record import QUANT_METHOD, Record, read_record, record_of
+from qsurgeon.surgery.skeleton import read_config, skeleton
+
+__all__ = [
+    "QUANT_METHOD",
+    "Excluded",
+    "Module",
+    "Plan",
+    "Record",
+    "Step",
+    "build_plan",
+    "inventory",
+    "operate",
+    "plain_model",
+    "read_config",
+    "read_record",
+    "record_of",
+    "skeleton",
+]

@@ -1,0 +1,102 @@
+"""The modules of a model, live or on the meta device, under the names of the plain model.
+
+Wrappers around the model (torch.compile, DDP) and peft's own modules do not change a name: ``base_model.model.``
+and ``.base_layer`` are stripped, and what peft adds is marked as an adapter.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qsurgeon.layers import QuantLinear
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of a model.
+
+    name: in the plain model, what patterns are matched with. path: in the model as it is. kind: its class.
+    linear: whether it is ``nn.Linear`` itself (or a QuantLinear, which was one), not a subclass with a forward of
+    its own. shape: of its weight, or of its largest own parameter.
+    parameters: how many it owns (children not counted, a tied weight counted with its first owner only).
+    bytes: what these take. tied_to: the module that owns its weight, if that is another one.
+    adapter: whether peft added it.
+    """
+
+    name: str
+    path: str
+    kind: str
+    linear: bool
+    shape: tuple[int, ...]
+    parameters: int
+    bytes: int
+    tied_to: str | None
+    adapter: bool
+
+
+def inventory(model: nn.Module) -> tuple[Module, ...]:
+    """Return every module of ``model`` but the root, in the model's order."""
+    root_path, root = plain_model(model)
+    owners: dict[int, str] = {}
+    return tuple(
+        _describe(module, name, path, adapter, owners)
+        for name, path, module, adapter in _walk(root, "", root_path, False)
+        if name
+    )
+
+
+def plain_model(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the model inside what torch.compile, DDP and peft put around it, and the path to it."""
+    inner = model
+    for name in ("_orig_mod", "module"):  # torch.compile; DDP and its kin
+        wrapper = isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_orig_mod")
+        if wrapper and isinstance(getattr(inner, name, None), nn.Module):
+            inner = getattr(inner, name)
+    peft = sys.modules.get("peft")  # without it imported there is no PeftModel
+    if peft is not None and isinstance(inner, peft.PeftModel):
+        inner = inner.get_base_model()
+    path = next(path for path, module in model.named_modules() if module is inner)
+    return path, inner
+
+
+def _tuner_layer() -> tuple[type, ...]:
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return (tuners.BaseTunerLayer,) if tuners is not None else ()
+
+
+def _walk(
+    module: nn.Module, name: str, path: str, adapter: bool
+) -> Iterator[tuple[str, str, nn.Module, bool]]:
+    """Yield (plain name, path, module, is an adapter); a peft layer is passed over for the layer it holds."""
+    peft_layer = isinstance(module, _tuner_layer())
+    if not peft_layer:
+        yield name, path, module, adapter
+    for child_name, child in module.named_children():
+        child_path = f"{path}.{child_name}" if path else child_name
+        if peft_layer and child_name == "base_layer":
+            yield from _walk(child, name, child_path, adapter)
+        else:
+            plain = f"{name}.{child_name}" if name else child_name
+            yield from _walk(child, plain, child_path, adapter or peft_layer)
+
+
+def _describe(module: nn.Module, name: str, path: str, adapter: bool, owners: dict[int, str]) -> Module:
+    own = dict(module.named_parameters(recurse=False))
+    first = [parameter for parameter in own.values() if owners.setdefault(id(parameter), name) == name]
+    weight = own.get("weight")
+    owner = owners[id(weight)] if weight is not None else name
+    largest = weight if weight is not None else max(own.values(), key=torch.numel, default=None)
+    return Module(
+        name,
+        path,
+        type(module).__name__,
+        type(module) in (nn.Linear, QuantLinear),
+        tuple(largest.shape) if largest is not None else (),
+        sum(parameter.numel() for parameter in first),
+        sum(parameter.numel() * parameter.element_size() for parameter in first),
+        owner if owner != name else None,
+        adapter,
+    )

@@ -1,0 +1,57 @@
+"""The only place that replaces modules of a live model."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from qsurgeon.errors import SurgeryError
+from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.surgery.inventory import inventory, plain_model
+
+
+def operate(model: nn.Module, quantizations: Mapping[str, Quantization], *, untie: bool = False) -> int:
+    """Wrap the modules that ``quantizations`` names (in the plain model), in place; return how many.
+
+    Nothing is changed unless all of them can be. ``untie`` gives a wrapped module whose weight is tied to another's
+    a copy of its own.
+
+    Raises: SurgeryError if the model is wrapped already, or a module is missing or cannot be wrapped.
+    """
+    wrapped = quant_linears(model)
+    if wrapped:
+        raise SurgeryError(
+            f"the model is wrapped already: {len(wrapped)} QuantLinear modules, the first is {next(iter(wrapped))}; "
+            "apply a recipe to a model as it was loaded from a plain checkpoint"
+        )
+    modules = {module.name: module for module in inventory(model)}
+    missing = [name for name in quantizations if name not in modules]
+    if missing:
+        raise SurgeryError(
+            f"the model has no module {missing[0]} ({len(missing)} of {len(quantizations)} are missing)"
+        )
+    linears = {name: model.get_submodule(modules[name].path) for name in quantizations}
+    for name, linear in linears.items():
+        try:
+            QuantLinear.check(linear)
+        except SurgeryError as error:
+            raise SurgeryError(f"{name} cannot be wrapped: {error}") from error
+    tied = {name for name, module in modules.items() if module.tied_to} | {
+        module.tied_to for module in modules.values()
+    }
+    for name, linear in linears.items():
+        QuantLinear.wrap(linear, quantizations[name])
+        if untie and name in tied:
+            _untie(linear, plain_model(model)[1])
+    return len(linears)
+
+
+def _untie(linear: nn.Module, root: nn.Module) -> None:
+    """Give ``linear`` a weight of its own, and the model no reason to tie it again when it is loaded."""
+    weight = linear.weight
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    config = getattr(root, "config", None)
+    for one in (config, config.get_text_config() if config is not None else None):
+        if one is not None:
+            one.tie_word_embeddings = False
+    if hasattr(root, "all_tied_weights_keys"):
+        root.all_tied_weights_keys = {}

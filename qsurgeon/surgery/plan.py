@@ -1,0 +1,169 @@
+"""What a recipe does to one model, module by module, decided before any tensor is read. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qsurgeon.errors import FormatError, Mistake, PlanError
+from qsurgeon.layers import Quantization
+from qsurgeon.recipe import Recipe
+from qsurgeon.recipe.select import Match, Namespace, parse_pattern
+from qsurgeon.surgery.inventory import Module
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A rule named a module and one of its exclude patterns took it out again."""
+
+    rule: str
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One module and its fate: how it computes, or what excluded it, or None: no rule names it."""
+
+    module: Module
+    fate: Quantization | Excluded | None
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the module computes; None if it stays as it is."""
+        return self.fate if isinstance(self.fate, Quantization) else None
+
+    @property
+    def why(self) -> str:
+        """Return the reason in words; nothing for a module that only holds others."""
+        match self.fate:
+            case Quantization(rule=rule):
+                return f"rule '{rule}'"
+            case Excluded(rule, pattern):
+                return f"excluded by '{pattern}' of rule '{rule}'"
+        if self.module.adapter:
+            return "adapter of peft: stays in full precision"
+        if self.module.linear:
+            return "no rule names it"
+        return "not a Linear" if self.module.parameters or self.module.tied_to else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every module's fate, in the model's order, and the recipe that decided."""
+
+    steps: tuple[Step, ...]
+    recipe: Recipe
+
+    @property
+    def wrapped(self) -> tuple[Step, ...]:
+        """The steps that change a module."""
+        return tuple(step for step in self.steps if step.quantization is not None)
+
+    @property
+    def summary(self) -> str:
+        """How much of the model is wrapped, in words."""
+        linears = sum(step.module.linear and not step.module.adapter for step in self.steps)
+        return f"{len(self.wrapped)} of {linears} Linear modules are wrapped"
+
+
+@dataclass
+class _Planner:
+    """What is known while a plan is being made: who names what, and what is wrong."""
+
+    recipe: Recipe
+    modules: dict[str, Module]
+    namespace: Namespace
+    mistakes: list[Mistake] = field(default_factory=list)
+    decided: dict[str, Quantization | Excluded] = field(default_factory=dict)
+
+    def report(self, message: str, *path: str | int) -> None:
+        where, excerpt = self.recipe.where(*path)
+        self.mistakes.append(Mistake(where, message, excerpt))
+
+    def apply_rule(self, place: int) -> None:
+        """Decide for the modules that the rule at ``place`` is the first to name."""
+        rule, name = self.recipe.rules[place], self.recipe.rule_name(place)
+        before = len(self.mistakes)
+        targets = self._targets(place)
+        excluded: dict[str, str] = {}
+        for number, pattern in enumerate(rule.exclude):
+            for one in self._match(pattern, "rules", place, "exclude", number).names:
+                excluded.setdefault(one, pattern)
+        taken = [one for one in targets if one not in excluded]
+        if not taken and len(self.mistakes) == before and not self._all_optional(place):
+            self.report(f"rule '{name}' excludes every module that it targets", "rules", place)
+        fresh = [one for one in taken if not isinstance(self.decided.get(one), Quantization)]
+        if taken and not fresh:
+            self.report(f"rule '{name}' decides nothing: earlier rules took all it names", "rules", place)
+        quantization = self._quantization(place)
+        if quantization is not None:
+            for one in fresh:
+                self._check_tie(self.modules[one], place)
+                self.decided[one] = quantization
+        for one, pattern in excluded.items():
+            if one in targets:
+                self.decided.setdefault(one, Excluded(name, pattern))
+
+    def _match(self, pattern: str, *path: str | int) -> Match:
+        """Return what ``pattern`` names, reporting it if that is nothing, or if one of its words names nothing."""
+        parsed = parse_pattern(pattern)
+        match = self.namespace.match(parsed)
+        if parsed.optional:
+            return match
+        if not match.names:
+            self.report(f"'{pattern}' names no module; {self.namespace.hint(parsed)}", *path)
+        elif match.unused:
+            self.report(f"'{pattern}': nothing is named by {', '.join(match.unused)}", *path)
+        return match
+
+    def _targets(self, place: int) -> list[str]:
+        """Return the modules of the rule's types that its targets name, in the model's order."""
+        rule = self.recipe.rules[place]
+        found: set[str] = set()
+        for number, pattern in enumerate(rule.target):
+            names = self._match(pattern, "rules", place, "target", number).names
+            takeable = {one for one in names if self.modules[one].linear and not self.modules[one].adapter}
+            if names and not takeable and not parse_pattern(pattern).optional:
+                kinds = ", ".join(sorted({self.modules[one].kind for one in names}))
+                self.report(f"'{pattern}' names no Linear, only {kinds}", "rules", place, "target", number)
+            found |= takeable
+        return [name for name in self.modules if name in found]
+
+    def _all_optional(self, place: int) -> bool:
+        return all(parse_pattern(pattern).optional for pattern in self.recipe.rules[place].target)
+
+    def _quantization(self, place: int) -> Quantization | None:
+        rule = self.recipe.rules[place]
+        formats = {}
+        for role in ("weight", "input"):
+            name = getattr(rule, role)
+            try:
+                formats[role] = None if name is None else self.recipe.format(name)
+            except FormatError as error:
+                self.report(str(error), "rules", place, role)
+                return None
+        return Quantization(formats["weight"], formats["input"], rule.gradient, self.recipe.rule_name(place))
+
+    def _check_tie(self, module: Module, place: int) -> None:
+        others = [one.name for one in self.modules.values() if one.tied_to == module.name]
+        tied = module.tied_to or (others[0] if others else None)
+        if tied is not None and not self.recipe.untie:
+            self.report(
+                f"rule '{self.recipe.rule_name(place)}' reaches {module.name}, whose weight is tied to {tied}: "
+                f"exclude {module.name}, or say 'untie: true'",
+                "rules",
+                place,
+                "target",
+            )
+
+
+def build_plan(recipe: Recipe, modules: Sequence[Module]) -> Plan:
+    """Decide the fate of every module. Reads no file, touches no tensor.
+
+    Raises: PlanError with every mistake: a pattern, or a word in its braces, that names nothing; a target without
+    a Linear; a rule that decides nothing; a tied weight; an unknown format.
+    """
+    planner = _Planner(recipe, {one.name: one for one in modules}, Namespace([one.name for one in modules]))
+    for place in range(len(recipe.rules)):
+        planner.apply_rule(place)
+    if planner.mistakes:
+        raise PlanError(planner.mistakes)
+    return Plan(tuple(Step(one, planner.decided.get(one.name)) for one in modules), recipe)

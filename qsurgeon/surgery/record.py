@@ -1,0 +1,111 @@
+"""What a plan leaves in a checkpoint's config.json: explicit module names and the formats in full.
+
+Globs are never run again: a model is rebuilt from this record alone.
+"""
+
+from collections import defaultdict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qsurgeon.errors import CheckpointError, FormatError
+from qsurgeon.formats import CATALOG, Format, Gradient
+from qsurgeon.layers import Quantization
+from qsurgeon.surgery.plan import Excluded, Plan
+
+QUANT_METHOD = "qsurgeon"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RuleRecord(_Part):
+    """A rule as it was resolved: the modules it took, and those its patterns excluded."""
+
+    name: str
+    weight: str | None
+    input: str | None
+    gradient: Gradient
+    modules: tuple[str, ...]
+    excluded: dict[str, tuple[str, ...]]
+
+
+class Record(_Part):
+    """All that is needed to rebuild a model's wrapping, and to say why a Linear was left."""
+
+    version: Literal[1]
+    qsurgeon_version: str
+    storage: Literal["master"]
+    formats: dict[str, dict[str, str | int]]
+    rules: tuple[RuleRecord, ...]
+
+    def quantizations(self) -> dict[str, Quantization]:
+        """Return how each wrapped module computes, by its name. Raises: CheckpointError for a broken format."""
+        try:
+            formats = {
+                name: next(iter(CATALOG.values())).with_fields(name, **fields)
+                for name, fields in self.formats.items()
+            }
+            return {
+                module: Quantization(
+                    _named(rule.weight, formats), _named(rule.input, formats), rule.gradient, rule.name
+                )
+                for rule in self.rules
+                for module in rule.modules
+            }
+        except (FormatError, KeyError) as error:
+            raise CheckpointError(f"quantization_config: {error}") from error
+
+    def exclusions(self) -> dict[str, Excluded]:
+        """Return what excluded each module that a rule named and did not take."""
+        return {
+            module: Excluded(rule.name, pattern)
+            for rule in reversed(self.rules)
+            for pattern, modules in rule.excluded.items()
+            for module in modules
+        }
+
+
+def _named(name: str | None, formats: dict[str, Format]) -> Format | None:
+    return None if name is None else formats[name]
+
+
+def record_of(plan: Plan, version: str) -> Record:
+    """Return the record of ``plan``, made by qsurgeon ``version``."""
+    taken: dict[Quantization, list[str]] = defaultdict(list)
+    left: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for step in plan.steps:
+        if isinstance(step.fate, Quantization):
+            taken[step.fate].append(step.module.name)
+        elif isinstance(step.fate, Excluded):
+            left[step.fate.rule][step.fate.pattern].append(step.module.name)
+    rules = tuple(
+        RuleRecord(
+            name=how.rule,
+            weight=how.weight.name if how.weight else None,
+            input=how.input.name if how.input else None,
+            gradient=how.gradient,
+            modules=tuple(modules),
+            excluded={pattern: tuple(names) for pattern, names in left[how.rule].items()},
+        )
+        for how, modules in taken.items()
+    )
+    formats = {format.name: format.to_dict() for how in taken for format in (how.weight, how.input) if format}
+    return Record(
+        version=1, qsurgeon_version=version, storage=plan.recipe.storage, formats=formats, rules=rules
+    )
+
+
+def read_record(data: dict[str, Any], source: str) -> Record:
+    """Return the record in a ``quantization_config``, without its ``quant_method``.
+
+    Raises: CheckpointError, naming ``source``, if it is not one of ours.
+    """
+    fields = {key: value for key, value in data.items() if key != "quant_method"}
+    try:
+        return Record.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, ("quantization_config", *first["loc"])))
+        raise CheckpointError(f"{source}: {at}: {first['msg']}") from error
