@@ -37,19 +37,19 @@ from qsurgeon.surgery import (
 from qsurgeon.version import __version__
 
 
-class QSurgeonConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QSurgeonConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a model: a Record as transformers wants it."""
 
     def __init__(self, **fields: Any) -> None:
         self.record = read_record(fields, "config.json")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the hint says enum, a str is taken
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps."""
         return {"quant_method": QUANT_METHOD, **self.record.model_dump(mode="json")}
 
 
-class QSurgeonQuantizer(HfQuantizer):  # type: ignore[misc]
+class QSurgeonQuantizer(HfQuantizer):
     """Wraps the modules that the config names, before the weights are loaded into them."""
 
     quantization_config: QSurgeonConfig
@@ -98,9 +98,7 @@ def _as_named_in(model: Any, quantizations: dict[str, Quantization]) -> dict[str
             return found
     if found_any := [name for name in quantizations if name in names]:
         missing = next(name for name in quantizations if name not in names)
-        raise CheckpointError(
-            f"{type(model).__name__} has {found_any[0]} but no {missing}, which config.json wraps"
-        )
+        raise CheckpointError(f"{type(model).__name__} has {found_any[0]} but no {missing}, which config.json wraps")
     raise NothingWrappedError(
         f"{type(model).__name__} has none of the {len(quantizations)} modules that config.json wraps, "
         f"such as {next(iter(quantizations), 'none')}"

@@ -17,12 +17,9 @@ def with_section(card: str, plan: Plan, version: str) -> str:
 
 
 def _section(plan: Plan, version: str) -> str:
-    counts: Counter[Quantization] = Counter(
-        step.fate for step in plan.steps if isinstance(step.fate, Quantization)
-    )
+    counts: Counter[Quantization] = Counter(step.fate for step in plan.steps if isinstance(step.fate, Quantization))
     rows = [
-        f"| {how.rule} | {n} | {how.weight_name} | {how.input_name} | {how.gradient} |"
-        for how, n in counts.items()
+        f"| {how.rule} | {n} | {how.weight_name} | {how.input_name} | {how.gradient} |" for how, n in counts.items()
     ]
     return "\n".join(
         [

@@ -67,7 +67,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in FOREIGN_WEIGHTS)
     if pickles:
         raise CheckpointError(
-            f"{folder}: has no safetensors, only {pickles[0]}; a pickle runs code when it is opened, so it is not read. "
+            f"{folder}: has no safetensors, only {pickles[0]}; a pickle runs code when it is opened, "
+            "so it is not read. "
             "Convert it with transformers: from_pretrained(…), then save_pretrained(…)"
         )
     raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}")

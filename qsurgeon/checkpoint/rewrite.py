@@ -80,12 +80,8 @@ def _refuse_quantized(config: dict[str, Any], source: Path) -> None:
         return
     method = found.get("quant_method")
     if method == QUANT_METHOD:
-        raise CheckpointError(
-            f"{source} was rewritten by qsurgeon already; apply the recipe to the model it came from"
-        )
-    raise CheckpointError(
-        f"{source} is quantized already, by {method}; expected a checkpoint in full precision"
-    )
+        raise CheckpointError(f"{source} was rewritten by qsurgeon already; apply the recipe to the model it came from")
+    raise CheckpointError(f"{source} is quantized already, by {method}; expected a checkpoint in full precision")
 
 
 def _check_shapes(plan: Plan, tensors: dict[str, Tensor], source: Path) -> None:
@@ -94,7 +90,8 @@ def _check_shapes(plan: Plan, tensors: dict[str, Tensor], source: Path) -> None:
         tensor = tensors.get(f"{step.module.name}.weight")
         if tensor is not None and tensor.shape != step.module.shape:
             raise CheckpointError(
-                f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, config.json says {list(step.module.shape)}"
+                f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
+                f"config.json says {list(step.module.shape)}"
             )
 
 

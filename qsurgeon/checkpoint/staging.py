@@ -32,7 +32,7 @@ def staged(final: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.rglob("*"), partial):
             _flush(path)
-        os.rename(partial, final)
+        partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

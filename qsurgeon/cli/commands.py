@@ -23,16 +23,12 @@ app = typer.Typer(
     help="Rewrite a Hugging Face model as a YAML recipe says: Linear layers that compute in 4 bits and still train.",
 )
 
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
-]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder, config.json or hub id; wins over the recipe's.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-All = Annotated[
-    bool, typer.Option("--all", help="One line a module, also where they differ only in a number.")
-]
+All = Annotated[bool, typer.Option("--all", help="One line a module, also where they differ only in a number.")]
 
 
 class UsageError(QSurgeonError):
@@ -141,9 +137,7 @@ def recipes(
     if name is not None:
         typer.echo(find_recipe(name).read_text("utf-8"), nl=False)
         return
-    rows = {
-        one: file.read_text("utf-8").splitlines()[0].lstrip("# ") for one, file in shipped_recipes().items()
-    }
+    rows = {one: file.read_text("utf-8").splitlines()[0].lstrip("# ") for one, file in shipped_recipes().items()}
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

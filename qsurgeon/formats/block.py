@@ -42,9 +42,7 @@ _SCALE_RULES: Mapping[str, Callable[[Tensor, Element, Any], Tensor]] = {
     # 2^(floor(log2 amax) - emax), OCP MX v1.0
     "floor": lambda amax, element, scale: _exponent(amax, 0) - element.emax,
     # the same, after rounding amax to the element's mantissa
-    "even": lambda amax, element, scale: (
-        _exponent(amax, 1 << (FP32_MANTISSA - 1 - element.mantissa)) - element.emax
-    ),
+    "even": lambda amax, element, scale: _exponent(amax, 1 << (FP32_MANTISSA - 1 - element.mantissa)) - element.emax,
     # 2^(ceil(log2 amax) - emax)
     "ceil": lambda amax, element, scale: _exponent(amax, _MANTISSA_MASK) - element.emax,
     # 2^ceil(log2(amax / max)): nothing saturates
@@ -81,12 +79,13 @@ class Format:
         rules = sorted(set(_SCALE_RULES) - {"nearest"}) if isinstance(self.scale, PowerOfTwo) else ["nearest"]
         if self.scale_rule not in rules:
             raise FormatError(
-                f"scale rule '{self.scale_rule}' does not go with scale {self.scale.name}; {nearest(self.scale_rule, rules)}"
+                f"scale rule '{self.scale_rule}' does not go with scale {self.scale.name}; "
+                f"{nearest(self.scale_rule, rules)}"
             )
         if isinstance(self.scale, PowerOfTwo) and self.tensor_scale != "none":
             raise FormatError(
-                f"tensor_scale '{self.tensor_scale}' with scale {self.scale.name}: powers of two span FP32's range already; "
-                "leave it at 'none'"
+                f"tensor_scale '{self.tensor_scale}' with scale {self.scale.name}: powers of two "
+                "span FP32's range already; leave it at 'none'"
             )
 
     @property
@@ -97,9 +96,7 @@ class Format:
     @cached_property
     def _top_scale(self) -> int:
         """The code of the largest scale that leaves every product with an element finite in FP32."""
-        finite = [
-            self.element.max * value <= torch.finfo(torch.float32).max for value in self._scale_magnitudes
-        ]
+        finite = [self.element.max * value <= torch.finfo(torch.float32).max for value in self._scale_magnitudes]
         return sum(finite) - 1
 
     @property
@@ -277,14 +274,13 @@ def unpacked(
 def _rows(x: Tensor, dim: int) -> Tensor:
     """Return ``x`` in float32 with the contraction dimension last, refusing what cannot be quantized."""
     if not x.is_floating_point() or x.element_size() == 1:
-        raise ShapeError(
-            f"cannot quantize a tensor of {x.dtype}; expected float32, bfloat16, float16 or float64"
-        )
+        raise ShapeError(f"cannot quantize a tensor of {x.dtype}; expected float32, bfloat16, float16 or float64")
     if x.dim() == 0:
         raise ShapeError("cannot quantize a tensor without dimensions; blocks run along one")
     if torch.is_grad_enabled() and x.requires_grad:
         raise GradientError(
-            "fake quantization has no gradient of its own: use QuantLinear (or layers.straight_through), or call it under torch.no_grad()"
+            "fake quantization has no gradient of its own: use QuantLinear (or layers.straight_through), "
+            "or call it under torch.no_grad()"
         )
     return x.to(torch.float32).movedim(dim, -1)
 
@@ -292,7 +288,7 @@ def _rows(x: Tensor, dim: int) -> Tensor:
 def _split(rows: Tensor, block: int) -> Tensor:
     missing = -rows.shape[-1] % block
     padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
-    return padded.unflatten(-1, (padded.shape[-1] // block, block))  # (..., k) -> (..., k/block, block)
+    return padded.reshape(*padded.shape[:-1], padded.shape[-1] // block, block)  # (..., k) -> (..., k/block, block)
 
 
 def _restore(rows: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

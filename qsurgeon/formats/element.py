@@ -42,12 +42,12 @@ class Element:
     @property
     def bias(self) -> int:
         """What is subtracted from the exponent field."""
-        return 2 ** (self.exponent - 1) - 1
+        return (1 << (self.exponent - 1)) - 1
 
     @property
     def nan(self) -> int:
         """The code that NaN takes; 0 where there is none, for the block's scale is NaN then."""
-        return 0 if self.special == "none" else 2 ** (self.bits - 1) - 1
+        return 0 if self.special == "none" else (1 << (self.bits - 1)) - 1
 
     @cached_property
     def magnitudes(self) -> tuple[float, ...]:
@@ -134,12 +134,12 @@ class PowerOfTwo:
     @property
     def bias(self) -> int:
         """What is subtracted from a code to get its exponent."""
-        return 2 ** (self.exponent - 1) - 1
+        return (1 << (self.exponent - 1)) - 1
 
     @property
     def nan(self) -> int:
         """The code that means NaN."""
-        return 2**self.exponent - 1
+        return (1 << self.exponent) - 1
 
     @cached_property
     def values(self) -> tuple[float, ...]:

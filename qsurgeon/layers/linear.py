@@ -52,9 +52,7 @@ class QuantLinear(nn.Linear):
         if type(linear) is not nn.Linear:
             raise SurgeryError(f"it is a {type(linear).__qualname__}, not nn.Linear itself")
         if "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):
-            raise SurgeryError(
-                "its forward was replaced on the instance, so that wrapping would have no effect"
-            )
+            raise SurgeryError("its forward was replaced on the instance, so that wrapping would have no effect")
 
     @classmethod
     def wrap(cls, linear: nn.Module, quantization: Quantization) -> None:
@@ -66,10 +64,10 @@ class QuantLinear(nn.Linear):
         """
         cls.check(linear)
         linear.__class__ = cls
-        linear.quantization = quantization
+        vars(linear)["quantization"] = quantization
         if hasattr(linear, "_hf_hook"):
             # accelerate's hook calls the forward it found when it was attached.
-            linear._old_forward = cls.forward.__get__(linear)
+            vars(linear)["_old_forward"] = cls.forward.__get__(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return q(x) · q(W)ᵀ + b."""

@@ -37,5 +37,5 @@ def straight_through(x: Tensor, format: Format, gradient: Gradient = "ste") -> T
     """
     if gradient == "none" or not (torch.is_grad_enabled() and x.requires_grad):
         return format.fake_quantize(x.detach())
-    result: Tensor = _StraightThrough.apply(x, format, gradient == "clipped")
+    result: Tensor = _StraightThrough.apply(x, format, gradient == "clipped")  # type: ignore[no-untyped-call]
     return result

@@ -47,17 +47,14 @@ class FormatSpec(Section):
     """A format of the recipe's own: a known one with some fields replaced."""
 
     like: str = Field(description="The format to start from: a catalogue name, or one above this one.")
-    element: (
-        Annotated[str, _one_of("element"), Field(json_schema_extra=_choices(FIELDS["element"]))] | None
-    ) = None
+    element: Annotated[str, _one_of("element"), Field(json_schema_extra=_choices(FIELDS["element"]))] | None = None
     block: Annotated[StrictInt, Field(ge=1, description="How many values share a scale.")] | None = None
     scale: Annotated[str, _one_of("scale"), Field(json_schema_extra=_choices(FIELDS["scale"]))] | None = None
     scale_rule: (
         Annotated[str, _one_of("scale_rule"), Field(json_schema_extra=_choices(FIELDS["scale_rule"]))] | None
     ) = None
     tensor_scale: (
-        Annotated[str, _one_of("tensor_scale"), Field(json_schema_extra=_choices(FIELDS["tensor_scale"]))]
-        | None
+        Annotated[str, _one_of("tensor_scale"), Field(json_schema_extra=_choices(FIELDS["tensor_scale"]))] | None
     ) = None
 
 
@@ -67,17 +64,11 @@ PatternText = Annotated[str, AfterValidator(check_pattern)]
 class Rule(Section):
     """Give formats to the modules of ``types`` that ``target`` names and ``exclude`` does not."""
 
-    name: Annotated[str, Field(min_length=1, description="What plan and inspect call the rule.")] | None = (
-        None
-    )
+    name: Annotated[str, Field(min_length=1, description="What plan and inspect call the rule.")] | None = None
     target: tuple[PatternText, ...] = Field(min_length=1, description="Patterns of the modules to take.")
-    types: tuple[Literal["Linear"], ...] = Field(
-        ("Linear",), min_length=1, description="Kinds of modules to take."
-    )
+    types: tuple[Literal["Linear"], ...] = Field(("Linear",), min_length=1, description="Kinds of modules to take.")
     exclude: tuple[PatternText, ...] = Field((), description="Patterns of the modules to leave.")
-    weight: str | None = Field(
-        None, description="Format of the weight; without it the weight stays as it is."
-    )
+    weight: str | None = Field(None, description="Format of the weight; without it the weight stays as it is.")
     input: str | None = Field(None, description="Format of the input; without it the input stays as it is.")
     gradient: Gradient = Field("ste", description="How the gradient passes the rounding.")
 

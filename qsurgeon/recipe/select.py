@@ -128,10 +128,7 @@ def _spelled_out(part: str, text: str) -> list[str]:
     inside, _, after = rest.partition("}")
     tails = _spelled_out(after, text)
     return [
-        before + word + tail
-        for item in inside.split(",")
-        for word in _numbers(item.strip(), text)
-        for tail in tails
+        before + word + tail for item in inside.split(",") for word in _numbers(item.strip(), text) for tail in tails
     ]
 
 
@@ -140,9 +137,7 @@ def _numbers(item: str, text: str) -> list[str]:
     if span is None:
         return [item]
     if span.first < 0 or span.last < 0:
-        raise ValueError(
-            f"bad pattern '{text}': {item} counts from the end, which only a whole component can"
-        )
+        raise ValueError(f"bad pattern '{text}': {item} counts from the end, which only a whole component can")
     return [str(number) for number in range(span.first, span.last + 1)]
 
 
@@ -230,11 +225,7 @@ class Namespace:
                 if strange and not any(way.accepts(part, 0) for part in known):
                     return nearest(way.text, known)
         length = len(pattern.components)
-        runs = {
-            ".".join(parts[at : at + length])
-            for parts in self._split
-            for at in range(len(parts) - length + 1)
-        }
+        runs = {".".join(parts[at : at + length]) for parts in self._split for at in range(len(parts) - length + 1)}
         close = difflib.get_close_matches(pattern.text, runs, n=3)
         return f"nearest: {', '.join(close)}" if close else f"no module has {length} such names in a row"
 

@@ -73,10 +73,9 @@ class Source:
         excerpt = f"    {shown}\n    {' ' * (start.column - left)}{carets}" if shown.strip() else ""
         return f"{self.name}:{start.line + 1}:{start.column + 1}", excerpt
 
-    def fail(self) -> None:
-        """Raise RecipeError with all that was noted, in the order of the file; return if that is nothing."""
-        if self.mistakes:
-            raise RecipeError([mistake for _, _, mistake in sorted(self.mistakes, key=lambda one: one[:2])])
+    def error(self) -> RecipeError:
+        """Return all that was noted, in the order of the file."""
+        return RecipeError([mistake for _, _, mistake in sorted(self.mistakes, key=lambda one: one[:2])])
 
 
 def shipped_recipes() -> dict[str, FilePath]:
@@ -118,9 +117,7 @@ def _load(file: FilePath, chain: tuple[FilePath, ...]) -> Recipe:
     raw = _parse(source)
     base = _base(raw, file, source, chain)
     recipe = _validate(raw, source, base)
-    recipe._marks = {
-        path: source.locate(node.start_mark, node.end_mark) for path, node in source.values.items()
-    }
+    recipe._marks = {path: source.locate(node.start_mark, node.end_mark) for path, node in source.values.items()}
     recipe._text = "\n".join(source.lines) + "\n"
     return recipe if base is None else _merged(recipe, base)
 
@@ -175,15 +172,14 @@ def _read(file: FilePath) -> Source:
     except UnicodeDecodeError as error:
         raise RecipeError([Mistake(str(file), f"is not UTF-8 text (byte {error.start})")]) from error
     if len(data) > MOST_BYTES:
-        raise RecipeError(
-            [Mistake(str(file), f"has {len(data):,} bytes; a recipe has at most {MOST_BYTES:,}")]
-        )
+        raise RecipeError([Mistake(str(file), f"has {len(data):,} bytes; a recipe has at most {MOST_BYTES:,}")])
     return Source(str(file), text.splitlines())
 
 
 def _parse(source: Source) -> dict[str, Any]:
     """Return the file as plain data, noting where everything stands. Raises: RecipeError if that cannot be."""
     text = "\n".join(source.lines) + "\n"
+    root: yaml.Node | None = None
     try:
         _check_levels(text, source)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -191,16 +187,15 @@ def _parse(source: Source) -> dict[str, Any]:
         source.report(f"not YAML: {_yaml_problem(error)}", error.problem_mark)
     except yaml.YAMLError as error:
         source.report(f"not YAML: {str(error).splitlines()[0]}", None)
-    source.fail()
+    if source.mistakes:
+        raise source.error()
     if root is None:
         source.report("is empty; a recipe starts with 'version: 1'", None)
-        source.fail()
+        raise source.error()
     source.values[()] = root
     if not isinstance(root, yaml.MappingNode):
-        source.report(
-            f"expected a mapping (version: 1, rules: …), got {_kind(root)}", root.start_mark, root.end_mark
-        )
-        source.fail()
+        source.report(f"expected a mapping (version: 1, rules: …), got {_kind(root)}", root.start_mark, root.end_mark)
+        raise source.error()
     budget = iter(range(MOST_NODES))
     data: dict[str, Any] = _plain(root, (), source, budget)
     return data
@@ -221,20 +216,18 @@ def _check_levels(text: str, source: Source) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if level > MOST_LEVELS:
-            source.report(f"is nested more than {MOST_LEVELS} levels deep", event.start_mark)
-            source.fail()
+            source.report(f"is nested more than {MOST_LEVELS} levels deep", event.start_mark)  # type: ignore[arg-type]  # the stubs also know a mark of C
+            raise source.error()
 
 
 def _plain(node: yaml.Node, path: Path, source: Source, budget: Iterator[int]) -> Any:
     """Return ``node`` as dicts, lists and scalars; aliases are read again at each place they stand."""
     if next(budget, None) is None:
         source.report(f"aliases expand to more than {MOST_NODES:,} values", source.values[()].start_mark)
-        source.fail()
+        raise source.error()
     if len(path) > MOST_LEVELS:
-        source.report(
-            f"is nested more than {MOST_LEVELS} levels deep (an alias inside itself?)", node.start_mark
-        )
-        source.fail()
+        source.report(f"is nested more than {MOST_LEVELS} levels deep (an alias inside itself?)", node.start_mark)
+        raise source.error()
     source.values[path] = node
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, path, source, budget)
@@ -251,9 +244,7 @@ def _mapping(node: yaml.MappingNode, path: Path, source: Source, budget: Iterato
             source.report("a key must be a word", key_node.start_mark, key_node.end_mark)
         elif key in result:
             first = source.keys[(*path, key)].start_mark.line + 1
-            source.report(
-                f"key '{key}' stands twice; first on line {first}", key_node.start_mark, key_node.end_mark
-            )
+            source.report(f"key '{key}' stands twice; first on line {first}", key_node.start_mark, key_node.end_mark)
         else:
             source.keys[(*path, key)] = key_node
             result[key] = _plain(value_node, (*path, key), source, budget)
@@ -281,10 +272,10 @@ def _validate(raw: dict[str, Any], source: Source, base: Recipe | None) -> Recip
     except ValidationError as error:
         _explain(error, raw, source)
         _check_formats(raw, source, base)
-        source.fail()
-        raise
+        raise source.error() from error
     _check_formats(raw, source, base)
-    source.fail()
+    if source.mistakes:
+        raise source.error()
     return recipe
 
 
@@ -345,7 +336,8 @@ def _kind(node: yaml.Node) -> str:
 
 
 def _section(path: Path) -> type[BaseModel]:
-    return {"rules": Rule, "formats": FormatSpec}.get(str(path[0]), Recipe) if path else Recipe
+    sections: dict[str | int, type[BaseModel]] = {"rules": Rule, "formats": FormatSpec}
+    return sections.get(path[0], Recipe) if path else Recipe
 
 
 def _at(raw: Any, path: Path) -> Any:

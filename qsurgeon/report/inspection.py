@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from qsurgeon.hf import modules_of, record_in
-from qsurgeon.layers import AS_IT_IS, quant_linears
+from qsurgeon.layers import AS_IT_IS, Quantization, quant_linears
 from qsurgeon.report.rows import Report, Row
 from qsurgeon.surgery import Excluded, Plan, Step, inventory, plain_model, read_config
 
@@ -32,20 +32,19 @@ def inspect(model: Any) -> Report:
         return _inspect_live(model)
     config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
     record = record_in(config)
-    fates = {} if record is None else {**record.exclusions(), **record.quantizations()}
+    fates: dict[str, Excluded | Quantization] = {}
+    if record is not None:
+        fates |= record.exclusions()
+        fates |= record.quantizations()
     steps = [Step(module, fates.get(module.name)) for module in modules_of(config)]
-    return _report(
-        steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else ""
-    )
+    return _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")
 
 
 def _inspect_live(model: nn.Module) -> Report:
     record = record_in(getattr(plain_model(model)[1], "config", None))
     excluded = record.exclusions() if record else {}
     wrapped = {path: layer.quantization for path, layer in quant_linears(model).items()}
-    steps = [
-        Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)
-    ]
+    steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
     return _report(steps, record.storage if record else "", "")
 
 

@@ -31,9 +31,7 @@ def report_text(report: "Report", *, fold: bool = True, width: int | None = None
         shape = "×".join(map(str, row.shape))
         bits = f"{row.bits:g}" if row.bits is not None else ""
         size = f"{sum(one.bytes for one in rows) / 1e6:.1f}"
-        table.add_row(
-            name, str(len(rows)), row.kind, shape, row.weight, row.input, row.gradient, bits, size, row.why
-        )
+        table.add_row(name, str(len(rows)), row.kind, shape, row.weight, row.input, row.gradient, bits, size, row.why)
     return f"{rendered(table, width)}\n\n{totals_text(report)}"
 
 

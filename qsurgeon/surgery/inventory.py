@@ -67,9 +67,7 @@ def _tuner_layer() -> tuple[type, ...]:
     return (tuners.BaseTunerLayer,) if tuners is not None else ()
 
 
-def _walk(
-    module: nn.Module, name: str, path: str, adapter: bool
-) -> Iterator[tuple[str, str, nn.Module, bool]]:
+def _walk(module: nn.Module, name: str, path: str, adapter: bool) -> Iterator[tuple[str, str, nn.Module, bool]]:
     """Yield (plain name, path, module, is an adapter); a peft layer is passed over for the layer it holds."""
     peft_layer = isinstance(module, _tuner_layer())
     if not peft_layer:

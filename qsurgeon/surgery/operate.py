@@ -1,6 +1,7 @@
 """The only place that replaces modules of a live model."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -26,32 +27,28 @@ def operate(model: nn.Module, quantizations: Mapping[str, Quantization], *, unti
     modules = {module.name: module for module in inventory(model)}
     missing = [name for name in quantizations if name not in modules]
     if missing:
-        raise SurgeryError(
-            f"the model has no module {missing[0]} ({len(missing)} of {len(quantizations)} are missing)"
-        )
+        raise SurgeryError(f"the model has no module {missing[0]} ({len(missing)} of {len(quantizations)} are missing)")
     linears = {name: model.get_submodule(modules[name].path) for name in quantizations}
     for name, linear in linears.items():
         try:
             QuantLinear.check(linear)
         except SurgeryError as error:
             raise SurgeryError(f"{name} cannot be wrapped: {error}") from error
-    tied = {name for name, module in modules.items() if module.tied_to} | {
-        module.tied_to for module in modules.values()
-    }
+    owners = {module.tied_to for module in modules.values()}
     for name, linear in linears.items():
         QuantLinear.wrap(linear, quantizations[name])
-        if untie and name in tied:
-            _untie(linear, plain_model(model)[1])
+        if untie and (modules[name].tied_to or name in owners):
+            _untie(linear, name, plain_model(model)[1])
     return len(linears)
 
 
-def _untie(linear: nn.Module, root: nn.Module) -> None:
-    """Give ``linear`` a weight of its own, and the model no reason to tie it again when it is loaded."""
-    weight = linear.weight
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    config = getattr(root, "config", None)
-    for one in (config, config.get_text_config() if config is not None else None):
-        if one is not None:
-            one.tie_word_embeddings = False
-    if hasattr(root, "all_tied_weights_keys"):
-        root.all_tied_weights_keys = {}
+def _untie(linear: nn.Module, name: str, root: Any) -> None:
+    """Give ``linear`` a weight of its own, and the model no reason to tie it again when it is saved or loaded."""
+    weight = linear.get_parameter("weight")
+    linear.register_parameter("weight", nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+    if hasattr(root, "config"):
+        root.config.tie_word_embeddings = False
+        root.config.get_text_config().tie_word_embeddings = False
+    ties = getattr(root, "all_tied_weights_keys", {})
+    for key in [key for key, value in ties.items() if f"{name}.weight" in (key, value)]:
+        del ties[key]

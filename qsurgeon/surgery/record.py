@@ -44,8 +44,7 @@ class Record(_Part):
         """Return how each wrapped module computes, by its name. Raises: CheckpointError for a broken format."""
         try:
             formats = {
-                name: next(iter(CATALOG.values())).with_fields(name, **fields)
-                for name, fields in self.formats.items()
+                name: next(iter(CATALOG.values())).with_fields(name, **fields) for name, fields in self.formats.items()
             }
             return {
                 module: Quantization(
@@ -92,9 +91,7 @@ def record_of(plan: Plan, version: str) -> Record:
         for how, modules in taken.items()
     )
     formats = {format.name: format.to_dict() for how in taken for format in (how.weight, how.input) if format}
-    return Record(
-        version=1, qsurgeon_version=version, storage=plan.recipe.storage, formats=formats, rules=rules
-    )
+    return Record(version=1, qsurgeon_version=version, storage=plan.recipe.storage, formats=formats, rules=rules)
 
 
 def read_record(data: dict[str, Any], source: str) -> Record:

@@ -23,9 +23,7 @@ def read_config(source: str | Path) -> Any:
     if path.is_file():
         raise CheckpointError(f"{path} is a file; expected a model's folder, a config.json or a hub id")
     try:
-        return transformers.AutoConfig.from_pretrained(
-            str(path if path.is_dir() else source), trust_remote_code=False
-        )
+        return transformers.AutoConfig.from_pretrained(str(path if path.is_dir() else source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no model at '{source}': {_first_lines(error)}") from error
 
@@ -41,7 +39,9 @@ def skeleton(config: Any) -> nn.Module:
         raise CheckpointError(f"transformers {transformers.__version__} has no architecture '{names[0]}'")
     with torch.device("meta"):
         if model_class is None:
-            model = transformers.AutoModel.from_config(config, dtype=config.dtype or torch.float32)
+            model = transformers.AutoModel.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=config.dtype or torch.float32
+            )
         else:
             model = model_class._from_config(config, dtype=config.dtype or torch.float32)
     result: nn.Module = model

@@ -55,13 +55,14 @@ each_not_a_number = pytest.mark.parametrize(
 )
 
 float32_arrays = hnp.arrays(
-    "float32", hnp.array_shapes(max_dims=3, max_side=40), elements=st.floats(width=32), fill=st.just(0.25)
+    "float32", hnp.array_shapes(max_dims=3, max_side=20), elements=st.floats(width=32), fill=st.just(0.25)
 )
 finite_rows = hnp.arrays(
     "float32",
-    st.tuples(st.integers(1, 3), st.integers(1, 70)),
+    st.tuples(st.integers(1, 3), st.integers(1, 40)),
     elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
+any_format, any_mx = st.sampled_from([*MX, *NV]), st.sampled_from(MX)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -141,12 +142,8 @@ def test_floor_takes_the_right_power_of_two_next_to_each_of_them() -> None:
     exponents = torch.arange(-120, 120)
     powers = torch.exp2(exponents.float())
     lower = torch.nextafter(powers, torch.zeros(()))
-    assert torch.equal(
-        MXFP4.quantize(powers[:, None]).scale.squeeze(-1), (127 + exponents - 2).to(torch.uint8)
-    )
-    assert torch.equal(
-        MXFP4.quantize(lower[:, None]).scale.squeeze(-1), (127 + exponents - 3).to(torch.uint8)
-    )
+    assert torch.equal(MXFP4.quantize(powers[:, None]).scale.squeeze(-1), (127 + exponents - 2).to(torch.uint8))
+    assert torch.equal(MXFP4.quantize(lower[:, None]).scale.squeeze(-1), (127 + exponents - 3).to(torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -166,16 +163,10 @@ def test_rceil_takes_the_smallest_scale_that_saturates_nothing(amax: float, code
     ("fmt", "code"),
     [
         pytest.param(MXFP4.with_fields("e2m1", scale_rule="ceil"), 127 + 125, id="e2m1: 6 * 2^125"),
-        pytest.param(
-            MXFP4.with_fields("e2m3", element="e2m3", scale_rule="ceil"), 127 + 125, id="e2m3: 7.5 * 2^125"
-        ),
-        pytest.param(
-            MXFP4.with_fields("e3m2", element="e3m2", scale_rule="ceil"), 127 + 123, id="e3m2: 28 * 2^123"
-        ),
+        pytest.param(MXFP4.with_fields("e2m3", element="e2m3", scale_rule="ceil"), 127 + 125, id="e2m3: 7.5 * 2^125"),
+        pytest.param(MXFP4.with_fields("e3m2", element="e3m2", scale_rule="ceil"), 127 + 123, id="e3m2: 28 * 2^123"),
         pytest.param(MXFP8.with_fields("e4m3", scale_rule="ceil"), 127 + 119, id="e4m3: 448 * 2^119"),
-        pytest.param(
-            MXFP8.with_fields("e5m2", element="e5m2", scale_rule="ceil"), 127 + 112, id="e5m2: 57344 * 2^112"
-        ),
+        pytest.param(MXFP8.with_fields("e5m2", element="e5m2", scale_rule="ceil"), 127 + 112, id="e5m2: 57344 * 2^112"),
     ],
 )
 def test_the_largest_scale_keeps_every_product_finite(fmt: Format, code: int) -> None:
@@ -206,16 +197,15 @@ def ocp_scale(amax: float, fmt: Format) -> int:
     return min(max(127 + unbiased, 0), top)
 
 
-@each_mx
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(amax=st.floats(min_value=0, width=32, allow_infinity=False))
-def test_any_scale_is_that_of_the_definition(fmt: Format, amax: float) -> None:
-    assert fmt.quantize(torch.tensor([amax])).scale.tolist() == [ocp_scale(amax, fmt)]
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(fmt=any_mx, amax=st.lists(st.floats(min_value=0, width=32, allow_infinity=False), min_size=1, max_size=20))
+def test_any_scale_is_that_of_the_definition(fmt: Format, amax: list[float]) -> None:
+    scale = fmt.quantize(torch.tensor(amax)[:, None]).scale.squeeze(-1)
+    assert scale.tolist() == [ocp_scale(value, fmt) for value in amax]
 
 
-@each_mx
-@settings(deadline=None, max_examples=30, derandomize=True)
-@given(rows=finite_rows)
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(fmt=any_mx, rows=finite_rows)
 def test_no_value_of_the_block_is_nearer_than_the_one_taken(fmt: Format, rows: object) -> None:
     x = torch.as_tensor(rows)
     quantized = fmt.quantize(x)
@@ -348,9 +338,7 @@ def test_one_makes_the_whole_tensor_nan_under_one_tensor_scale(value: float) -> 
 
 @each_not_a_number
 @each_format
-def test_what_cannot_be_rounded_dequantizes_to_nan_where_fake_quantize_has_it(
-    fmt: Format, value: float
-) -> None:
+def test_what_cannot_be_rounded_dequantizes_to_nan_where_fake_quantize_has_it(fmt: Format, value: float) -> None:
     x = gaussian(2, 48)
     x[1, 17] = value
     x[1, 3] = 0.0
@@ -377,9 +365,7 @@ def test_nan_survives_in_a_narrow_dtype(dtype: torch.dtype, value: float) -> Non
 @pytest.mark.parametrize("fill", [pytest.param(1.0, id="all of it"), pytest.param(1e-3, id="one of it")])
 @each_dtype
 @each_format
-def test_the_largest_value_of_a_dtype_does_not_become_infinite(
-    fmt: Format, dtype: torch.dtype, fill: float
-) -> None:
+def test_the_largest_value_of_a_dtype_does_not_become_infinite(fmt: Format, dtype: torch.dtype, fill: float) -> None:
     largest = torch.finfo(dtype).max
     x = torch.full((3, 40), largest * fill, dtype=dtype)
     x[1, 2], x[1, 35], x[2, 0] = largest, -largest, largest / 1.4
@@ -435,9 +421,7 @@ def test_a_row_the_block_does_not_divide_is_rounded_as_if_padded_with_zeros(fmt:
 
 
 @pytest.mark.parametrize("columns", [1, 5, 31, 33, 40, 64])
-@pytest.mark.parametrize(
-    "fmt", [*MX, *(fmt for fmt in NV if fmt.tensor_scale != "tensor")], ids=attrgetter("name")
-)
+@pytest.mark.parametrize("fmt", [*MX, *(fmt for fmt in NV if fmt.tensor_scale != "tensor")], ids=attrgetter("name"))
 def test_no_block_crosses_rows(fmt: Format, columns: int) -> None:
     x = gaussian(3, columns)
     alone = torch.stack([fmt.fake_quantize(row) for row in x])
@@ -525,9 +509,8 @@ def test_dequantized_codes_are_the_fake_quantized_values(
     assert torch.equal(bits(fmt.quantize(x).dequantize()), bits(fmt.fake_quantize(x)))
 
 
-@each_format
-@settings(deadline=None, max_examples=30, derandomize=True)
-@given(array=float32_arrays, data=st.data())
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(fmt=any_format, array=float32_arrays, data=st.data())
 def test_dequantized_codes_are_the_fake_quantized_values_whatever_comes(
     fmt: Format, array: object, data: st.DataObject
 ) -> None:
@@ -620,9 +603,8 @@ def test_the_dtype_that_was_quantized_is_the_one_dequantized() -> None:
 # What rounding promises
 
 
-@each_mx
-@settings(deadline=None, max_examples=30, derandomize=True)
-@given(rows=finite_rows)
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(fmt=any_mx, rows=finite_rows)
 def test_rounding_twice_is_rounding_once(fmt: Format, rows: object) -> None:
     once = fmt.fake_quantize(torch.as_tensor(rows))
     assert torch.equal(bits(fmt.fake_quantize(once)), bits(once))
@@ -637,7 +619,7 @@ def test_rounding_twice_is_rounding_once_under_a_tensor_scale_that_is_a_power_of
 
 
 @pytest.mark.parametrize("fmt", NV[:2], ids=attrgetter("name"))
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_rounding_twice_under_any_tensor_scale_keeps_codes_and_block_scales(fmt: Format, seed: int) -> None:
     # The values themselves may move in the last bit of FP32, with the tensor scale.
     first = fmt.quantize(gaussian(64, 64, seed=seed))
@@ -646,9 +628,8 @@ def test_rounding_twice_under_any_tensor_scale_keeps_codes_and_block_scales(fmt:
     assert torch.equal(second.scale, first.scale)
 
 
-@each_format
-@settings(deadline=None, max_examples=30, derandomize=True)
-@given(rows=finite_rows)
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(fmt=any_format, rows=finite_rows)
 def test_rounding_is_odd(fmt: Format, rows: object) -> None:
     x = torch.as_tensor(rows)
     assert torch.equal(bits(fmt.fake_quantize(-x)), bits(-fmt.fake_quantize(x)))
@@ -705,9 +686,7 @@ def test_a_narrow_dtype_holds_what_powers_of_two_scale_exactly(fmt: Format, dtyp
 def test_gaussian_values_keep_this_ratio_of_signal_to_noise(fmt: Format, decibels: float) -> None:
     x = gaussian(2**10, 2**10)
     noise = fmt.fake_quantize(x).double() - x
-    assert 10 * math.log10(x.double().square().sum() / noise.square().sum()) == pytest.approx(
-        decibels, abs=0.1
-    )
+    assert 10 * math.log10(x.double().square().sum() / noise.square().sum()) == pytest.approx(decibels, abs=0.1)
 
 
 # Weight and input
@@ -800,8 +779,7 @@ def test_a_tensor_scale_does_not_go_with_powers_of_two(tensor_scale: str) -> Non
     with pytest.raises(FormatError) as caught:
         MXFP4.with_fields("mine", tensor_scale=tensor_scale)
     assert str(caught.value) == (
-        f"tensor_scale '{tensor_scale}' with scale e8m0: powers of two span FP32's range already; "
-        "leave it at 'none'"
+        f"tensor_scale '{tensor_scale}' with scale e8m0: powers of two span FP32's range already; leave it at 'none'"
     )
 
 
@@ -811,14 +789,10 @@ def test_a_tensor_scale_does_not_go_with_powers_of_two(tensor_scale: str) -> Non
         pytest.param("element", "e2m2", "no element 'e2m2'; did you mean 'e5m2'?", id="element"),
         pytest.param("scale", "fp32", "no scale 'fp32'; expected one of: e4m3, e8m0", id="scale"),
         pytest.param("scale_rule", "cel", "no scale rule 'cel'; did you mean 'ceil'?", id="scale rule"),
-        pytest.param(
-            "tensor_scale", "rows", "no tensor scale 'rows'; did you mean 'row'?", id="tensor scale"
-        ),
+        pytest.param("tensor_scale", "rows", "no tensor scale 'rows'; did you mean 'row'?", id="tensor scale"),
     ],
 )
-def test_an_unknown_value_of_a_field_is_answered_with_the_nearest(
-    field: str, value: str, message: str
-) -> None:
+def test_an_unknown_value_of_a_field_is_answered_with_the_nearest(field: str, value: str, message: str) -> None:
     with pytest.raises(FormatError) as caught:
         MXFP4.with_fields("mine", **{field: value})
     assert str(caught.value) == message
@@ -839,9 +813,7 @@ def test_an_unknown_field_is_answered_with_the_nearest() -> None:
 def test_a_dtype_that_cannot_be_quantized_is_named(dtype: torch.dtype, call: str) -> None:
     with pytest.raises(ShapeError) as caught:
         getattr(MXFP4, call)(torch.ones(32).to(dtype))
-    assert str(caught.value) == (
-        f"cannot quantize a tensor of {dtype}; expected float32, bfloat16, float16 or float64"
-    )
+    assert str(caught.value) == (f"cannot quantize a tensor of {dtype}; expected float32, bfloat16, float16 or float64")
 
 
 @pytest.mark.parametrize("call", ["fake_quantize", "quantize"])
@@ -859,9 +831,7 @@ def test_a_tensor_without_dimensions_cannot_be_quantized(call: str) -> None:
         pytest.param(lambda x: x * 2, id="what was computed from one"),
     ],
 )
-def test_a_tensor_that_takes_part_in_autograd_is_refused(
-    derive: Callable[[Tensor], Tensor], call: str
-) -> None:
+def test_a_tensor_that_takes_part_in_autograd_is_refused(derive: Callable[[Tensor], Tensor], call: str) -> None:
     x = derive(torch.ones(32, requires_grad=True))
     with pytest.raises(GradientError) as caught:
         getattr(MXFP4, call)(x)

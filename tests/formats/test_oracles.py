@@ -1,7 +1,7 @@
 """Whole formats, bit for bit against torchao and compressed-tensors.
 
-Where an oracle's FP32 arithmetic differs from a division (a reciprocal, another order, a logarithm), the test says
-which values may differ, and asserts that no other does.
+Where an oracle's FP32 arithmetic differs from ours (a reciprocal, another order, a logarithm), the test says which
+values may differ, and asserts that no other does.
 """
 
 import pytest
@@ -61,9 +61,7 @@ def blocks(dtype: torch.dtype) -> Tensor:
     plain = torch.randn(200, 32, generator=source)
     exponents = torch.rand(1000, 1, generator=source) * 230 - 112
     wide = torch.randn(1000, 32, generator=source) * torch.exp2(exponents)
-    mixed = torch.randn(200, 32, generator=source) * torch.exp2(
-        torch.rand(200, 32, generator=source) * 40 - 20
-    )
+    mixed = torch.randn(200, 32, generator=source) * torch.exp2(torch.rand(200, 32, generator=source) * 40 - 20)
     return torch.cat([plain, wide, mixed]).to(dtype)
 
 
@@ -74,7 +72,7 @@ def blocks_of_amax(amax: Tensor) -> Tensor:
 
 
 def edges(dtype: torch.dtype, beside: tuple[float, ...] = (0.0, torch.inf)) -> Tensor:
-    """Return where rules change their mind: 1, 6, 7, … times powers of two, and the values ``beside`` each."""
+    """Return where rules change their mind: 1, 6, 7, … times powers of two, and what lies ``beside`` each."""
     significands = torch.tensor([1, 1.5, 1.75, 1.875, 1.9375])  # 2^k, 6, 448 and 7, 7.5, 496 of their powers
     exact = (significands[:, None] * torch.exp2(torch.arange(-100.0, 109.0, 2))).flatten().to(dtype)
     return torch.cat([exact, *(torch.nextafter(exact, torch.tensor(side, dtype=dtype)) for side in beside)])
@@ -99,7 +97,7 @@ def is_tie(quotient: Tensor, element: Element) -> Tensor:
 @each_rule
 @each_element
 def test_mx_is_torchaos(element: str, rule: str, dtype: torch.dtype) -> None:
-    # Scales of torchao end at 2^-126, ours at 2^-127, and ours keep every product finite: neither is met here.
+    # Torchao's scales end at 2^-126, ours at 2^-127, and ours keep every product finite: neither is met here.
     at_edges = edges(dtype) if rule != "rceil" else edges(dtype, beside=(0.0,))  # see the next test
     x = torch.cat([blocks(dtype), blocks_of_amax(at_edges)])
     fmt = MXFP4.with_fields("mine", element=element, scale_rule=rule)
@@ -175,8 +173,8 @@ def nvfp4_weight(seed: int, dtype: torch.dtype) -> Tensor:
 def nvfp4_weight_without_rounding_errors(dtype: torch.dtype) -> Tensor:
     """Return rows (28, 32) of two blocks whose tensor scale is 1/8 and whose block scales are powers of two.
 
-    The first block of each row holds sixteenths up to 6, ties among them, times its scale; the second holds values
-    of E2M1 times the largest scale, 448.
+    The first block of each row holds sixteenths up to 6, ties among them, times its scale; the second holds
+    values of E2M1 times the largest scale, 448.
     """
     source = generator(0)
     sixteenths = torch.randint(-95, 96, (28, 16), generator=source)
@@ -211,7 +209,7 @@ def nvfp4_quotients(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_only_ties_differ(x: Tensor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
-    """Compare (codes, scales): a scale may differ on a tie, and an element on a tie of a block of one scale."""
+    """Compare (codes, scales): a scale may differ on a tie, and so may an element where the scales agree."""
     of_blocks, of_elements = nvfp4_quotients(x, ours[1])
     other_scale = ours[1] != theirs[1]
     assert is_tie(of_blocks[other_scale], E4M3).all()
