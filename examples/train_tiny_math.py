@@ -118,9 +118,7 @@ def measure(folder: Path) -> float:
     return accuracy(model, tokenizer, make_problems(EVALUATION_PROBLEMS, "heldout", EVALUATION_SEED))
 
 
-def readme(
-    model: Qwen2ForCausalLM, arguments: argparse.Namespace, loss: float, wall: float, share: float
-) -> str:
+def readme(model: Qwen2ForCausalLM, arguments: argparse.Namespace, loss: float, wall: float, share: float) -> str:
     """The README of the model folder."""
     config, right = model.config, round(share * EVALUATION_PROBLEMS)
     examples = "\n\n".join(_shown(problem) for problem in make_problems(2, "heldout", EVALUATION_SEED))

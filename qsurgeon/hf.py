@@ -67,8 +67,9 @@ class QSurgeonQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in quant_linears(model).items():
             for key, parameter in module.named_parameters(recurse=False):
-                # transformers marks what it read from the checkpoint; the rest it would leave random.
-                if not getattr(parameter, "_is_hf_initialized", True):
+                # transformers marks what it read from the checkpoint; the rest it would leave random. What is still
+                # on the meta device was offloaded.
+                if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                     raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
         # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
         # `state_dict=`, which FSDP needs, and block .half() and .float().

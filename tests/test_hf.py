@@ -1,0 +1,211 @@
+"""transformers' own save and load: what is wrapped stays wrapped, or the load fails."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import qsurgeon
+from qsurgeon.errors import CheckpointError, NothingWrappedError
+from qsurgeon.hf import QSurgeonConfig
+from qsurgeon.layers import quant_linears
+
+TOKENS = torch.arange(1, 13).reshape(2, 6)
+
+
+def small_model(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes, **heads, **fields)).eval()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hf") / "w4a4"
+    qsurgeon.apply("w4a4-mxfp4", small_model()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hf") / "plain"
+    small_model().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def edit_config(folder: Path, change: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"], ids=str)
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
+def test_a_plain_from_pretrained_rebuilds_the_wrapping(
+    folder: Path, plain_folder: Path, dtype: Any, device_map: Any
+) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map)
+    expected = qsurgeon.apply("w4a4-mxfp4", hf.AutoModelForCausalLM.from_pretrained(plain_folder, dtype=dtype))
+    assert len(quant_linears(model)) == 14
+    assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+
+
+def test_a_reloaded_model_is_an_ordinary_model_to_whoever_trains_it(folder: Path) -> None:
+    model = qsurgeon.load(folder)
+    assert model.hf_quantizer is None
+    assert not model.is_quantized
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.half()
+
+
+def test_saving_again_keeps_the_record_and_an_explicit_state_dict(folder: Path, tmp_path: Path) -> None:
+    model = qsurgeon.load(folder)
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+        == json.loads((folder / "config.json").read_text())["quantization_config"]
+    )
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["model.norm.weight"], state["model.norm.weight"])
+
+
+def test_the_tensors_in_a_master_checkpoint_are_those_of_the_plain_model(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    plain = small_model().state_dict()
+    assert sorted(stored) == sorted(plain)
+    assert all(torch.equal(stored[name], plain[name]) for name in plain)
+
+
+def test_a_checkpoint_with_a_head_loads_into_the_base_model(folder: Path) -> None:
+    model = hf.AutoModel.from_pretrained(folder)
+    assert type(model).__name__ == "Qwen2Model"
+    assert sorted(quant_linears(model))[0] == "layers.0.mlp.down_proj"
+    assert len(quant_linears(model)) == 14
+
+
+def test_a_checkpoint_of_a_base_model_loads_under_a_new_head_that_stays_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    base = qsurgeon.apply("w4a4-mxfp4", hf.BertModel(config))
+    base.save_pretrained(tmp_path)
+    model = hf.BertForSequenceClassification.from_pretrained(tmp_path)
+    assert sorted(quant_linears(model)) == sorted(f"bert.{name}" for name in quant_linears(base))
+    assert type(model.classifier) is torch.nn.Linear
+
+
+def test_a_sharded_checkpoint_reloads_equal(tmp_path: Path) -> None:
+    model = qsurgeon.apply("w4a4-nvfp4", small_model())
+    model.save_pretrained(tmp_path, max_shard_size="50kB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert torch.equal(qsurgeon.load(tmp_path)(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_an_adapter_trained_on_a_wrapped_model_reloads_on_it(folder: Path, tmp_path: Path) -> None:
+    model = peft.get_peft_model(qsurgeon.load(folder), peft.LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(qsurgeon.load(folder), tmp_path)
+    assert len(quant_linears(again)) == 14
+    assert torch.equal(again.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+def test_a_model_with_tied_embeddings_stays_tied(tmp_path: Path) -> None:
+    model = qsurgeon.apply("w4a4-mxfp4", small_model(tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    again = qsurgeon.load(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_missing_weight_of_a_wrapped_module_is_an_error_and_never_random(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        qsurgeon.load(copy)
+    assert str(caught.value) == "the checkpoint has no tensor model.layers.1.mlp.up_proj.weight"
+
+
+def test_a_record_that_names_a_module_the_model_lacks_is_an_error(copy: Path) -> None:
+    def rename(config: dict[str, Any]) -> None:
+        config["quantization_config"]["rules"][0]["modules"][0] = "model.layers.9.mlp.up_proj"
+
+    edit_config(copy, rename)
+    with pytest.raises(CheckpointError) as caught:
+        qsurgeon.load(copy)
+    assert str(caught.value) == (
+        "Qwen2ForCausalLM has model.layers.0.self_attn.k_proj but no model.layers.9.mlp.up_proj, "
+        "which config.json wraps"
+    )
+
+
+def test_a_record_none_of_whose_modules_is_there_is_an_error(copy: Path) -> None:
+    def rename(config: dict[str, Any]) -> None:
+        config["quantization_config"]["rules"][0]["modules"] = ["a.b"]
+
+    edit_config(copy, rename)
+    with pytest.raises(NothingWrappedError) as caught:
+        qsurgeon.load(copy)
+    assert str(caught.value) == "Qwen2ForCausalLM has none of the 1 modules that config.json wraps, such as a.b"
+
+
+def test_an_unknown_key_in_the_record_is_an_error(copy: Path) -> None:
+    edit_config(copy, lambda config: config["quantization_config"].update(surprise=1))
+    with pytest.raises(CheckpointError) as caught:
+        qsurgeon.load(copy)
+    assert str(caught.value) == "config.json: quantization_config.surprise: Extra inputs are not permitted"
+
+
+def test_a_format_that_cannot_be_is_an_error(copy: Path) -> None:
+    edit_config(copy, lambda config: config["quantization_config"]["formats"]["mxfp4"].update(element="e2m9"))
+    with pytest.raises(CheckpointError) as caught:
+        qsurgeon.load(copy)
+    assert str(caught.value) == ("quantization_config: no element 'e2m9'; did you mean 'e2m3'?")
+
+
+def test_the_record_goes_through_the_config_unchanged(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert QSurgeonConfig(**data).to_dict() == data
+    assert hf.AutoConfig.from_pretrained(folder).quantization_config == data
+
+
+def test_a_live_model_has_a_tag_for_its_model_card() -> None:
+    assert qsurgeon.apply("w4a4-mxfp4", small_model()).model_tags == ["qsurgeon"]
+
+
+def test_without_qsurgeon_transformers_warns_and_computes_in_full_precision(folder: Path) -> None:
+    # The reason for qsurgeon.load: this is transformers' behaviour, and nothing in a master checkpoint can stop it.
+    code = f"""
+import transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "Linear\n"
+    assert "Unknown quantization type, got qsurgeon" in done.stderr
+
+
+def test_loading_is_quiet(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        qsurgeon.load(folder)
+    assert [record.getMessage() for record in caplog.records if "qsurgeon" in record.getMessage()] == []
