@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qsurgeon.checkpoint.card import with_section
-from qsurgeon.checkpoint.files import INDEX, Tensor, companions, read_headers, read_json, weight_files
+from qsurgeon.checkpoint.files import INDEX, SINGLE, Tensor, companions, read_headers, read_json, weight_files
 from qsurgeon.checkpoint.staging import staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.recipe import Recipe, load_recipe
@@ -24,6 +24,7 @@ from qsurgeon.surgery import QUANT_METHOD, Plan, build_plan, inventory, read_con
 from qsurgeon.version import __version__
 
 CHUNK = 16 * 2**20
+WAS_SINGLE = "model-tied.safetensors"
 UNTIED = "model-untied.safetensors"
 
 Advance = Callable[[int], None]  # called with the bytes done since the last call
@@ -116,7 +117,11 @@ def _untie(plan: Plan, tensors: dict[str, Tensor], config: dict[str, Any], folde
     if not copies:
         return
     save_file(copies, folder / UNTIED, metadata={"format": "pt"})
-    weight_map = {name: tensor.file.name for name, tensor in tensors.items()} | dict.fromkeys(copies, UNTIED)
+    if (folder / SINGLE).is_file():  # a loader that finds this name looks no further
+        (folder / SINGLE).rename(folder / WAS_SINGLE)
+    names = {SINGLE: WAS_SINGLE}
+    weight_map = {name: names.get(tensor.file.name, tensor.file.name) for name, tensor in tensors.items()}
+    weight_map |= dict.fromkeys(copies, UNTIED)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     config["tie_word_embeddings"] = False

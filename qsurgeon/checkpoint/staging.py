@@ -19,13 +19,13 @@ def staged(final: Path) -> Iterator[Path]:
         kind = "folder" if final.is_dir() else "file"
         raise CheckpointError(f"{final} exists; name another {kind} or remove it first")
     partial = final.with_name(f"{final.name}.partial")
+    if partial.exists():
+        raise CheckpointError(
+            f"{partial} exists: another run is writing it, or one was killed; remove it if none is running"
+        )
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-    except FileExistsError as error:
-        raise CheckpointError(
-            f"{partial} exists: another run is writing it, or one was killed; remove it if none is running"
-        ) from error
     except OSError as error:
         raise CheckpointError(f"{final} cannot be written: {error.strerror}") from error
     try:

@@ -1,0 +1,289 @@
+"""From a folder to a folder: what is written, and what is refused before anything is."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import qsurgeon
+from qsurgeon.checkpoint import read_headers, rewrite, weight_files
+from qsurgeon.errors import CheckpointError, PlanError
+from qsurgeon.recipe import Recipe
+
+TOKENS = torch.arange(1, 13).reshape(2, 6)
+
+
+def save_small(path: Path, **fields: Any) -> Path:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shards = fields.pop("max_shard_size", "1GB")
+    hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes, **heads, **fields)).save_pretrained(path, max_shard_size=shards)
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small(tmp_path_factory.mktemp("source") / "model", max_shard_size="50kB")
+
+
+@pytest.fixture
+def source(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "source"))
+
+
+@pytest.fixture
+def shards(sharded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sharded, tmp_path / "shards"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def fails(source: Path, destination: Path, recipe: Any = "w4a4-mxfp4", error: type[Exception] = CheckpointError) -> str:
+    """Return the error's text, having seen that the source is as it was and no output is left."""
+    before = contents(source) if source.is_dir() else {}
+    existed = destination.exists()
+    with pytest.raises(error) as caught:
+        rewrite(recipe, source, destination)
+    assert (contents(source) if source.is_dir() else {}) == before
+    assert destination.exists() == existed
+    assert not destination.with_name(destination.name + ".partial").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("fixture", ["whole", "sharded"])
+def test_the_output_computes_what_the_recipe_on_the_live_model_computes(
+    fixture: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    source = request.getfixturevalue(fixture)
+    plan = rewrite("w4a4-nvfp4", source, tmp_path / "out")
+    live = qsurgeon.apply("w4a4-nvfp4", hf.AutoModelForCausalLM.from_pretrained(source))
+    assert plan.summary == "14 of 15 Linear modules are wrapped"
+    assert torch.equal(qsurgeon.load(tmp_path / "out")(TOKENS).logits, live(TOKENS).logits)
+
+
+def test_the_weights_are_copied_and_not_linked(source: Path, tmp_path: Path) -> None:
+    rewrite("w4a4-mxfp4", source, tmp_path / "out")
+    written = tmp_path / "out" / "model.safetensors"
+    assert written.read_bytes() == (source / "model.safetensors").read_bytes()
+    assert not written.samefile(source / "model.safetensors")
+
+
+def test_saving_into_the_output_leaves_the_source(source: Path, tmp_path: Path) -> None:
+    before = contents(source)
+    rewrite("w4a4-mxfp4", source, tmp_path / "out")
+    model = qsurgeon.load(tmp_path / "out")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(tmp_path / "out")
+    assert contents(source) == before
+
+
+def test_the_config_is_the_sources_and_the_record(source: Path, tmp_path: Path) -> None:
+    rewrite("w4a4-mxfp4", source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    record = config.pop("quantization_config")
+    assert config == json.loads((source / "config.json").read_text())
+    assert record["rules"][0]["excluded"] == {"lm_head?": ["lm_head"]}
+    assert len(record["rules"][0]["modules"]) == 14
+
+
+def test_recipe_plan_and_versions_lie_beside_the_weights(source: Path, tmp_path: Path) -> None:
+    rewrite("w4a4-mxfp4", source, tmp_path / "out")
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == qsurgeon.load_recipe("w4a4-mxfp4").text
+    plan = json.loads((tmp_path / "out" / "qsurgeon-plan.json").read_text())
+    assert plan["source"] == "source"
+    assert sorted(plan["versions"]) == ["qsurgeon", "torch", "transformers"]
+    assert {"module": "lm_head", "why": "excluded by 'lm_head?' of rule 'linears'"} in plan["modules"]
+
+
+def test_a_model_card_keeps_what_was_on_it(source: Path, tmp_path: Path) -> None:
+    (source / "README.md").write_text("# My model\n\nIt does sums.\n")
+    rewrite("w4a4-mxfp4", source, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("# My model\n\nIt does sums.\n\n<!-- qsurgeon -->\n## Number formats\n")
+    assert "| linears | 14 | mxfp4 | mxfp4 | ste |" in card
+
+
+def test_pickles_and_other_engines_weights_stay_behind(source: Path, tmp_path: Path) -> None:
+    (source / "onnx").mkdir()
+    (source / "onnx" / "model.onnx").write_bytes(b"x")
+    (source / "pytorch_model.bin").write_bytes(b"x")
+    (source / ".cache").mkdir()
+    (source / ".cache" / "x.json").write_text("{}")
+    (source / "tokenizer.json").write_text("{}")
+    rewrite("w4a4-mxfp4", source, tmp_path / "out")
+    assert sorted(contents(tmp_path / "out")) == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "qsurgeon-plan.json",
+        "recipe.yaml",
+        "tokenizer.json",
+    ]
+
+
+def test_progress_hears_of_every_byte_of_the_weights(sharded: Path, tmp_path: Path) -> None:
+    heard: list[int] = []
+    rewrite("w4a4-mxfp4", sharded, tmp_path / "out", heard.append)
+    assert sum(heard) == sum(file.stat().st_size for file in weight_files(sharded))
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "50kB"], ids=["whole", "sharded"])
+def test_untie_writes_the_tied_weight_a_second_time(shard_size: str, tmp_path: Path) -> None:
+    source = save_small(tmp_path / "tied", tie_word_embeddings=True, max_shard_size=shard_size)
+    recipe = Recipe.model_validate(
+        {"version": 1, "untie": True, "rules": [{"target": ["lm_head"], "weight": "mxfp4", "input": "mxfp4"}]}
+    )
+    rewrite(recipe, source, tmp_path / "out")
+    model = qsurgeon.load(tmp_path / "out")
+    live = qsurgeon.apply(recipe, hf.AutoModelForCausalLM.from_pretrained(source))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert torch.equal(model(TOKENS).logits, live(TOKENS).logits)
+
+
+def test_a_source_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    assert fails(tmp_path / "nowhere", tmp_path / "out") == f"{tmp_path}/nowhere: no such folder"
+
+
+def test_an_output_inside_the_source_is_refused(source: Path) -> None:
+    assert fails(source, source / "out") == f"{source}/out lies inside the source {source}; write somewhere else"
+
+
+def test_an_output_that_exists_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "file").write_text("mine")
+    assert fails(source, tmp_path / "out") == f"{tmp_path}/out exists; name another folder or remove it first"
+    assert fails(source, tmp_path / "file") == f"{tmp_path}/file exists; name another file or remove it first"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_that_another_run_is_writing_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        rewrite("w4a4-mxfp4", source, tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path}/out.partial exists: another run is writing it, or one was killed; remove it if none is running"
+    )
+    assert (tmp_path / "out.partial").is_dir()
+
+
+def test_an_output_below_a_file_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert fails(source, tmp_path / "file" / "out") == f"{tmp_path}/file/out cannot be written: File exists"
+
+
+def test_a_second_rewrite_is_refused(source: Path, tmp_path: Path) -> None:
+    rewrite("w4a4-mxfp4", source, tmp_path / "out")
+    assert fails(tmp_path / "out", tmp_path / "again") == (
+        f"{tmp_path}/out was rewritten by qsurgeon already; apply the recipe to the model it came from"
+    )
+
+
+def test_a_checkpoint_that_something_else_quantized_is_refused(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert fails(source, tmp_path / "out") == (
+        f"{source} is quantized already, by gptq; expected a checkpoint in full precision"
+    )
+
+
+def test_a_recipe_that_does_not_fit_writes_nothing(source: Path, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"version": 1, "rules": [{"target": ["layrs"], "weight": "mxfp4"}]})
+    assert fails(source, tmp_path / "out", recipe, PlanError) == (
+        "rules[0].target[0]: 'layrs' names no module; did you mean 'layers'?"
+    )
+
+
+def test_a_tensor_of_another_shape_than_the_config_says_is_refused(source: Path, tmp_path: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(96, 32)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert fails(source, tmp_path / "out") == (
+        f"{source}/model.safetensors: model.layers.0.mlp.up_proj.weight has shape [96, 32], config.json says [96, 64]"
+    )
+
+
+def test_a_file_that_is_cut_short_is_refused(source: Path, tmp_path: Path) -> None:
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert fails(source, tmp_path / "out").startswith(f"{file}: is not a whole safetensors file: ")
+
+
+def test_a_missing_shard_is_named_with_the_nearest_there_is(shards: Path, tmp_path: Path) -> None:
+    first, *_ = weight_files(shards)
+    first.rename(first.with_suffix(".safetensors.bak"))
+    message = fails(shards, tmp_path / "out")
+    assert message.startswith(f"{shards}: the index names {first.name}, which is missing; did you mean 'model-")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_an_index_that_names_a_file_elsewhere_is_refused(shards: Path, tmp_path: Path, name: str) -> None:
+    index = shards / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"] = dict.fromkeys(data["weight_map"], name)
+    index.write_text(json.dumps(data))
+    assert fails(shards, tmp_path / "out") == f"{index}: names '{name}', which is not a file of its folder"
+
+
+def test_an_index_without_a_map_is_refused(shards: Path, tmp_path: Path) -> None:
+    index = shards / "model.safetensors.index.json"
+    index.write_text("{}")
+    assert fails(shards, tmp_path / "out") == f"{index}: has no weight_map"
+
+
+def test_a_checkpoint_of_pickles_is_refused_and_the_reason_given(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(b"x")
+    assert fails(source, tmp_path / "out") == (
+        f"{source}: has no safetensors, only pytorch_model.bin; a pickle runs code when it is opened, so it is not "
+        "read. Convert it with transformers: from_pretrained(…), then save_pretrained(…)"
+    )
+
+
+def test_a_folder_without_weights_is_refused(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").unlink()
+    assert fails(source, tmp_path / "out") == (
+        f"{source}: has neither model.safetensors nor model.safetensors.index.json"
+    )
+
+
+def test_a_config_that_is_not_json_is_refused(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text("{")
+    assert fails(source, tmp_path / "out") == (
+        f"{source}/config.json: is not JSON: Expecting property name enclosed in double quotes: "
+        "line 1 column 2 (char 1)"
+    )
+    (source / "config.json").write_text("[]")
+    assert fails(source, tmp_path / "out") == f"{source}/config.json: expected a JSON object, got list"
+    (source / "config.json").unlink()
+    assert fails(source, tmp_path / "out") == f"{source}/config.json: cannot be read: No such file or directory"
+
+
+def test_an_error_while_writing_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        rewrite("w4a4-mxfp4", source, tmp_path / "out", full)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_headers_tell_names_files_shapes_and_dtypes(sharded: Path) -> None:
+    headers = read_headers(sharded)
+    one = headers["model.layers.0.mlp.up_proj.weight"]
+    assert (one.shape, one.dtype, one.file.parent) == ((96, 64), "F32", sharded)
+    assert len(headers) == len(hf.AutoModelForCausalLM.from_pretrained(sharded).state_dict())
