@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,24 @@ from qsurgeon.layers import quant_linears
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 
 
-def small_model(**fields: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes, **heads, **fields)).eval()
+Maker = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_model(make_qwen2: Maker) -> Maker:
+    """Return a maker of Qwen2 models of two layers, whose output head is its own unless told otherwise."""
+    return lambda **fields: make_qwen2(**{"num_hidden_layers": 2, "tie_word_embeddings": False, **fields})
+
+
+@pytest.fixture(scope="session")
+def folder(small_model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("hf") / "w4a4"
     qsurgeon.apply("w4a4-mxfp4", small_model()).save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="session")
-def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain_folder(small_model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("hf") / "plain"
     small_model().save_pretrained(path)
     return path
@@ -85,7 +88,7 @@ def test_saving_again_keeps_the_record_and_an_explicit_state_dict(folder: Path, 
     assert torch.equal(load_file(tmp_path / "model.safetensors")["model.norm.weight"], state["model.norm.weight"])
 
 
-def test_the_tensors_in_a_master_checkpoint_are_those_of_the_plain_model(folder: Path) -> None:
+def test_the_tensors_in_a_master_checkpoint_are_those_of_the_plain_model(small_model: Maker, folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     plain = small_model().state_dict()
     assert sorted(stored) == sorted(plain)
@@ -111,7 +114,7 @@ def test_a_checkpoint_of_a_base_model_loads_under_a_new_head_that_stays_as_it_is
     assert type(model.classifier) is torch.nn.Linear
 
 
-def test_a_sharded_checkpoint_reloads_equal(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_reloads_equal(small_model: Maker, tmp_path: Path) -> None:
     model = qsurgeon.apply("w4a4-nvfp4", small_model())
     model.save_pretrained(tmp_path, max_shard_size="50kB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
@@ -129,7 +132,7 @@ def test_an_adapter_trained_on_a_wrapped_model_reloads_on_it(folder: Path, tmp_p
     assert torch.equal(again.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
 
 
-def test_a_model_with_tied_embeddings_stays_tied(tmp_path: Path) -> None:
+def test_a_model_with_tied_embeddings_stays_tied(small_model: Maker, tmp_path: Path) -> None:
     model = qsurgeon.apply("w4a4-mxfp4", small_model(tie_word_embeddings=True))
     model.save_pretrained(tmp_path)
     again = qsurgeon.load(tmp_path)
@@ -189,7 +192,7 @@ def test_the_record_goes_through_the_config_unchanged(folder: Path) -> None:
     assert hf.AutoConfig.from_pretrained(folder).quantization_config == data
 
 
-def test_a_live_model_has_a_tag_for_its_model_card() -> None:
+def test_a_live_model_has_a_tag_for_its_model_card(small_model: Maker) -> None:
     assert qsurgeon.apply("w4a4-mxfp4", small_model()).model_tags == ["qsurgeon"]
 
 

@@ -149,22 +149,20 @@ REGISTERED = "print('qsurgeon' in transformers.quantizers.auto.AUTO_QUANTIZER_MA
 
 
 def test_transformers_knows_qsurgeon_if_it_comes_second() -> None:
-    assert fresh(f"import qsurgeon, transformers; transformers.AutoModelForCausalLM; {REGISTERED}") == "True"
+    assert fresh(f"import qsurgeon; import transformers.quantizers.auto; {REGISTERED}") == "True"
 
 
 def test_transformers_knows_qsurgeon_if_it_comes_first() -> None:
-    assert fresh(f"import transformers; transformers.quantizers.auto; import qsurgeon; {REGISTERED}") == "True"
+    assert fresh(f"import transformers.quantizers.auto; import qsurgeon; {REGISTERED}") == "True"
 
 
 def test_importing_twice_is_harmless() -> None:
     code = f"""
-import importlib, sys, transformers, qsurgeon
-transformers.AutoModelForCausalLM
-before = len(transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING), len(sys.meta_path)
-importlib.reload(qsurgeon)
-import qsurgeon
-after = len(transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING), len(sys.meta_path)
-assert before == after, (before, after)
+import importlib, sys, qsurgeon
+importlib.reload(qsurgeon)  # before transformers
+import transformers.quantizers.auto
+importlib.reload(qsurgeon)  # and after
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "qsurgeon"]
 {REGISTERED}
 """
     assert fresh(code) == "True"

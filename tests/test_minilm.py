@@ -2,8 +2,8 @@
 
 import argparse
 import importlib.util
-import itertools
 import inspect
+import itertools
 import json
 import re
 import statistics

@@ -5,14 +5,13 @@ Left out: B14 and later, which are about schedules, engines and noise.
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,22 +21,15 @@ from qsurgeon.formats import get_format
 from qsurgeon.layers import Quantization, QuantLinear, quant_linears
 from qsurgeon.recipe import Recipe
 
+Maker = Callable[..., Any]
 MXFP4 = get_format("mxfp4")
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 
 
-def small_model(layers: int = 4) -> Any:
-    torch.manual_seed(0)
-    config = hf.Qwen2Config(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        architectures=["Qwen2ForCausalLM"],
-    )
-    return hf.Qwen2ForCausalLM(config)
+@pytest.fixture
+def small_model(make_qwen2: Maker) -> Maker:
+    """Return a maker of Qwen2 models of some layers, whose output head is its own."""
+    return lambda layers=4: make_qwen2(num_hidden_layers=layers, tie_word_embeddings=False)
 
 
 def with_lora(model: Any) -> Any:
@@ -81,7 +73,7 @@ def unchanged(linear: nn.Linear) -> Iterator[nn.Linear]:
     assert torch.equal(linear.weight, weight)
 
 
-def test_b1_every_adapter_every_norm_and_the_input_get_a_gradient() -> None:
+def test_b1_every_adapter_every_norm_and_the_input_get_a_gradient(small_model: Maker) -> None:
     model = with_lora(qsurgeon.apply(recipe(input="mxfp4"), small_model()))
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -95,7 +87,9 @@ def test_b1_every_adapter_every_norm_and_the_input_get_a_gradient() -> None:
     assert embedded.grad.any()
 
 
-def test_b1_without_the_straight_through_gradient_twenty_adapters_of_four_layers_learn_nothing() -> None:
+def test_b1_without_the_straight_through_gradient_twenty_adapters_of_four_layers_learn_nothing(
+    small_model: Maker,
+) -> None:
     model = qsurgeon.apply(recipe(input="mxfp4", gradient="none"), small_model(4))
     lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
     # The seed quantized what enters the whole wrapper, adapters included.
@@ -190,7 +184,7 @@ def test_b6_the_inputs_of_the_product_are_rounded_and_its_output_and_bias_are_no
 
 
 @pytest.mark.parametrize("adapters_first", [True, False], ids=["lora-first", "recipe-first"])
-def test_b7_each_linear_is_wrapped_once_with_adapters_before_or_after(adapters_first: bool) -> None:
+def test_b7_each_linear_is_wrapped_once_with_adapters_before_or_after(small_model: Maker, adapters_first: bool) -> None:
     model = small_model(4)
     if adapters_first:
         model = with_lora(model)
@@ -205,7 +199,7 @@ def test_b7_each_linear_is_wrapped_once_with_adapters_before_or_after(adapters_f
     ] == []
 
 
-def test_b7_a_second_recipe_is_an_error() -> None:
+def test_b7_a_second_recipe_is_an_error(small_model: Maker) -> None:
     model = qsurgeon.apply("w4a4-mxfp4", small_model(2))
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.apply("w4a4-nvfp4", model)
@@ -215,7 +209,7 @@ def test_b7_a_second_recipe_is_an_error() -> None:
     )
 
 
-def test_b8_adapters_are_never_wrapped_and_the_report_says_why() -> None:
+def test_b8_adapters_are_never_wrapped_and_the_report_says_why(small_model: Maker) -> None:
     model = with_lora(small_model(2))
     qsurgeon.apply(Recipe.model_validate({"version": 1, "rules": [{"target": ["**"], "weight": "mxfp4"}]}), model)
     assert [name for name in quant_linears(model) if "lora" in name] == []
@@ -235,7 +229,7 @@ def test_b8_an_exclude_list_under_a_misspelt_key_is_an_error(tmp_path: Path) -> 
     )
 
 
-def test_b9_an_adapter_sees_the_input_as_it_is() -> None:
+def test_b9_an_adapter_sees_the_input_as_it_is(small_model: Maker) -> None:
     model = with_lora(qsurgeon.apply(recipe(input="mxfp4"), small_model(1)))
     seen: list[Tensor] = []
     layer = model.base_model.model.model.layers[0].mlp.up_proj
@@ -246,17 +240,15 @@ def test_b9_an_adapter_sees_the_input_as_it_is() -> None:
     assert not torch.equal(seen[1], MXFP4.fake_quantize(seen[1].detach()))
 
 
-def test_b10_the_shipped_recipes_leave_the_output_head_and_the_embedding() -> None:
+def test_b10_the_shipped_recipes_leave_the_output_head_and_the_embedding(small_model: Maker) -> None:
     model = qsurgeon.apply("w4a4-mxfp4", small_model(2))
     rows = {row.module: row.why for row in qsurgeon.inspect(model).rows}
     assert rows["lm_head"] == "excluded by 'lm_head?' of rule 'linears'"
     assert rows["model.embed_tokens"] == "not a Linear"
 
 
-def test_b10_a_rule_that_reaches_a_tied_weight_is_an_error() -> None:
-    model = small_model(2)
-    model.config.tie_word_embeddings = True
-    model = hf.Qwen2ForCausalLM(model.config)
+def test_b10_a_rule_that_reaches_a_tied_weight_is_an_error(make_qwen2: Maker) -> None:
+    model = make_qwen2(tie_word_embeddings=True)
     with pytest.raises(PlanError) as caught:
         qsurgeon.plan(
             Recipe.model_validate({"version": 1, "rules": [{"target": ["lm_head"], "weight": "mxfp4"}]}), model
@@ -267,14 +259,16 @@ def test_b10_a_rule_that_reaches_a_tied_weight_is_an_error() -> None:
     )
 
 
-def test_b11_excluding_layer_1_leaves_layers_10_to_19_in() -> None:
+def test_b11_excluding_layer_1_leaves_layers_10_to_19_in(small_model: Maker) -> None:
     model = small_model(12)
     qsurgeon.apply(recipe(exclude=["layers.1"]), model)
     wrapped = {int(name.split(".")[2]) for name in quant_linears(model)}
     assert wrapped == {0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}
 
 
-def test_b12_a_saved_model_carries_its_recipe_and_says_what_it_was_evaluated_with(tmp_path: Path) -> None:
+def test_b12_a_saved_model_carries_its_recipe_and_says_what_it_was_evaluated_with(
+    small_model: Maker, tmp_path: Path
+) -> None:
     model = qsurgeon.apply("w4a4-nvfp4", small_model(2))
     model.save_pretrained(tmp_path)
     again = qsurgeon.load(tmp_path)
@@ -282,7 +276,7 @@ def test_b12_a_saved_model_carries_its_recipe_and_says_what_it_was_evaluated_wit
     assert torch.equal(loss_of(again), loss_of(model.eval()))
 
 
-def test_b12_a_model_that_would_be_evaluated_in_full_precision_is_refused(tmp_path: Path) -> None:
+def test_b12_a_model_that_would_be_evaluated_in_full_precision_is_refused(small_model: Maker, tmp_path: Path) -> None:
     small_model(1).save_pretrained(tmp_path)
     with pytest.raises(NothingWrappedError) as caught:
         qsurgeon.load(tmp_path)
@@ -292,7 +286,9 @@ def test_b12_a_model_that_would_be_evaluated_in_full_precision_is_refused(tmp_pa
     )
 
 
-def test_b13_the_weights_that_were_saved_are_those_that_compute_and_the_wrapping_shows(tmp_path: Path) -> None:
+def test_b13_the_weights_that_were_saved_are_those_that_compute_and_the_wrapping_shows(
+    small_model: Maker, tmp_path: Path
+) -> None:
     plain = small_model(2).eval()
     model = qsurgeon.apply("w4a4-mxfp4", copy.deepcopy(plain))
     model.save_pretrained(tmp_path)

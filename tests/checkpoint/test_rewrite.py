@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,28 @@ from qsurgeon.recipe import Recipe
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 
 
-def save_small(path: Path, **fields: Any) -> Path:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    shards = fields.pop("max_shard_size", "1GB")
-    hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes, **heads, **fields)).save_pretrained(path, max_shard_size=shards)
-    return path
+Maker = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_small(make_qwen2: Maker) -> Callable[..., Path]:
+    """Return a function that saves a Qwen2 model of two layers into a folder and returns it."""
+
+    def save(path: Path, shard_size: str = "1GB", *, tied: bool = False) -> Path:
+        make_qwen2(num_hidden_layers=2, tie_word_embeddings=tied).save_pretrained(path, max_shard_size=shard_size)
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def whole(save_small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small(tmp_path_factory.mktemp("source") / "model")
 
 
 @pytest.fixture(scope="session")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small(tmp_path_factory.mktemp("source") / "model", max_shard_size="50kB")
+def sharded(save_small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small(tmp_path_factory.mktemp("source") / "model", "50kB")
 
 
 @pytest.fixture
@@ -142,8 +148,10 @@ def test_progress_hears_of_every_byte_of_the_weights(sharded: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "50kB"], ids=["whole", "sharded"])
-def test_untie_writes_the_tied_weight_a_second_time(shard_size: str, tmp_path: Path) -> None:
-    source = save_small(tmp_path / "tied", tie_word_embeddings=True, max_shard_size=shard_size)
+def test_untie_writes_the_tied_weight_a_second_time(
+    save_small: Callable[..., Path], shard_size: str, tmp_path: Path
+) -> None:
+    source = save_small(tmp_path / "tied", shard_size, tied=True)
     recipe = Recipe.model_validate(
         {"version": 1, "untie": True, "rules": [{"target": ["lm_head"], "weight": "mxfp4", "input": "mxfp4"}]}
     )
@@ -210,10 +218,10 @@ def test_a_recipe_that_does_not_fit_writes_nothing(source: Path, tmp_path: Path)
 
 def test_a_tensor_of_another_shape_than_the_config_says_is_refused(source: Path, tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(96, 32)
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(128, 32)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     assert fails(source, tmp_path / "out") == (
-        f"{source}/model.safetensors: model.layers.0.mlp.up_proj.weight has shape [96, 32], config.json says [96, 64]"
+        f"{source}/model.safetensors: model.layers.0.mlp.up_proj.weight has shape [128, 32], config.json says [128, 64]"
     )
 
 
@@ -285,5 +293,5 @@ def test_an_error_while_writing_leaves_nothing(source: Path, tmp_path: Path, mon
 def test_headers_tell_names_files_shapes_and_dtypes(sharded: Path) -> None:
     headers = read_headers(sharded)
     one = headers["model.layers.0.mlp.up_proj.weight"]
-    assert (one.shape, one.dtype, one.file.parent) == ((96, 64), "F32", sharded)
+    assert (one.shape, one.dtype, one.file.parent) == ((128, 64), "F32", sharded)
     assert len(headers) == len(hf.AutoModelForCausalLM.from_pretrained(sharded).state_dict())

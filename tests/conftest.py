@@ -1,0 +1,63 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # the models are tiny, and each worker of pytest -n has a core
+
+
+@pytest.fixture(scope="session")
+def qwen2_config() -> Callable[..., Any]:
+    """Return a maker of tiny Qwen2 configs; its keywords replace fields."""
+    from transformers import Qwen2Config
+
+    def make(**fields: Any) -> Qwen2Config:
+        tiny = {
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "architectures": ["Qwen2ForCausalLM"],
+        }
+        return Qwen2Config(**{**tiny, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_qwen2(qwen2_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a maker of tiny Qwen2 models, always with the same weights; its keywords replace config fields."""
+    from transformers import Qwen2ForCausalLM
+
+    def make(**fields: Any) -> Qwen2ForCausalLM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Qwen2ForCausalLM(qwen2_config(**fields)).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_qwen2(make_qwen2: Callable[..., Any]) -> Any:
+    """A live model: 3 layers, hidden 64, lm_head tied to embed_tokens; 22 Linear modules."""
+    return make_qwen2()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(make_qwen2: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a model as save_pretrained writes it. It is shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-qwen2"
+    make_qwen2().save_pretrained(folder)
+    return folder

@@ -1,0 +1,47 @@
+"""examples/train_accelerate.py, as a user runs it: in one process, and in two."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import qsurgeon
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples" / "train_accelerate.py"
+
+
+def train(processes: int, output: Path, steps: int, *options: str) -> tuple[str, list[float]]:
+    """Run the example; return what it says it trains with, and the losses it prints (each tenth, and the last)."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    command = [*launch, str(SCRIPT), "--output", str(output), "--steps", str(steps), "--batch-size", "8", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *rest = done.stdout.splitlines()
+    return first, [float(found[1]) for line in rest if (found := re.search(r"loss ([\d.]+)", line))]
+
+
+@pytest.mark.parametrize("processes", [1, 2], ids=["one-process", "two-processes"])
+def test_the_loss_falls_and_a_resumed_run_is_bit_identical_to_one_that_went_on(processes: int, tmp_path: Path) -> None:
+    said, losses = train(processes, tmp_path / "straight", 41)
+    assert said == "training with: 42 of 43 Linear modules are wrapped: 42 with weight mxfp4, input mxfp4"
+    assert losses[-1] < 0.8 * losses[0]
+
+    train(processes, tmp_path / "resumed", 40)
+    _, further = train(processes, tmp_path / "resumed", 41, "--resume")
+    assert further == losses[-1:]
+    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed"))
+    assert sorted(straight) == sorted(resumed)
+    assert [name for name in straight if not straight[name].equal(resumed[name])] == []
+    assert qsurgeon.inspect(qsurgeon.load(tmp_path / "straight")).wrapped == 42
+
+
+def test_the_example_fits_in_a_hundred_lines() -> None:
+    assert len(SCRIPT.read_text().splitlines()) < 100
