@@ -75,6 +75,10 @@ class Format:
     tensor_scale: TensorScale = "none"
 
     def __post_init__(self) -> None:
+        if self.tensor_scale not in FIELDS["tensor_scale"]:
+            raise FormatError(
+                f"no tensor scale '{self.tensor_scale}'; {nearest(self.tensor_scale, FIELDS['tensor_scale'])}"
+            )
         if self.block < 1:
             raise FormatError(f"block is {self.block}; at least 1 value must share a scale")
         rules = sorted(set(_SCALE_RULES) - {"nearest"}) if isinstance(self.scale, PowerOfTwo) else ["nearest"]
@@ -88,6 +92,8 @@ class Format:
                 f"tensor_scale '{self.tensor_scale}' with scale {self.scale.name}: powers of two "
                 "span FP32's range already; leave it at 'none'"
             )
+        # Computed now: torch.compile cannot trace the lock that a cached property takes the first time.
+        _ = (self.as_weight, self.as_input, self._largest_scale, self.element.values, self.scale.values)
 
     @property
     def bits(self) -> float:

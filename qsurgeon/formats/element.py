@@ -102,7 +102,7 @@ class Element:
         return torch.add(clamped, magic).sub_(magic).copysign_(clamped)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the code (uint8) of each of ``x``, which must be finite values of this element, or NaN."""
+        """Return the code (uint8) of each of ``x``, which must be values of this element."""
         bits = x.view(torch.int32)
         magnitude = bits.bitwise_and(0x7FFFFFFF)
         drop = FP32_MANTISSA - self.mantissa
@@ -110,6 +110,7 @@ class Element:
         # Where there is no hidden one the code counts steps.
         subnormal = (x.abs() / self.smallest).to(torch.int32)
         code = torch.where(x.abs() < self.min_normal, subnormal, normal)
+        code = code.clamp_max_(min(len(self.magnitudes), (1 << (self.bits - 1)) - 1))  # infinity follows the largest
         code = torch.where(x.isnan(), self.nan, code)
         sign = (bits >> 31).bitwise_and(1 << (self.bits - 1))
         return code.bitwise_or(sign).to(torch.uint8)

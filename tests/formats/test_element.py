@@ -115,8 +115,8 @@ def test_the_limits_are_those_of_the_definition(element: Element, expected: tupl
     assert limits == expected
 
 
-def test_the_bias_of_e8m0_is_127_and_its_nan_is_255() -> None:
-    assert (E8M0.bits, E8M0.bias, E8M0.nan) == (8, 127, 255)
+def test_a_code_of_e8m0_is_eight_bits_and_its_last_is_nan() -> None:
+    assert (E8M0.bits, E8M0.nan, E8M0.smallest) == (8, 255, 2.0**-127)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,13 @@ def test_encode_gives_back_the_code_of_every_finite_value(element: Element) -> N
     encoded = element.encode(element.decode(finite))
     assert encoded.dtype == torch.uint8
     assert encoded.tolist() == finite.tolist()
+
+
+def test_encode_gives_back_every_code_of_e8m0() -> None:
+    codes = all_codes(E8M0)
+    encoded = E8M0.encode(E8M0.decode(codes))
+    assert encoded.dtype == torch.uint8
+    assert encoded.tolist() == codes.tolist()
 
 
 def test_encode_gives_back_the_codes_of_infinity() -> None:

@@ -147,11 +147,12 @@ def test_a_copy_computes_the_same_and_shares_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # dynamo's own
 def test_the_layer_compiles_without_a_break_and_gives_the_same() -> None:
-    linear = wrapped(make(), Quantization(MXFP4, NVFP4))
+    mine = NVFP4.with_fields("mine", block=32)  # fresh: nothing about it was computed before
+    linear = wrapped(make(), Quantization(MXFP4, mine))
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     x, y = rand(3, 64).requires_grad_(), rand(3, 64).requires_grad_()
-    expected = linear(x)
     result = compiled(y)
+    expected = linear(x)
     expected.sum().backward()
     result.sum().backward()
     assert torch.equal(result, expected)
