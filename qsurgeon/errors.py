@@ -8,6 +8,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── PlanError             recipe and model do not fit
 ├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
+├── UsageError            a command that lacks what neither its options nor its recipe say
 └── NothingWrappedError   a model that should compute in another format and does not
 """
 
@@ -74,6 +75,10 @@ class SurgeryError(QSurgeonError):
 
 class CheckpointError(QSurgeonError):
     """A checkpoint's files are missing, of the wrong kind, or in the way."""
+
+
+class UsageError(QSurgeonError):
+    """A command that lacks something that neither its options nor its recipe say."""
 
 
 class NothingWrappedError(QSurgeonError):

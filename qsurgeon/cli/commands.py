@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qsurgeon.errors import QSurgeonError
+from qsurgeon.errors import UsageError
 from qsurgeon.version import __version__
 
 if TYPE_CHECKING:
@@ -29,10 +29,6 @@ ModelOption = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 All = Annotated[bool, typer.Option("--all", help="One line a module, also where they differ only in a number.")]
-
-
-class UsageError(QSurgeonError):
-    """A command that lacks something neither its options nor its recipe say."""
 
 
 def _version(wanted: bool) -> None:
