@@ -2,11 +2,14 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
+
 from qsurgeon.layers import AS_IT_IS
-from qsurgeon.report.tables import report_text
+from qsurgeon.report.tables import rendered, shared_name, without_numbers
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,44 @@ class Report:
 
     def __str__(self) -> str:
         return report_text(self, fold=True)
+
+
+def report_text(report: Report, *, fold: bool = True, width: int | None = None) -> str:
+    """Return the report as a table and its totals; ``fold`` makes one line of modules that differ in a number."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("module", overflow="fold", no_wrap=True)
+    table.add_column("n", justify="right")
+    for name in ("kind", "shape", "weight", "input", "gradient"):
+        table.add_column(name)
+    table.add_column("bits", justify="right")
+    table.add_column("MB", justify="right")
+    table.add_column("why", overflow="fold")
+    for name, rows in _folded(report.rows) if fold else [(row.module, [row]) for row in report.rows]:
+        row = rows[0]
+        shape = "×".join(map(str, row.shape))
+        bits = f"{row.bits:g}" if row.bits is not None else ""
+        size = f"{sum(one.bytes for one in rows) / 1e6:.1f}"
+        table.add_row(name, str(len(rows)), row.kind, shape, row.weight, row.input, row.gradient, bits, size, row.why)
+    return f"{rendered(table, width)}\n\n{totals_text(report)}"
+
+
+def totals_text(report: Report) -> str:
+    """Return the totals of a report: what is wrapped, the share of parameters per format, what nobody named."""
+    shares = ", ".join(
+        f"{'full precision' if name == '-' else name} {share:.1%}" for name, share in report.coverage.items()
+    )
+    lines = [report.summary, f"parameters: {shares}; {report.bits_per_weight:.2f} bits per weight"]
+    total = sum(row.parameters for row in report.rows) or 1
+    for name, rows in _folded(report.unnamed):
+        share = sum(row.parameters for row in rows) / total
+        lines.append(f"large, and no rule names it: {name} ({rows[0].kind}, {share:.1%} of the parameters)")
+    return "\n".join(lines)
+
+
+def _folded(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Return (name, rows) of the modules that are alike but for the numbers in their names."""
+    groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        alike = (row.kind, row.shape, row.weight, row.input, row.gradient, row.why, row.bits)
+        groups[(without_numbers(row.module), *alike)].append(row)
+    return [(shared_name([row.module for row in group]), group) for group in groups.values()]
