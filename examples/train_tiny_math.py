@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 from tiny_math import Problem, accuracy, encode, make_problems, stream
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,10 +31,12 @@ from transformers import (
 )
 
 OUTPUT = Path(__file__).resolve().parent / "models" / "tiny-math"
-BATCH_SIZE = 96
-LEARNING_RATE = 2e-3
+BATCH_SIZE = 64
+MATRIX_RATE = 0.02  # Muon, for the matrices of the layers
+LEARNING_RATE = 3e-3  # AdamW, for the embeddings and the norms
 WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.98)
+MOMENTUM = 0.95
 WARMUP_STEPS = 50
 FLAT_SHARE = 0.3
 CONTEXT = 256
@@ -88,12 +92,52 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - flat_until) / (steps - flat_until)))
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal before they are applied (Jordan et al., 2024).
+
+    torch.optim.Muon computes in bf16, one matrix after the other: on a CPU that takes longer than the rest of the
+    step. Here all matrices of a shape go together, in FP32.
+    """
+
+    def __init__(self, matrices: list[torch.nn.Parameter], rate: float) -> None:
+        shapes = {one.shape for one in matrices}
+        groups = [{"params": [one for one in matrices if one.shape == shape]} for shape in sorted(shapes)]
+        super().__init__(groups, {"lr": rate})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            matrices = group["params"]
+            grads = torch.stack([one.grad for one in matrices])
+            momentum = group.setdefault("momentum", torch.zeros_like(grads)).lerp_(grads, 1 - MOMENTUM)
+            rows, columns = matrices[0].shape
+            update = orthogonal(grads.lerp(momentum, MOMENTUM)) * max(1, rows / columns) ** 0.5
+            for matrix, change in zip(matrices, update, strict=True):
+                matrix.mul_(1 - group["lr"] * WEIGHT_DECAY).sub_(change, alpha=group["lr"])
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Five Newton-Schulz steps towards the nearest orthogonal matrix of each (n, rows, columns)."""
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x if matrices.shape == x.shape else x.mT
+
+
+def optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest: half the steps that AdamW alone needs."""
+    matrices = [one for name, one in model.named_parameters() if one.ndim == 2 and ".layers." in name]
+    rest = [one for name, one in model.named_parameters() if one.ndim != 2 or ".layers." not in name]
+    adam = torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    return [Muon(matrices, MATRIX_RATE), adam]
+
+
 def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> float:
     """Train in place on fresh problems only, reporting on stderr; the last batch's loss."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    both = optimizers(model)
+    schedules = [LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps)) for optimizer in both]
     problems = stream("train", seed)
     started, loss = time.perf_counter(), torch.tensor(math.nan)
     model.train()
@@ -102,9 +146,9 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: in
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for stepped in (*both, *schedules):
+            stepped.step()
+        model.zero_grad()
         if step % 20 == 0 or step == steps:
             left = (time.perf_counter() - started) / step * (steps - step)
             print(f"step {step}/{steps}  loss {loss.item():.4f}  {left:.0f} s left", file=sys.stderr)
@@ -147,8 +191,9 @@ intermediate {config.intermediate_size}, {config.num_attention_heads} heads, \
 | Tokenizer | byte-level BPE, {config.vocab_size} embedding rows, one token per digit and per word of the task |
 | Training | {arguments.steps} steps of {BATCH_SIZE} fresh problems in fp32, loss on the completion only, \
 seed {arguments.seed} |
-| Optimizer | AdamW, learning rate {LEARNING_RATE}, betas {BETAS}, weight decay {WEIGHT_DECAY}, \
-gradient norm clipped at 1; {WARMUP_STEPS} steps of warm-up, flat to {FLAT_SHARE:.0%} of the steps, then cosine |
+| Optimizer | Muon for the layers' matrices, learning rate {MATRIX_RATE}; AdamW for the rest, learning rate \
+{LEARNING_RATE}, betas {BETAS}; weight decay {WEIGHT_DECAY}, gradient norm clipped at 1; \
+{WARMUP_STEPS} steps of warm-up, flat to {FLAT_SHARE:.0%} of the steps, then cosine |
 | Last training loss | {loss:.4f} |
 | Wall time | {wall:.0f} s of training on {arguments.threads} CPU threads, torch {torch.__version__} |
 
@@ -167,7 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the tiny-math demo model on the CPU.")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=640, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     return parser.parse_args()
