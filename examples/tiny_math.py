@@ -127,11 +127,10 @@ def accuracy(
 
     Every submodule's train or eval mode is put back afterwards.
     """
-    inner = _unwrap(model)
+    inner, right = _unwrap(model), 0
     device = next(inner.parameters()).device
     modes = [(module, module.training) for module in inner.modules()]
     inner.eval()
-    right = 0
     try:
         for start in range(0, len(problems), batch_size):
             batch = problems[start : start + batch_size]

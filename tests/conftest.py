@@ -1,17 +1,16 @@
 import os
+
+# The models are tiny and each worker of pytest -n has a core: two threads on one wait for each other. Set before torch
+# is imported, and inherited by what the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # the models are tiny, and each worker of pytest -n has a core
 
 
 @pytest.fixture(scope="session")

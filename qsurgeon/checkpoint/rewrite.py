@@ -45,6 +45,8 @@ def rewrite(
         recipe = load_recipe(recipe)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
+    if destination.resolve() == source.resolve():
+        raise CheckpointError(f"{destination} is the source itself; write somewhere else")
     if destination.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{destination} lies inside the source {source}; write somewhere else")
     config = read_json(source / "config.json")

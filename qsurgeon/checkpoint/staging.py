@@ -16,8 +16,7 @@ def staged(final: Path) -> Iterator[Path]:
     Raises: CheckpointError if ``final`` is there already, or if its parent is not a folder that can be written.
     """
     if final.exists() or final.is_symlink():
-        kind = "folder" if final.is_dir() else "file"
-        raise CheckpointError(f"{final} exists; name another {kind} or remove it first")
+        raise CheckpointError(f"{final} exists; name another folder, or remove it first")
     partial = final.with_name(f"{final.name}.partial")
     if partial.exists():
         raise CheckpointError(

@@ -49,19 +49,21 @@ def _options(
 @app.command()
 def plan(recipe: RecipeName, model: ModelOption = None, as_json: Json = False, every: All = False) -> None:
     """Show what a recipe would do to every module of a model; read no weight, change nothing."""
-    from qsurgeon.hf import plan as make_plan
     from qsurgeon.recipe import load_recipe
+
+    loaded = load_recipe(recipe)  # a typo should not wait for transformers
+    source = _model_of(loaded, model)
+
+    from qsurgeon.hf import plan as make_plan
     from qsurgeon.report import report_of
 
-    loaded = load_recipe(recipe)
-    source = _model_of(loaded, model)
     _print_report(report_of(make_plan(loaded, source), source), as_json, every)
 
 
 @app.command()
 def apply(
     recipe: RecipeName,
-    model: ModelOption = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Folder to read; wins over the recipe's.")] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder to write; wins over the recipe's.")
     ] = None,
@@ -125,10 +127,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None, as_json: Json = False
 ) -> None:
     """List the shipped recipes, or print one to start from."""
-    from rich.table import Table
-
     from qsurgeon.recipe import find_recipe, shipped_recipes
-    from qsurgeon.report import rendered
 
     if name is not None:
         typer.echo(find_recipe(name).read_text("utf-8"), nl=False)
@@ -137,6 +136,11 @@ def recipes(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
+
+    from rich.table import Table
+
+    from qsurgeon.report import rendered
+
     table = Table("recipe", "what it does", box=None, pad_edge=False)
     for one, text in rows.items():
         table.add_row(one, text)

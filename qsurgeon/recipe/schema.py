@@ -1,13 +1,16 @@
 """What a recipe may say: frozen values whose fields are the recipe's keys. Unknown keys are errors."""
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -20,6 +23,8 @@ from qsurgeon.errors import FormatError, nearest
 from qsurgeon.formats import CATALOG, Format, Gradient
 from qsurgeon.formats.block import FIELDS
 from qsurgeon.recipe.select import check_pattern
+
+_NAME = re.compile(r"[A-Za-z][\w.+-]*")
 
 Path = tuple[str | int, ...]  # of a value in a recipe: ("rules", 0, "target", 1)
 
@@ -79,10 +84,16 @@ class Rule(Section):
         return self
 
 
+def _check_version(value: Any) -> Any:
+    if type(value) is not int or value != 1:  # true and 1.0 equal 1
+        raise ValueError(f"'version' must be the whole number 1, got {json.dumps(value)}")
+    return value
+
+
 class Recipe(Section):
     """Rules in order of precedence: a module takes the first that names it."""
 
-    version: Literal[1] = Field(description="The version of this schema.")
+    version: Annotated[Literal[1], BeforeValidator(_check_version)] = Field(description="The version of this schema.")
     extends: str | None = Field(
         None, description="A recipe (shipped name, or path from this file) whose rules come after."
     )
@@ -147,6 +158,8 @@ def make_format(name: str, spec: FormatSpec, above: dict[str, Format]) -> Format
 
     Raises: FormatError for a name that is taken, an unknown base, fields that do not combine.
     """
+    if not _NAME.fullmatch(name):
+        raise FormatError(f"'{name}' cannot name a format: a name begins with a letter and has no spaces")
     if name in CATALOG:
         raise FormatError(f"'{name}' is a format of the catalogue; name yours otherwise")
     known = {**CATALOG, **above}

@@ -127,9 +127,10 @@ def _spelled_out(part: str, text: str) -> list[str]:
         return [part]
     inside, _, after = rest.partition("}")
     tails = _spelled_out(after, text)
-    return [
-        before + word + tail for item in inside.split(",") for word in _numbers(item.strip(), text) for tail in tails
-    ]
+    words = [word for item in inside.split(",") for word in _numbers(item.strip(), text)]
+    if len(words) * len(tails) > _MOST_NUMBERS:
+        raise ValueError(f"bad pattern '{text}': '{part}' stands for more than {_MOST_NUMBERS} words")
+    return [before + word + tail for word in words for tail in tails]
 
 
 def _numbers(item: str, text: str) -> list[str]:
@@ -207,8 +208,9 @@ class Namespace:
         if place == len(components):
             return []
         if components[place] == (ANY_DEPTH,):
-            tries = (self._run(parts, end, components, place + 1) for end in range(at, len(parts) + 1))
-            return next((steps for steps in tries if steps is not None), None)
+            tries = [self._run(parts, end, components, place + 1) for end in range(at, len(parts) + 1)]
+            found = [steps for steps in tries if steps is not None]
+            return [step for steps in found for step in steps] if found else None
         if at == len(parts):
             return None
         size = self._sizes.get(parts[:at], 0)

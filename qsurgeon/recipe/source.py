@@ -1,27 +1,16 @@
-"""YAML to Recipe: every mistake of a file in one run, with file, line, column and a caret.
-
-Only the data part of YAML is read: no tags, no merge keys, and no more nodes or levels than a recipe needs, so
-that aliases cannot expand without end.
-"""
+"""Files to recipes: every mistake of a file in one run, with file, line, column and a caret."""
 
 import difflib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from qsurgeon.errors import FormatError, Mistake, RecipeError, nearest
 from qsurgeon.formats import CATALOG, Format
 from qsurgeon.recipe.schema import FormatSpec, Path, Recipe, Rule, make_format
-
-MOST_BYTES = 1_000_000
-MOST_NODES = 100_000
-MOST_LEVELS = 20
-EXCERPT_WIDTH = 100
+from qsurgeon.recipe.text import Source, parse, read_source
 
 _PACKAGE = FilePath(__file__).parents[1]
 # In a wheel the recipes lie inside the package, in a checkout beside it.
@@ -35,47 +24,6 @@ _EXPECTED = {
     "dict_type": "a mapping (key: value)",
     "model_type": "a mapping (key: value)",
 }
-
-
-@dataclass
-class Source:
-    """A file's text, where each of its values and keys stands, and what is wrong with it."""
-
-    name: str
-    lines: list[str]
-    values: dict[Path, yaml.Node] = field(default_factory=dict)
-    keys: dict[Path, yaml.Node] = field(default_factory=dict)
-    mistakes: list[tuple[int, int, Mistake]] = field(default_factory=list)
-
-    def report(self, message: str, start: yaml.Mark | None, end: yaml.Mark | None = None) -> None:
-        """Note a mistake at ``start``; without a place it is about the file as a whole."""
-        line, column = (start.line, start.column) if start else (0, 0)
-        where, excerpt = self.locate(start, end)
-        self.mistakes.append((line, column, Mistake(where, message, excerpt)))
-
-    def report_at(self, path: Path, message: str, *, key: bool = False) -> None:
-        """Note a mistake of the value (or the key) at ``path``, or of the nearest section around it."""
-        nodes = self.keys if key else self.values
-        while path and path not in nodes:
-            path = path[:-1]
-        node = nodes.get(path) or self.values[()]
-        self.report(message, node.start_mark, node.end_mark)
-
-    def locate(self, start: yaml.Mark | None, end: yaml.Mark | None = None) -> tuple[str, str]:
-        """Return ``file:line:column``, and the line with carets under what stands there."""
-        if start is None:
-            return self.name, ""
-        line = self.lines[start.line] if start.line < len(self.lines) else ""
-        stop = end.column if end and end.line == start.line else len(line)
-        left = max(0, start.column - EXCERPT_WIDTH // 2)
-        shown = line[left : left + EXCERPT_WIDTH].replace("\t", " ")
-        carets = "^" * max(1, min(stop - start.column, left + len(shown) - start.column))
-        excerpt = f"    {shown}\n    {' ' * (start.column - left)}{carets}" if shown.strip() else ""
-        return f"{self.name}:{start.line + 1}:{start.column + 1}", excerpt
-
-    def error(self) -> RecipeError:
-        """Return all that was noted, in the order of the file."""
-        return RecipeError([mistake for _, _, mistake in sorted(self.mistakes, key=lambda one: one[:2])])
 
 
 def shipped_recipes() -> dict[str, FilePath]:
@@ -96,9 +44,9 @@ def find_recipe(name: str | FilePath, beside: FilePath | None = None) -> FilePat
         return shipped[str(name)]
     if path.is_dir():
         raise RecipeError([Mistake(str(path), "is a folder; expected a recipe file")])
-    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
-        near = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        hint = f"; {nearest(str(path), near)}" if near else ""
+    if path.suffix in {".yaml", ".yml"} or not path.parent.is_dir() or path.is_symlink():
+        there = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = f"; {nearest(path.name, there)}" if there else ""
         raise RecipeError([Mistake(str(path), f"no such file{hint}")])
     raise RecipeError([Mistake("", f"no recipe '{name}'; {nearest(str(name), shipped)}")])
 
@@ -113,13 +61,13 @@ def load_recipe(name: str | FilePath) -> Recipe:
 
 def _load(file: FilePath, chain: tuple[FilePath, ...]) -> Recipe:
     """Return the recipe in ``file``; ``chain`` are the files that extend it, in turn."""
-    source = _read(file)
-    raw = _parse(source)
+    source = read_source(file)
+    raw = parse(source)
     base = _base(raw, file, source, chain)
-    recipe = _validate(raw, source, base)
+    recipe, formats = _validate(raw, source, base)
     recipe._marks = {path: source.locate(node.start_mark, node.end_mark) for path, node in source.values.items()}
     recipe._text = "\n".join(source.lines) + "\n"
-    return recipe if base is None else _merged(recipe, base)
+    return recipe if base is None else _merged(recipe, base, formats)
 
 
 def _base(raw: dict[str, Any], file: FilePath, source: Source, chain: tuple[FilePath, ...]) -> Recipe | None:
@@ -143,11 +91,18 @@ def _base(raw: dict[str, Any], file: FilePath, source: Source, chain: tuple[File
         return None
 
 
-def _merged(recipe: Recipe, base: Recipe) -> Recipe:
-    """Return ``recipe`` with the rules of ``base`` after its own; what it does not set, ``base`` does."""
+def _merged(recipe: Recipe, base: Recipe, formats: dict[str, Format]) -> Recipe:
+    """Return ``recipe`` with the rules of ``base`` after its own; what it does not set, ``base`` does.
+
+    ``formats`` are those that the names of both mean. They are spelled out, because what one was made from may
+    have another meaning by now.
+    """
     fields = {name: getattr(base, name) for name in base.model_fields_set}
     fields |= {name: getattr(recipe, name) for name in recipe.model_fields_set}
-    fields["formats"] = {**base.formats, **recipe.formats}
+    like = next(iter(CATALOG))
+    fields["formats"] = {
+        name: FormatSpec.model_validate({"like": like, **one.to_dict()}) for name, one in formats.items()
+    }
     fields["rules"] = recipe.rules + base.rules
     fields["extends"] = None
     merged = Recipe.model_construct(**fields)
@@ -163,147 +118,46 @@ def _shifted(path: Path, by: int) -> Path:
     return path
 
 
-def _read(file: FilePath) -> Source:
-    try:
-        data = file.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise RecipeError([Mistake(str(file), f"cannot be read: {error.strerror}")]) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError([Mistake(str(file), f"is not UTF-8 text (byte {error.start})")]) from error
-    if len(data) > MOST_BYTES:
-        raise RecipeError([Mistake(str(file), f"has {len(data):,} bytes; a recipe has at most {MOST_BYTES:,}")])
-    return Source(str(file), text.splitlines())
-
-
-def _parse(source: Source) -> dict[str, Any]:
-    """Return the file as plain data, noting where everything stands. Raises: RecipeError if that cannot be."""
-    text = "\n".join(source.lines) + "\n"
-    root: yaml.Node | None = None
-    try:
-        _check_levels(text, source)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        source.report(f"not YAML: {_yaml_problem(error)}", error.problem_mark)
-    except yaml.YAMLError as error:
-        source.report(f"not YAML: {str(error).splitlines()[0]}", None)
-    if source.mistakes:
-        raise source.error()
-    if root is None:
-        source.report("is empty; a recipe starts with 'version: 1'", None)
-        raise source.error()
-    source.values[()] = root
-    if not isinstance(root, yaml.MappingNode):
-        source.report(f"expected a mapping (version: 1, rules: …), got {_kind(root)}", root.start_mark, root.end_mark)
-        raise source.error()
-    budget = iter(range(MOST_NODES))
-    data: dict[str, Any] = _plain(root, (), source, budget)
-    return data
-
-
-def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
-    problem = error.problem or "cannot be read"
-    if "'\\t'" in problem:
-        return "a tab; indent with spaces"
-    if problem.endswith(("got '?'", "got '{'")):
-        return f"inside [ ] a pattern with '{problem[-2]}' must stand in quotes"
-    return f"{problem} ({error.context})" if error.context else problem
-
-
-def _check_levels(text: str, source: Source) -> None:
-    """Refuse a file whose nesting would exhaust the stack, before anything recursive reads it."""
-    level = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if level > MOST_LEVELS:
-            source.report(f"is nested more than {MOST_LEVELS} levels deep", event.start_mark)  # type: ignore[arg-type]  # the stubs also know a mark of C
-            raise source.error()
-
-
-def _plain(node: yaml.Node, path: Path, source: Source, budget: Iterator[int]) -> Any:
-    """Return ``node`` as dicts, lists and scalars; aliases are read again at each place they stand."""
-    if next(budget, None) is None:
-        source.report(f"aliases expand to more than {MOST_NODES:,} values", source.values[()].start_mark)
-        raise source.error()
-    if len(path) > MOST_LEVELS:
-        source.report(f"is nested more than {MOST_LEVELS} levels deep (an alias inside itself?)", node.start_mark)
-        raise source.error()
-    source.values[path] = node
-    if isinstance(node, yaml.MappingNode):
-        return _mapping(node, path, source, budget)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*path, place), source, budget) for place, item in enumerate(node.value)]
-    return _scalar(node, source)
-
-
-def _mapping(node: yaml.MappingNode, path: Path, source: Source, budget: Iterator[int]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-        if key is None:
-            source.report("a key must be a word", key_node.start_mark, key_node.end_mark)
-        elif key in result:
-            first = source.keys[(*path, key)].start_mark.line + 1
-            source.report(f"key '{key}' stands twice; first on line {first}", key_node.start_mark, key_node.end_mark)
-        else:
-            source.keys[(*path, key)] = key_node
-            result[key] = _plain(value_node, (*path, key), source, budget)
-    return result
-
-
-def _scalar(node: yaml.Node, source: Source) -> Any:
-    kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    if kind not in {"str", "int", "float", "bool", "null"}:
-        if kind in {"timestamp", "value"}:  # YAML's own guesses at plain text
-            return node.value
-        source.report(f"'{node.tag}' is not read here; write plain values", node.start_mark, node.end_mark)
-        return None
-    try:
-        return yaml.constructor.SafeConstructor().construct_object(node)
-    except (ValueError, yaml.YAMLError):
-        source.report(f"cannot be read as {kind}", node.start_mark, node.end_mark)
-        return None
-
-
-def _validate(raw: dict[str, Any], source: Source, base: Recipe | None) -> Recipe:
+def _validate(raw: dict[str, Any], source: Source, base: Recipe | None) -> tuple[Recipe, dict[str, Format]]:
+    """Return the recipe, and what the format names that it and ``base`` define mean."""
     try:
         # Through JSON, where a list is a tuple and nothing else is taken for something it is not.
         recipe = Recipe.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        _explain(error, raw, source)
-        _check_formats(raw, source, base)
+        guesses = _explain(error, raw, source)
+        _check_formats(raw, source, base, unsure=("formats",) in guesses)
         raise source.error() from error
-    _check_formats(raw, source, base)
+    formats = _check_formats(raw, source, base)
     if source.mistakes:
         raise source.error()
-    return recipe
+    return recipe, formats
 
 
-def _explain(error: ValidationError, raw: dict[str, Any], source: Source) -> None:
-    """Note each of pydantic's findings in our words; a missing key that is the guess for an unknown one, once."""
-    guesses: set[Path] = set()
+def _explain(error: ValidationError, raw: dict[str, Any], source: Source) -> set[Path]:
+    """Note each of pydantic's findings in our words; return the keys that unknown ones were guessed to be."""
     details = error.errors()
+    guesses: set[Path] = set()
     for one in details:
         if one["type"] == "extra_forbidden":
             path: Path = one["loc"]
             known = set(_section(path[:-1]).model_fields) - set(_at(raw, path[:-1]))
             word = str(path[-1])
-            close = difflib.get_close_matches(word, known, n=1)
-            guesses |= {(*path[:-1], guess) for guess in close}
+            guesses |= {(*path[:-1], guess) for guess in difflib.get_close_matches(word, known, n=1)}
             source.report_at(path, f"unknown key '{word}'; {nearest(word, known)}", key=True)
+    places = [one["loc"] for one in details]
     for one in details:
-        path = one["loc"]
-        kind = one["type"]
-        if kind == "extra_forbidden" or path in guesses:
+        path, kind = one["loc"], one["type"]
+        beneath = any(len(place) > len(path) and place[: len(path)] == path for place in places)
+        if kind == "extra_forbidden" or path in guesses or path in source.unread:
             continue
         if kind == "missing":
             source.report_at(path[:-1], f"key '{path[-1]}' is missing")
         elif kind == "value_error":
-            # A rule whose weight is misspelt should hear of that, and of nothing else.
-            if not any(guess[:-1] == path for guess in guesses):
+            if not any(place[: len(path)] == path for place in source.unread):
                 source.report_at(path, str(one["ctx"]["error"]))
-        else:
+        elif not (kind == "too_short" and beneath):  # a list whose items are all wrong is not empty
             source.report_at(path, _finding(kind, path, one))
+    return guesses
 
 
 def _finding(kind: str, path: Path, one: Any) -> str:
@@ -331,10 +185,6 @@ def _shown(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else json.dumps(value)
 
 
-def _kind(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else "text"
-
-
 def _section(path: Path) -> type[BaseModel]:
     sections: dict[str | int, type[BaseModel]] = {"rules": Rule, "formats": FormatSpec}
     return sections.get(path[0], Recipe) if path else Recipe
@@ -346,25 +196,34 @@ def _at(raw: Any, path: Path) -> Any:
     return raw
 
 
-def _check_formats(raw: dict[str, Any], source: Source, base: Recipe | None) -> None:
-    """Note format names that mean nothing and formats whose fields do not combine, wherever they can be read."""
+def _check_formats(
+    raw: dict[str, Any], source: Source, base: Recipe | None, *, unsure: bool = False
+) -> dict[str, Format]:
+    """Return what the format names that are defined mean, noting those that cannot be and those nobody defines.
+
+    ``unsure``: the key that would define them is misspelt, so that uses of theirs are no mistakes.
+    """
     made: dict[str, Format] = dict(base.own_formats) if base else {}
+    broken: set[str] = set()
     specs = raw.get("formats")
-    specs = specs if isinstance(specs, dict) else {}
-    for name, spec in specs.items():
+    for name, spec in specs.items() if isinstance(specs, dict) else ():
         try:
             made[name] = make_format(name, FormatSpec.model_validate(spec), made)
-        except ValidationError:
-            continue  # noted already
+        except ValidationError:  # noted already
+            broken.add(name)
         except FormatError as error:
-            if not (set(specs) - set(made)) & {spec["like"]}:  # else its base is noted already
+            broken.add(name)
+            if spec["like"] not in broken - {name}:
                 source.report_at(("formats", name), str(error))
-    if raw.get("extends") is not None and base is None:
-        return  # what the extended recipe would have named is not known
-    known = {*CATALOG, *made, *specs}
+    known = {*CATALOG, *made, *broken}
     rules = raw.get("rules")
     for place, rule in enumerate(rules if isinstance(rules, list) else ()):
         for role in ("weight", "input"):
             name = rule.get(role) if isinstance(rule, dict) else None
-            if isinstance(name, str) and name not in known:
+            if isinstance(name, str) and name not in known and not unsure and not _lost_base(raw, base):
                 source.report_at(("rules", place, role), f"no format '{name}'; {nearest(name, known)}")
+    return made
+
+
+def _lost_base(raw: dict[str, Any], base: Recipe | None) -> bool:
+    return raw.get("extends") is not None and base is None

@@ -34,6 +34,9 @@ def operate(model: nn.Module, quantizations: Mapping[str, Quantization], *, unti
             QuantLinear.check(linear)
         except SurgeryError as error:
             raise SurgeryError(f"{name} cannot be wrapped: {error}") from error
+    twice = [name for name in linears if list(linears.values()).count(linears[name]) > 1]
+    if twice:
+        raise SurgeryError(f"{twice[0]} and {twice[1]} are one and the same module; exclude one of them")
     owners = {module.tied_to for module in modules.values()}
     for name, linear in linears.items():
         QuantLinear.wrap(linear, quantizations[name])

@@ -38,7 +38,7 @@ class Step:
                 return f"rule '{rule}'"
             case Excluded(rule, pattern):
                 return f"excluded by '{pattern}' of rule '{rule}'"
-        if self.module.adapter:
+        if self.module.adapter and self.module.parameters:
             return "adapter of peft: stays in full precision"
         if self.module.linear:
             return "no rule names it"
@@ -164,6 +164,8 @@ def build_plan(recipe: Recipe, modules: Sequence[Module]) -> Plan:
     planner = _Planner(recipe, {one.name: one for one in modules}, Namespace([one.name for one in modules]))
     for place in range(len(recipe.rules)):
         planner.apply_rule(place)
+    if not planner.mistakes and not any(isinstance(fate, Quantization) for fate in planner.decided.values()):
+        planner.report("the recipe wraps nothing: each target ends in '?', and the model has none of them", "rules")
     if planner.mistakes:
         raise PlanError(planner.mistakes)
     return Plan(tuple(Step(one, planner.decided.get(one.name)) for one in modules), recipe)

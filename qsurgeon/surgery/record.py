@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qsurgeon.errors import CheckpointError, FormatError
+from qsurgeon.errors import CheckpointError, FormatError, nearest
 from qsurgeon.formats import CATALOG, Format, Gradient
 from qsurgeon.layers import Quantization
 from qsurgeon.surgery.plan import Excluded, Plan
@@ -18,6 +18,16 @@ QUANT_METHOD = "qsurgeon"
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FormatRecord(_Part):
+    """Every field of a format: what a name means must not depend on the catalogue of the day."""
+
+    element: str
+    block: int
+    scale: str
+    scale_rule: str
+    tensor_scale: str
 
 
 class RuleRecord(_Part):
@@ -37,15 +47,14 @@ class Record(_Part):
     version: Literal[1]
     qsurgeon_version: str
     storage: Literal["master"]
-    formats: dict[str, dict[str, str | int]]
+    formats: dict[str, FormatRecord]
     rules: tuple[RuleRecord, ...]
 
     def quantizations(self) -> dict[str, Quantization]:
         """Return how each wrapped module computes, by its name. Raises: CheckpointError for a broken format."""
+        any_format = next(iter(CATALOG.values()))
         try:
-            formats = {
-                name: next(iter(CATALOG.values())).with_fields(name, **fields) for name, fields in self.formats.items()
-            }
+            formats = {name: any_format.with_fields(name, **vars(one)) for name, one in self.formats.items()}
             return {
                 module: Quantization(
                     _named(rule.weight, formats), _named(rule.input, formats), rule.gradient, rule.name
@@ -53,7 +62,7 @@ class Record(_Part):
                 for rule in self.rules
                 for module in rule.modules
             }
-        except (FormatError, KeyError) as error:
+        except FormatError as error:
             raise CheckpointError(f"quantization_config: {error}") from error
 
     def exclusions(self) -> dict[str, Excluded]:
@@ -67,6 +76,8 @@ class Record(_Part):
 
 
 def _named(name: str | None, formats: dict[str, Format]) -> Format | None:
+    if name is not None and name not in formats:
+        raise FormatError(f"no format '{name}'; {nearest(name, formats)}")
     return None if name is None else formats[name]
 
 
@@ -90,7 +101,8 @@ def record_of(plan: Plan, version: str) -> Record:
         )
         for how, modules in taken.items()
     )
-    formats = {format.name: format.to_dict() for how in taken for format in (how.weight, how.input) if format}
+    used = {format.name: format for how in taken for format in (how.weight, how.input) if format}
+    formats = {name: FormatRecord.model_validate(format.to_dict()) for name, format in used.items()}
     return Record(version=1, qsurgeon_version=version, storage=plan.recipe.storage, formats=formats, rules=rules)
 
 

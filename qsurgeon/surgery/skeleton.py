@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qsurgeon.errors import CheckpointError
@@ -27,7 +28,7 @@ def read_config(source: str | Path) -> Any:
         raise CheckpointError(f"{path} is a file; expected a model's folder, a config.json or a hub id")
     try:
         return transformers.AutoConfig.from_pretrained(str(path if path.is_dir() else source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         there = "" if path.exists() else "no such folder, and as a hub id: "
         raise CheckpointError(f"no model at '{source}': {there}{_first_lines(error)}") from error
 
@@ -39,8 +40,10 @@ def skeleton(config: Any) -> nn.Module:
     """
     names = config.architectures or []
     model_class = getattr(transformers, names[0], None) if names else None
-    if names and model_class is None:
+    if names and not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise CheckpointError(f"transformers {transformers.__version__} has no architecture '{names[0]}'")
+    if model_class is not None and not isinstance(config, model_class.config_class):
+        raise CheckpointError(f"architecture '{names[0]}' does not go with a {type(config).__name__}")
     with torch.device("meta"):
         if model_class is None:
             model = transformers.AutoModel.from_config(  # type: ignore[no-untyped-call]

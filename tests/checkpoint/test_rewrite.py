@@ -174,8 +174,8 @@ def test_an_output_inside_the_source_is_refused(source: Path) -> None:
 def test_an_output_that_exists_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "file").write_text("mine")
-    assert fails(source, tmp_path / "out") == f"{tmp_path}/out exists; name another folder or remove it first"
-    assert fails(source, tmp_path / "file") == f"{tmp_path}/file exists; name another file or remove it first"
+    assert fails(source, tmp_path / "out") == f"{tmp_path}/out exists; name another folder, or remove it first"
+    assert fails(source, tmp_path / "file") == f"{tmp_path}/file exists; name another folder, or remove it first"
     assert (tmp_path / "file").read_text() == "mine"
 
 

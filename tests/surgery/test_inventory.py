@@ -1,0 +1,217 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from qsurgeon.errors import CheckpointError
+from qsurgeon.formats import get_format
+from qsurgeon.layers import Quantization
+from qsurgeon.surgery import Module, inventory, operate, plain_model, read_config, skeleton
+
+Make = Callable[..., Any]
+
+
+def by_name(model: nn.Module) -> dict[str, Module]:
+    return {module.name: module for module in inventory(model)}
+
+
+class OwnLinear(nn.Linear):
+    """A subclass may have a forward of its own."""
+
+
+# --- a live model
+
+
+def test_a_linear_is_listed_with_its_shape_and_size(tiny_qwen2: Any) -> None:
+    assert by_name(tiny_qwen2)["model.layers.1.self_attn.k_proj"] == Module(
+        name="model.layers.1.self_attn.k_proj",
+        path="model.layers.1.self_attn.k_proj",
+        kind="Linear",
+        linear=True,
+        shape=(32, 64),
+        parameters=32 * 64 + 32,
+        bytes=4 * (32 * 64 + 32),
+        tied_to=None,
+        adapter=False,
+    )
+
+
+def test_modules_are_listed_in_the_models_order_without_the_root(tiny_qwen2: Any) -> None:
+    assert [module.name for module in inventory(tiny_qwen2)] == [name for name, _ in tiny_qwen2.named_modules() if name]
+
+
+def test_a_module_that_only_holds_others_has_no_parameters(tiny_qwen2: Any) -> None:
+    layer = by_name(tiny_qwen2)["model.layers.0"]
+    assert (layer.kind, layer.linear, layer.shape, layer.parameters) == ("Qwen2DecoderLayer", False, (), 0)
+
+
+def test_a_tied_weight_belongs_to_the_module_that_has_it_first(tiny_qwen2: Any) -> None:
+    head = by_name(tiny_qwen2)["lm_head"]
+    assert (head.shape, head.parameters, head.tied_to) == ((96, 64), 0, "model.embed_tokens")
+
+
+def test_a_weight_of_its_own_is_tied_to_none(make_qwen2: Make) -> None:
+    head = by_name(make_qwen2(tie_word_embeddings=False))["lm_head"]
+    assert (head.parameters, head.tied_to) == (96 * 64, None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_parameters_are_counted_once(make_qwen2: Make, tied: bool) -> None:
+    model = make_qwen2(tie_word_embeddings=tied)
+    assert sum(module.parameters for module in inventory(model)) == model.num_parameters()
+
+
+def test_bytes_are_of_the_models_own_dtype(tiny_qwen2: Any) -> None:
+    tiny_qwen2.to(torch.bfloat16)
+    assert by_name(tiny_qwen2)["model.embed_tokens"].bytes == 2 * 96 * 64
+
+
+def test_a_subclass_of_linear_is_not_linear() -> None:
+    assert not by_name(nn.Sequential(OwnLinear(4, 4)))["0"].linear
+
+
+def test_a_wrapped_linear_is_still_linear(tiny_qwen2: Any) -> None:
+    operate(tiny_qwen2, {"model.layers.0.mlp.up_proj": Quantization(get_format("mxfp4"), None)})
+    module = by_name(tiny_qwen2)["model.layers.0.mlp.up_proj"]
+    assert (module.kind, module.linear) == ("QuantLinear", True)
+
+
+def test_a_module_without_a_weight_has_the_shape_of_its_largest_parameter() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(2))
+            self.gate_up = nn.Parameter(torch.zeros(2, 8, 4))
+
+    assert by_name(nn.Sequential(Experts()))["0"].shape == (2, 8, 4)
+
+
+# --- inside wrappers
+
+
+def test_peft_does_not_change_the_name_of_a_linear(tiny_qwen2: Any) -> None:
+    module = by_name(with_lora(tiny_qwen2))["model.layers.0.self_attn.q_proj"]
+    assert (module.path, module.kind, module.adapter) == (
+        "base_model.model.model.layers.0.self_attn.q_proj.base_layer",
+        "Linear",
+        False,
+    )
+
+
+def test_what_peft_added_is_an_adapter(tiny_qwen2: Any) -> None:
+    adapters = {module.name for module in inventory(with_lora(tiny_qwen2)) if module.adapter and module.linear}
+    assert adapters == {
+        f"model.layers.{layer}.self_attn.q_proj.lora_{matrix}.default" for layer in range(3) for matrix in "AB"
+    }
+
+
+def test_the_linears_inside_peft_are_those_of_the_plain_model(make_qwen2: Make) -> None:
+    plain = [module.name for module in inventory(make_qwen2()) if module.linear]
+    inside = [module.name for module in inventory(with_lora(make_qwen2())) if module.linear and not module.adapter]
+    assert inside == plain
+
+
+def test_the_plain_model_is_found_inside_peft(tiny_qwen2: Any) -> None:
+    assert plain_model(with_lora(tiny_qwen2)) == ("base_model.model", tiny_qwen2)
+
+
+def test_a_plain_model_is_its_own(tiny_qwen2: Any) -> None:
+    assert plain_model(tiny_qwen2) == ("", tiny_qwen2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
+def test_compiling_does_not_change_the_name_of_a_linear(tiny_qwen2: Any) -> None:
+    module = by_name(torch.compile(tiny_qwen2))["model.layers.0.self_attn.q_proj"]  # type: ignore[arg-type]
+    assert module.path == "_orig_mod.model.layers.0.self_attn.q_proj"
+
+
+def with_lora(model: Any) -> Any:
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+# --- from a config alone
+
+
+def test_a_skeleton_has_the_modules_of_the_live_model(make_qwen2: Make, qwen2_config: Make) -> None:
+    assert inventory(skeleton(qwen2_config())) == inventory(make_qwen2())
+
+
+def test_a_skeleton_holds_no_data(qwen2_config: Make) -> None:
+    assert {parameter.device.type for parameter in skeleton(qwen2_config()).parameters()} == {"meta"}
+
+
+def test_a_skeleton_has_the_dtype_of_its_config(qwen2_config: Make) -> None:
+    assert {parameter.dtype for parameter in skeleton(qwen2_config(dtype="bfloat16")).parameters()} == {torch.bfloat16}
+
+
+def test_a_config_without_architectures_is_the_base_model(qwen2_config: Make) -> None:
+    assert type(skeleton(qwen2_config(architectures=None))).__name__ == "Qwen2Model"
+
+
+def test_an_unknown_architecture_is_an_error(qwen2_config: Make) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        skeleton(qwen2_config(architectures=["QuantumForCausalLM"]))
+    assert str(caught.value) == (f"transformers {transformers.__version__} has no architecture 'QuantumForCausalLM'")
+
+
+def test_a_folder_is_read_by_its_config(tiny_folder: Path) -> None:
+    assert read_config(tiny_folder).architectures == ["Qwen2ForCausalLM"]
+
+
+def test_a_config_file_is_read(tiny_folder: Path) -> None:
+    assert read_config(tiny_folder / "config.json").architectures == ["Qwen2ForCausalLM"]
+
+
+def test_a_folder_without_a_config_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_config(tmp_path)
+    assert str(caught.value) == f"{tmp_path} has no config.json; expected a model's folder"
+
+
+def test_a_file_that_is_no_config_is_an_error(tiny_folder: Path) -> None:
+    file = tiny_folder / "model.safetensors"
+    with pytest.raises(CheckpointError) as caught:
+        read_config(file)
+    assert str(caught.value) == f"{file} is a file; expected a model's folder, a config.json or a hub id"
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_config(tmp_path / "nowhere")
+    assert str(caught.value) == f"{tmp_path / 'nowhere'}: no such folder"
+
+
+def test_a_hub_id_that_cannot_be_read_is_an_error() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_config("qsurgeon-tests/nowhere")
+    assert str(caught.value).startswith("no model at 'qsurgeon-tests/nowhere': ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("{", id="not-json"),
+        pytest.param("[]", id="a-list"),
+        pytest.param("{}", id="no-model-type"),
+        pytest.param('{"model_type": "quantum"}', id="unknown-model-type"),
+        pytest.param('{"model_type": "qwen2", "hidden_size": "wide"}', id="text-for-a-number"),
+        pytest.param('{"model_type": "quantum", "auto_map": {"AutoConfig": "code.Config"}}', id="code-of-its-own"),
+    ],
+)
+def test_a_config_that_transformers_cannot_read_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        read_config(tmp_path)
+    assert str(caught.value).startswith(f"no model at '{tmp_path}': ")
+
+
+def test_an_architecture_that_is_no_model_is_an_error(tmp_path: Path, qwen2_config: Make) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**qwen2_config().to_dict(), "architectures": ["AutoConfig"]}))
+    with pytest.raises(CheckpointError):
+        skeleton(read_config(tmp_path))
