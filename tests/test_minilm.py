@@ -5,6 +5,8 @@ import importlib.util
 import inspect
 import itertools
 import json
+import pathlib
+import random
 import re
 import statistics
 import textwrap
@@ -35,11 +37,11 @@ BANDS = {
 
 def _sentences() -> Iterator[str]:
     """Yield English sentences: those of the standard library's docstrings, which every Python carries."""
-    for module in (statistics, argparse, json, textwrap, inspect, itertools, importlib.util):
+    for module in (statistics, argparse, json, textwrap, inspect, itertools, importlib.util, random, pathlib):
         for _, thing in sorted(vars(module).items(), key=lambda one: one[0]):
             text = getattr(thing, "__doc__", None) or "" if callable(thing) else ""
             for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
-                if re.fullmatch(r"[A-Z][\w ,'\-]{30,150}[.!?]", sentence):
+                if re.fullmatch(r"[A-Z][\w ,'\-]{15,90}[.!?]", sentence):
                     yield sentence
 
 
