@@ -23,15 +23,15 @@ from torch import Tensor
 import qsurgeon
 from qsurgeon.layers import quant_linears
 
-# Mean cosine of the embeddings to the full-precision ones, as measured; the band is three times what a change of
-# sentences (the docstrings of another Python) moved it.
+# Mean cosine of the embeddings to the full-precision ones. Measured on two sets of 200 sentences, in this order: .9318
+# .9319, .9636 .9636, .9617 .9613, .9645 .9642, .9753 .9748, .9961 .9961; the band leaves room for another Python's.
 BANDS = {
-    "w4a4-mxfp4": (1.1, 1.2),
-    "w4a4-nvfp4": (1.1, 1.2),
-    "w4a8-mxfp4": (1.1, 1.2),
-    "w4a16-mxfp4": (1.1, 1.2),
-    "w4a16-nvfp4": (1.1, 1.2),
-    "w8a8-mxfp8": (1.1, 1.2),
+    "w4a4-mxfp4": (0.926, 0.938),
+    "w4a4-nvfp4": (0.960, 0.967),
+    "w4a8-mxfp4": (0.958, 0.965),
+    "w4a16-mxfp4": (0.961, 0.968),
+    "w4a16-nvfp4": (0.972, 0.978),
+    "w8a8-mxfp8": (0.9950, 0.9972),
 }
 
 
