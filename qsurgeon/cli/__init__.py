@@ -13,7 +13,7 @@ from qsurgeon.errors import QSurgeonError
 def main() -> None:
     """Run the command line."""
     try:
-        app()
+        app(prog_name="qsurgeon")
     except QSurgeonError as error:
         sys.exit(_complain(str(error), 2))
     except BrokenPipeError:

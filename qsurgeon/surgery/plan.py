@@ -122,7 +122,8 @@ class _Planner:
             names = self._match(pattern, "rules", place, "target", number).names
             takeable = {one for one in names if self.modules[one].linear and not self.modules[one].adapter}
             if names and not takeable and not parse_pattern(pattern).optional:
-                kinds = ", ".join(sorted({self.modules[one].kind for one in names}))
+                named = (self.modules[one] for one in names)
+                kinds = ", ".join(sorted({one.kind + (" (adapter)" if one.adapter else "") for one in named}))
                 self.report(f"'{pattern}' names no Linear, only {kinds}", "rules", place, "target", number)
             found |= takeable
         return [name for name in self.modules if name in found]

@@ -167,6 +167,10 @@ def test_a_source_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     assert fails(tmp_path / "nowhere", tmp_path / "out") == f"{tmp_path}/nowhere: no such folder"
 
 
+def test_an_output_that_is_the_source_is_refused(source: Path) -> None:
+    assert fails(source, source) == f"{source} is the source itself; write somewhere else"
+
+
 def test_an_output_inside_the_source_is_refused(source: Path) -> None:
     assert fails(source, source / "out") == f"{source}/out lies inside the source {source}; write somewhere else"
 

@@ -1,3 +1,4 @@
+import importlib
 import json
 import shutil
 import subprocess
@@ -60,6 +61,20 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 def rewritten(folder: str = "done") -> str:
     qsurgeon.rewrite("w4a4-mxfp4", "tiny", folder)
     return folder
+
+
+# --- what is nobody's mistake
+
+
+def test_a_failing_disk_is_one_line_and_exit_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "done.partial/model.safetensors")
+
+    monkeypatch.setattr(importlib.import_module("qsurgeon.checkpoint.rewrite"), "_copy", full)
+    result = run("apply", "mine.yaml", "--model", "tiny", "--output", "done")
+    assert result.code == 1
+    assert result.err.endswith("error: [Errno 28] No space left on device: 'done.partial/model.safetensors'\n")
+    assert sorted(path.name for path in Path().iterdir()) == ["mine.yaml", "tiny"]
 
 
 # --- plan

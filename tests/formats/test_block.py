@@ -862,6 +862,12 @@ def test_a_block_that_is_not_a_whole_number_is_refused(block: Any, shown: str) -
     assert str(caught.value) == f"block is {shown}; expected a whole number"
 
 
+def test_a_tensor_scale_that_is_none_of_the_known_is_refused() -> None:
+    with pytest.raises(FormatError) as caught:
+        replace(NV[0], tensor_scale="rows")  # type: ignore[arg-type]
+    assert str(caught.value) == "no tensor scale 'rows'; did you mean 'row'?"
+
+
 def test_a_rule_for_float_scales_does_not_go_with_a_power_of_two() -> None:
     with pytest.raises(FormatError) as caught:
         MXFP4.with_fields("mine", scale_rule="nearest")

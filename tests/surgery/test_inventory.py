@@ -213,5 +213,12 @@ def test_a_config_that_transformers_cannot_read_is_an_error_that_names_it(tmp_pa
 
 def test_an_architecture_that_is_no_model_is_an_error(tmp_path: Path, qwen2_config: Make) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**qwen2_config().to_dict(), "architectures": ["AutoConfig"]}))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as caught:
         skeleton(read_config(tmp_path))
+    assert str(caught.value) == f"transformers {transformers.__version__} has no architecture 'AutoConfig'"
+
+
+def test_an_architecture_of_another_config_is_an_error(qwen2_config: Make) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        skeleton(qwen2_config(architectures=["BertModel"]))
+    assert str(caught.value) == "architecture 'BertModel' does not go with a Qwen2Config"

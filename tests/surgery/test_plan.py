@@ -196,7 +196,7 @@ def test_a_target_of_adapters_alone_names_no_linear() -> None:
         other("q.lora_A", adapter=True, kind="ModuleDict"),
     )
     assert complaint(recipe(rule("q", "lora_A")), modules) == (
-        "rules[0].target[1]: 'lora_A' names no Linear, only Linear, ModuleDict"
+        "rules[0].target[1]: 'lora_A' names no Linear, only Linear (adapter), ModuleDict (adapter)"
     )
 
 
@@ -217,6 +217,12 @@ def test_a_rule_that_excludes_all_it_targets_is_an_error() -> None:
 def test_a_rule_whose_targets_are_optional_may_exclude_them_all() -> None:
     assert build_plan(recipe(rule("head"), rule("layers?", exclude=("layers",))), MODEL).summary == (
         "1 of 5 Linear modules are wrapped"
+    )
+
+
+def test_a_recipe_that_wraps_nothing_is_an_error() -> None:
+    assert complaint(recipe(rule("heads?"), rule("layrs?")), MODEL) == (
+        "rules: the recipe wraps nothing: each target ends in '?', and the model has none of them"
     )
 
 
