@@ -13,7 +13,7 @@ from tiny_math import accuracy, make_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qsurgeon
-from qsurgeon.report import report_of
+from qsurgeon.report.inspection import report_of
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "examples" / "models" / "tiny-math"
@@ -35,7 +35,7 @@ def main() -> None:
     print(report_of(qsurgeon.plan(RECIPE, SOURCE)))
 
     heading(f"qsurgeon apply {RECIPE} --model {source} --output {output}")
-    print(f"{output}: {qsurgeon.rewrite(RECIPE, SOURCE, OUTPUT).summary}")
+    print(f"{output}: {report_of(qsurgeon.rewrite(RECIPE, SOURCE, OUTPUT)).summary}")
 
     heading(f"qsurgeon inspect {output}")
     print(qsurgeon.inspect(OUTPUT))

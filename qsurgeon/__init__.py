@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qsurgeon.hf import apply, load, plan
     from qsurgeon.layers import QuantLinear
     from qsurgeon.recipe import Recipe, load_recipe
-    from qsurgeon.report import inspect
+    from qsurgeon.report.inspection import inspect
 
 __all__ = [
     "Format",
@@ -44,7 +44,7 @@ _HOME = {
     "Recipe": "recipe",
     "apply": "hf",
     "get_format": "formats",
-    "inspect": "report",
+    "inspect": "report.inspection",
     "load": "hf",
     "load_recipe": "recipe",
     "plan": "hf",

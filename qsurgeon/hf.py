@@ -17,14 +17,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qsurgeon.errors import CheckpointError, NothingWrappedError
+from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.layers import Quantization, quant_linears
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
     QUANT_METHOD,
-    Module,
     Plan,
     Record,
+    architecture,
     build_plan,
     inventory,
     operate,
@@ -35,6 +35,8 @@ from qsurgeon.surgery import (
     skeleton,
 )
 from qsurgeon.version import __version__
+
+ADAPTER = "adapter_config.json"
 
 
 class QSurgeonConfig(QuantizationConfigMixin):
@@ -128,7 +130,15 @@ def plan(recipe: Recipe | str | Path, model: Any) -> Plan:
 
     Raises: RecipeError, PlanError, CheckpointError with all that is wrong.
     """
-    return build_plan(as_recipe(recipe), modules_of(model))
+    made = as_recipe(recipe)
+    if isinstance(model, nn.Module):
+        return build_plan(made, inventory(model))
+    config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
+    name = "the model" if config is model else str(model)
+    refuse_foreign(config, name)
+    if record_in(config) is not None:
+        raise CheckpointError(f"{name} was rewritten by qsurgeon already; plan on the model it came from")
+    return build_plan(made, inventory(skeleton(config)))
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -136,12 +146,18 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def modules_of(model: Any) -> tuple[Module, ...]:
-    """Return the modules of a live model, a config, a folder, a config.json or a hub id."""
-    if isinstance(model, nn.Module):
-        return inventory(model)
-    config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
-    return inventory(skeleton(config))
+def _foreign_method(config: Any) -> str | None:
+    """Return the quantization method in a config that is not ours, if there is one."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method", "?") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return None if method in (None, QUANT_METHOD) else str(getattr(method, "value", method))
+
+
+def refuse_foreign(config: Any, name: str) -> None:
+    """Do nothing for a config in full precision or of ours. Raises: CheckpointError if something else quantized it."""
+    method = _foreign_method(config)
+    if method is not None:
+        raise CheckpointError(f"{name} is quantized already, by {method}; expected a checkpoint in full precision")
 
 
 def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
@@ -151,12 +167,18 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
 
     Raises: RecipeError, PlanError, and SurgeryError (also for a model that is wrapped already).
     """
+    root: Any = plain_model(model)[1]
+    config = getattr(root, "config", None)
+    config = config if isinstance(config, transformers.PreTrainedConfig) else None
+    foreign = _foreign_method(config)
+    if foreign is not None:
+        raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
     made = build_plan(as_recipe(recipe), inventory(model))
+    record = QSurgeonConfig(**record_of(made, __version__).model_dump())
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     operate(model, chosen, untie=made.recipe.untie)
-    root: Any = plain_model(model)[1]
-    if hasattr(root, "config"):
-        root.config.quantization_config = QSurgeonConfig(**record_of(made, __version__).model_dump())
+    if config is not None:
+        config.quantization_config = record
     if hasattr(root, "add_model_tags"):
         root.add_model_tags([QUANT_METHOD])
     return model
@@ -165,19 +187,44 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
 def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     """Return the model in a folder (or under a hub id) that qsurgeon wrote; wrapped, or not at all.
 
-    ``auto_class``: transformers.AutoModelForCausalLM unless told otherwise. ``kwargs`` go to its
-    ``from_pretrained``.
+    ``auto_class``: the class that a folder's config.json names, or AutoModelForCausalLM for a hub id, unless told
+    otherwise. ``kwargs`` go to its ``from_pretrained``.
 
     Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision.
     """
     register()
-    model = (auto_class or transformers.AutoModelForCausalLM).from_pretrained(path, **kwargs)
-    if not quant_linears(model):
+    if auto_class is None:
+        auto_class = _class_of(Path(path)) or transformers.AutoModelForCausalLM
+    model = auto_class.from_pretrained(path, **kwargs)
+    if quant_linears(model):
+        return model
+    if (Path(path) / ADAPTER).is_file():
+        base = model.config.name_or_path
         raise NothingWrappedError(
-            f"{path}: no module is wrapped; its config.json has no quantization_config of qsurgeon. "
-            f"Write one with: qsurgeon apply RECIPE --model {path} --output FOLDER"
+            f"{path}: an adapter, and no module of its base {base} is wrapped. An adapter does not carry a recipe: "
+            f"write the base first (qsurgeon apply RECIPE --model {base} --output FOLDER) and train the adapter on that"
         )
-    return model
+    raise NothingWrappedError(_nothing(path))
+
+
+def _class_of(folder: Path) -> Any:
+    """Return the model class that a folder's config.json names; None for an adapter's folder, and for a hub id.
+
+    Raises: NothingWrappedError, before any weight is read, if the config has no record of ours.
+    """
+    if not folder.is_dir() or (folder / ADAPTER).is_file():
+        return None
+    config = read_config(folder)
+    if record_in(config) is None:
+        raise NothingWrappedError(_nothing(folder))
+    return architecture(config)
+
+
+def _nothing(path: str | Path) -> str:
+    return (
+        f"{path}: no module is wrapped; its config.json has no quantization_config of qsurgeon. "
+        f"Write one with: qsurgeon apply RECIPE --model {path} --output FOLDER"
+    )
 
 
 def record_in(config: Any) -> Record | None:

@@ -1,5 +1,6 @@
 """transformers' own save and load: what is wrapped stays wrapped, or the load fails."""
 
+import functools
 import json
 import logging
 import shutil
@@ -16,7 +17,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import qsurgeon
-from qsurgeon.errors import CheckpointError, NothingWrappedError
+from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.hf import QSurgeonConfig
 from qsurgeon.layers import quant_linears
 
@@ -212,3 +213,81 @@ def test_loading_is_quiet(folder: Path, caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING):
         qsurgeon.load(folder)
     assert [record.getMessage() for record in caplog.records if "qsurgeon" in record.getMessage()] == []
+
+
+def test_load_takes_the_class_that_the_config_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    qsurgeon.apply("w4a4-mxfp4", hf.BertForSequenceClassification(config)).save_pretrained(tmp_path)
+    assert type(qsurgeon.load(tmp_path)).__name__ == "BertForSequenceClassification"
+
+
+def test_an_adapter_whose_base_is_not_wrapped_is_refused(plain_folder: Path, tmp_path: Path) -> None:
+    base = hf.AutoModelForCausalLM.from_pretrained(plain_folder)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    qsurgeon.apply("w4a4-mxfp4", model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NothingWrappedError) as caught:
+        qsurgeon.load(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: an adapter, and no module of its base {plain_folder} is wrapped. An adapter does not carry a "
+        f"recipe: write the base first (qsurgeon apply RECIPE --model {plain_folder} --output FOLDER) and train the "
+        "adapter on that"
+    )
+
+
+def test_a_layer_that_peft_saves_whole_is_an_adapter_and_the_one_it_stands_for_is_wrapped(small_model: Maker) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    model = qsurgeon.apply("w4a4-mxfp4", peft.get_peft_model(small_model(), config))
+    down = [name for name in quant_linears(model) if "down_proj" in name]
+    assert [name.split(".")[-1] for name in down] == ["original_module"] * 2
+    rows = {row.module: row.why for row in qsurgeon.inspect(model).rows}
+    assert rows["model.layers.0.mlp.down_proj"] == "rule 'linears'"
+    assert rows["model.layers.0.mlp.down_proj.modules_to_save.default"] == "adapter of peft: stays in full precision"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.nn.DataParallel, functools.partial(torch.compile, backend="eager")],
+    ids=["DataParallel", "compile"],
+)
+def test_what_is_put_around_a_model_does_not_change_its_record(small_model: Maker, wrap: Any) -> None:
+    model = small_model()
+    qsurgeon.apply("w4a4-mxfp4", wrap(model))
+    assert model.config.quantization_config.record.rules[0].modules[0] == "model.layers.0.self_attn.q_proj"
+
+
+def test_a_model_that_something_else_quantized_is_refused_before_anything_changes(small_model: Maker) -> None:
+    model = small_model()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(SurgeryError) as caught:
+        qsurgeon.apply("w4a4-mxfp4", model)
+    assert str(caught.value) == "the model is quantized already, by gptq; expected one in full precision"
+    assert quant_linears(model) == {}
+
+
+def test_plan_and_inspect_refuse_what_something_else_quantized(plain_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain_folder, tmp_path / "gptq"))
+    edit_config(folder, lambda config: config.update(quantization_config={"quant_method": "gptq"}))
+    for ask in (lambda: qsurgeon.plan("w4a4-mxfp4", folder), lambda: qsurgeon.inspect(folder)):
+        with pytest.raises(CheckpointError) as caught:
+            ask()
+        assert str(caught.value) == f"{folder} is quantized already, by gptq; expected a checkpoint in full precision"
+
+
+def test_plan_refuses_a_folder_that_was_rewritten(folder: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        qsurgeon.plan("w4a4-mxfp4", folder)
+    assert str(caught.value) == f"{folder} was rewritten by qsurgeon already; plan on the model it came from"
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"hidden_act": "nope"}, {"hidden_size": -8}], ids=str)
+def test_a_config_that_describes_no_model_is_an_error_and_no_traceback(
+    plain_folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(plain_folder, tmp_path / "odd"))
+    edit_config(folder, lambda config: config.update(change))
+    with pytest.raises(CheckpointError, match=r"its config describes no model that can be built: |no model at "):
+        qsurgeon.plan("w4a4-mxfp4", folder)

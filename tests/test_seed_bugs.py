@@ -272,7 +272,9 @@ def test_b12_a_saved_model_carries_its_recipe_and_says_what_it_was_evaluated_wit
     model = qsurgeon.apply("w4a4-nvfp4", small_model(2))
     model.save_pretrained(tmp_path)
     again = qsurgeon.load(tmp_path)
-    assert qsurgeon.inspect(again).summary == "14 of 15 Linear modules are wrapped: 14 with weight nvfp4, input nvfp4"
+    assert qsurgeon.inspect(again).summary == (
+        "14 of 15 Linear modules (85.4% of the parameters) are wrapped: 14 with weight nvfp4, input nvfp4"
+    )
     assert torch.equal(loss_of(again), loss_of(model.eval()))
 
 

@@ -107,6 +107,7 @@ def companions(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
-        weights = file.suffix in FOREIGN_WEIGHTS or file.suffix == ".safetensors" or file.name == INDEX
+        ours = len(inside.parts) == 1 and (file.suffix == ".safetensors" or file.name == INDEX)
+        weights = ours or file.suffix in FOREIGN_WEIGHTS
         if file.is_file() and not hidden and not weights:
             yield inside

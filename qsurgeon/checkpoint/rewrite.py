@@ -5,6 +5,7 @@ hard links, because safetensors writes files in place: saving a trained model ov
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,11 +41,11 @@ def rewrite(
 
     Raises: RecipeError, PlanError, CheckpointError; ``destination`` does not exist then, and ``source`` is as it was.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(source), Path(os.path.normpath(destination))
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     if not source.is_dir():
-        raise CheckpointError(f"{source}: no such folder")
+        raise CheckpointError(f"{source}: {'is a file; expected a folder' if source.exists() else 'no such folder'}")
     if destination.resolve() == source.resolve():
         raise CheckpointError(f"{destination} is the source itself; write somewhere else")
     if destination.resolve().is_relative_to(source.resolve()):
@@ -113,7 +114,12 @@ def _untie(plan: Plan, tensors: dict[str, Tensor], config: dict[str, Any], folde
     for step in plan.wrapped:
         name = f"{step.module.name}.weight"
         if step.module.tied_to is not None and name not in tensors:
-            owner = tensors[f"{step.module.tied_to}.weight"]
+            owner = tensors.get(f"{step.module.tied_to}.weight")
+            if owner is None:
+                raise CheckpointError(
+                    f"no file has a tensor {step.module.tied_to}.weight to untie {name} from: its tensors go by other "
+                    "names than its modules. Load the model, apply the recipe to it, and save it"
+                )
             with safe_open(owner.file, framework="pt") as opened:
                 copies[name] = opened.get_tensor(owner.name)
     if not copies:

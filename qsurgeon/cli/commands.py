@@ -13,7 +13,7 @@ from qsurgeon.version import __version__
 
 if TYPE_CHECKING:
     from qsurgeon.recipe import Recipe
-    from qsurgeon.report import Report
+    from qsurgeon.report.rows import Report
 
 app = typer.Typer(
     name="qsurgeon",
@@ -55,7 +55,7 @@ def plan(recipe: RecipeName, model: ModelOption = None, as_json: Json = False, e
     source = _model_of(loaded, model)
 
     from qsurgeon.hf import plan as make_plan
-    from qsurgeon.report import report_of
+    from qsurgeon.report.inspection import report_of
 
     _print_report(report_of(make_plan(loaded, source), source), as_json, every)
 
@@ -74,6 +74,7 @@ def apply(
 
     from qsurgeon.checkpoint import rewrite, weight_files
     from qsurgeon.recipe import load_recipe
+    from qsurgeon.report.inspection import report_of
 
     loaded = load_recipe(recipe)
     source = Path(_model_of(loaded, model))
@@ -85,7 +86,7 @@ def apply(
         total = sum(file.stat().st_size for file in weight_files(source)) if source.is_dir() else None
         task = bar.add_task("", total=total)
         done = rewrite(loaded, source, destination, lambda count: bar.advance(task, count))
-    typer.echo(f"{destination}: {done.summary}")
+    typer.echo(f"{destination}: {report_of(done).summary}")
     typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
 
 
@@ -96,7 +97,7 @@ def inspect(
     every: All = False,
 ) -> None:
     """Show what every module of a model computes with, and why. Exits 1 if nothing is wrapped."""
-    from qsurgeon.report import inspect as ask
+    from qsurgeon.report.inspection import inspect as ask
 
     report = ask(model)
     _print_report(report, as_json, every)
@@ -110,7 +111,7 @@ def formats(as_json: Json = False) -> None:
     from rich.table import Table
 
     from qsurgeon.formats import CATALOG
-    from qsurgeon.report import rendered
+    from qsurgeon.report.tables import rendered
 
     rows = [{"format": name, "bits": format.bits, **format.to_dict()} for name, format in CATALOG.items()]
     if as_json:
@@ -139,7 +140,7 @@ def recipes(
 
     from rich.table import Table
 
-    from qsurgeon.report import rendered
+    from qsurgeon.report.tables import rendered
 
     table = Table("recipe", "what it does", box=None, pad_edge=False)
     for one, text in rows.items():
@@ -163,7 +164,7 @@ def _model_of(recipe: "Recipe", model: str | None) -> str:
 
 
 def _print_report(report: "Report", as_json: bool, every: bool) -> None:
-    from qsurgeon.report import report_text
+    from qsurgeon.report.rows import report_text
 
     if as_json:
         typer.echo(report.to_json())

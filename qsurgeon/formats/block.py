@@ -145,7 +145,7 @@ class Format:
         scale = self._scales(blocks, tensor_scale)
         if tensor_scale is not None:
             scale = scale * tensor_scale[..., None]
-        values = self.element.round(blocks / scale).mul_(scale).flatten(-2)[..., : rows.shape[-1]]
+        values = self.element.round(_divided(blocks, scale)).mul_(scale).flatten(-2)[..., : rows.shape[-1]]
         return _narrowed(values, rows.dtype)
 
     def quantize(self, x: Tensor, dim: int = -1) -> "Quantized":
@@ -158,7 +158,7 @@ class Format:
         blocks = _split(rows, self.block)
         scale = self._scales(blocks, tensor_scale)
         values = scale if tensor_scale is None else scale * tensor_scale[..., None]
-        codes = self.element.encode(self.element.round(blocks / values)).flatten(-2)[..., : rows.shape[-1]]
+        codes = self.element.encode(self.element.round(_divided(blocks, values))).flatten(-2)[..., : rows.shape[-1]]
         if tensor_scale is not None:
             tensor_scale = tensor_scale.squeeze(-1) if self.tensor_scale == "row" else tensor_scale.reshape(())
         encoded = self.scale.encode(scale).squeeze(-1)
@@ -316,6 +316,11 @@ def _split(rows: Tensor, block: int) -> Tensor:
     missing = -rows.shape[-1] % block
     padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
     return padded.reshape(*padded.shape[:-1], padded.shape[-1] // block, block)
+
+
+def _divided(blocks: Tensor, scale: Tensor) -> Tensor:
+    """Return ``blocks / scale``; a zero block stays 0 also where denormals are flushed and its scale reads as 0."""
+    return blocks / torch.where(scale == 0, 1, scale)
 
 
 def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:

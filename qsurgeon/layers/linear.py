@@ -38,6 +38,9 @@ class QuantLinear(nn.Linear):
     there are no buffers: state dicts, optimizers, peft and FSDP see the layer they know. The weight itself is
     never changed: y = q(x) · q(W)ᵀ + b, and with the straight-through gradient grad_x = g · q(W) and
     grad_W = gᵀ · q(x).
+
+    It acts where it is called. A parent that reads ``.weight`` itself (WavLM's attention, Mamba's fused kernels, the
+    fast path of nn.TransformerEncoderLayer) computes past it.
     """
 
     quantization: Quantization

@@ -113,6 +113,10 @@ class Recipe(Section):
     def _has_rules(self) -> "Recipe":
         if not self.rules and self.extends is None:
             raise ValueError("a recipe needs rules, or another recipe to extend")
+        names = [rule.name for rule in self.rules if rule.name is not None]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"two rules are called '{twice[0]}'; a name tells which one decided")
         return self
 
     @property

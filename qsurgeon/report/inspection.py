@@ -7,10 +7,10 @@ from typing import Any
 import transformers
 from torch import nn
 
-from qsurgeon.hf import modules_of, record_in
+from qsurgeon.hf import record_in, refuse_foreign
 from qsurgeon.layers import AS_IT_IS, Quantization, quant_linears
 from qsurgeon.report.rows import Report, Row
-from qsurgeon.surgery import Excluded, Plan, Step, inventory, plain_model, read_config
+from qsurgeon.surgery import Excluded, Plan, Step, inventory, plain_model, read_config, skeleton
 
 LARGE = 0.01  # of all parameters: a module that no rule names and that holds more is pointed out
 
@@ -31,12 +31,13 @@ def inspect(model: Any) -> Report:
     if isinstance(model, nn.Module):
         return _inspect_live(model)
     config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
+    refuse_foreign(config, str(model) if isinstance(model, str | Path) else "the model")
     record = record_in(config)
     fates: dict[str, Excluded | Quantization] = {}
     if record is not None:
         fates |= record.exclusions()
         fates |= record.quantizations()
-    steps = [Step(module, fates.get(module.name)) for module in modules_of(config)]
+    steps = [Step(module, fates.get(module.name)) for module in inventory(skeleton(config))]
     return _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")
 
 

@@ -68,7 +68,7 @@ class Report:
 
     @property
     def unnamed(self) -> tuple[Row, ...]:
-        """The large modules that no rule names, largest first."""
+        """The large modules that no rule decided about, largest first."""
         return tuple(sorted((row for row in self.rows if row.large), key=lambda row: -row.parameters))
 
     @property
@@ -81,7 +81,12 @@ class Report:
         if not kinds:
             return f"full precision: none of {self.linears} Linear modules is wrapped"
         parts = [f"{n} with weight {weight}, input {input_}" for (weight, input_), n in kinds.items()]
-        return f"{self.wrapped} of {self.linears} Linear modules are wrapped: {'; '.join(parts)}"
+        total = sum(row.parameters for row in self.rows) or 1
+        share = sum(row.parameters for row in self.rows if row.gradient != AS_IT_IS) / total
+        return (
+            f"{self.wrapped} of {self.linears} Linear modules ({share:.1%} of the parameters) are wrapped: "
+            f"{'; '.join(parts)}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON-ready values."""
@@ -133,7 +138,7 @@ def totals_text(report: Report) -> str:
     total = sum(row.parameters for row in report.rows) or 1
     for name, rows in _folded(report.unnamed):
         share = sum(row.parameters for row in rows) / total
-        lines.append(f"large, and no rule names it: {name} ({rows[0].kind}, {share:.1%} of the parameters)")
+        lines.append(f"large, and stays as it is: {name} ({rows[0].kind}, {share:.1%} of the parameters)")
     return "\n".join(lines)
 
 

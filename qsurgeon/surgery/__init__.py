@@ -4,7 +4,7 @@ from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
 from qsurgeon.surgery.record import QUANT_METHOD, Record, read_record, record_of
-from qsurgeon.surgery.skeleton import read_config, skeleton
+from qsurgeon.surgery.skeleton import architecture, read_config, skeleton
 
 __all__ = [
     "QUANT_METHOD",
@@ -13,6 +13,7 @@ __all__ = [
     "Plan",
     "Record",
     "Step",
+    "architecture",
     "build_plan",
     "inventory",
     "operate",

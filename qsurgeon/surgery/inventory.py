@@ -24,6 +24,7 @@ class Module:
     parameters: how many it owns (children not counted, a tied weight counted with its first owner only).
     bytes: what these take. tied_to: the module that owns its weight, if that is another one.
     adapter: whether peft added it.
+    shared: those of its parameters that another module owns.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Module:
     bytes: int
     tied_to: str | None
     adapter: bool
+    shared: tuple[str, ...] = ()
 
 
 def inventory(model: nn.Module) -> tuple[Module, ...]:
@@ -50,35 +52,50 @@ def inventory(model: nn.Module) -> tuple[Module, ...]:
 
 def plain_model(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the model inside what torch.compile, DDP and peft put around it, and the path to it."""
-    inner = model
-    for name in ("_orig_mod", "module"):  # torch.compile; DDP and its kin
-        wrapper = isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_orig_mod")
-        if wrapper and isinstance(getattr(inner, name, None), nn.Module):
-            inner = getattr(inner, name)
-    peft = sys.modules.get("peft")  # without it imported there is no PeftModel
-    if peft is not None and isinstance(inner, peft.PeftModel):
-        inner = inner.get_base_model()
+    inner, outer = model, None
+    while inner is not outer:
+        inner, outer = _inside(inner), inner
     path = next(path for path, module in model.named_modules() if module is inner)
     return path, inner
 
 
-def _tuner_layer() -> tuple[type, ...]:
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    return (tuners.BaseTunerLayer,) if tuners is not None else ()
+def _inside(model: nn.Module) -> nn.Module:
+    """Return what one layer of wrapping holds, or the model itself if it is not wrapped."""
+    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+        return compiled
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner: nn.Module = model.module
+        return inner
+    peft = sys.modules.get("peft")  # without it imported there is no PeftModel
+    if peft is not None and isinstance(model, peft.PeftModel):
+        return model.get_base_model()  # type: ignore[no-any-return]
+    if peft is not None and isinstance(model, peft.PeftMixedModel):
+        return model.base_model.model  # type: ignore[no-any-return]
+    return model
+
+
+def _held_by_peft(module: nn.Module) -> str | None:
+    """Return under which name a layer of peft's holds the model's own, or None if it is not peft's."""
+    tuners, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    if tuners is not None and isinstance(module, tuners.BaseTunerLayer):
+        return "base_layer"
+    if other is not None and isinstance(module, other.AuxiliaryTrainingWrapper):
+        return "original_module"
+    return None
 
 
 def _walk(module: nn.Module, name: str, path: str, adapter: bool) -> Iterator[tuple[str, str, nn.Module, bool]]:
     """Yield (plain name, path, module, is an adapter); a peft layer is passed over for the layer it holds."""
-    peft_layer = isinstance(module, _tuner_layer())
-    if not peft_layer:
+    own = _held_by_peft(module)
+    if own is None:
         yield name, path, module, adapter
     for child_name, child in module.named_children():
         child_path = f"{path}.{child_name}" if path else child_name
-        if peft_layer and child_name == "base_layer":
+        if child_name == own:
             yield from _walk(child, name, child_path, adapter)
         else:
             plain = f"{name}.{child_name}" if name else child_name
-            yield from _walk(child, plain, child_path, adapter or peft_layer)
+            yield from _walk(child, plain, child_path, adapter or own is not None)
 
 
 def _describe(module: nn.Module, name: str, path: str, adapter: bool, owners: dict[int, str]) -> Module:
@@ -97,4 +114,5 @@ def _describe(module: nn.Module, name: str, path: str, adapter: bool, owners: di
         sum(parameter.numel() * parameter.element_size() for parameter in first),
         owner if owner != name else None,
         adapter,
+        tuple(key for key, parameter in own.items() if owners[id(parameter)] != name),
     )

@@ -146,6 +146,17 @@ class _Planner:
     def _check_tie(self, module: Module, place: int) -> None:
         others = [one.name for one in self.modules.values() if one.tied_to == module.name]
         tied = module.tied_to or (others[0] if others else None)
+        knot = f"{module.name if module.tied_to else tied}.weight"
+        ties = [f"{one.name}.{key}" for one in self.modules.values() for key in one.shared]
+        also = [tie for tie in ties if tie != knot]
+        if tied is not None and self.recipe.untie and also:
+            self.report(
+                f"'untie: true' cannot give {module.name} a weight of its own: this model ties {also[0]} too, and its "
+                "config unties all or nothing",
+                "rules",
+                place,
+                "target",
+            )
         if tied is not None and not self.recipe.untie:
             self.report(
                 f"rule '{self.recipe.rule_name(place)}' reaches {module.name}, whose weight is tied to {tied}: "
@@ -162,6 +173,9 @@ def build_plan(recipe: Recipe, modules: Sequence[Module]) -> Plan:
     Raises: PlanError with every mistake: a pattern, or a word in its braces, that names nothing; a target without
     a Linear; a rule that decides nothing; a tied weight; an unknown format.
     """
+    if recipe.extends is not None:
+        where, excerpt = recipe.where("extends")
+        raise PlanError([Mistake(where, "a recipe made in Python is not merged with another; write a file", excerpt)])
     planner = _Planner(recipe, {one.name: one for one in modules}, Namespace([one.name for one in modules]))
     for place in range(len(recipe.rules)):
         planner.apply_rule(place)

@@ -28,31 +28,46 @@ def read_config(source: str | Path) -> Any:
         raise CheckpointError(f"{path} is a file; expected a model's folder, a config.json or a hub id")
     try:
         return transformers.AutoConfig.from_pretrained(str(path if path.is_dir() else source), trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except _BAD_CONFIG as error:
         there = "" if path.exists() else "no such folder, and as a hub id: "
         raise CheckpointError(f"no model at '{source}': {there}{_first_lines(error)}") from error
+
+
+# What transformers raises, in its own words or Python's, for a config that describes no model.
+_BAD_CONFIG = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError,
+)  # fmt: skip
+
+
+def architecture(config: Any) -> Any:
+    """Return the model class that ``config`` names first, or None if it names none.
+
+    Raises: CheckpointError if transformers has no such class, or if it is another config's.
+    """
+    names = config.architectures or []
+    if not names:
+        return None
+    model_class = getattr(transformers, str(names[0]), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise CheckpointError(f"transformers {transformers.__version__} has no architecture '{names[0]}'")
+    if model_class.config_class is None or not isinstance(config, model_class.config_class):
+        raise CheckpointError(f"architecture '{names[0]}' does not go with a {type(config).__name__}")
+    return model_class
 
 
 def skeleton(config: Any) -> nn.Module:
     """Return the model that ``config`` describes, on the meta device, as its first architecture.
 
-    Raises: CheckpointError if transformers has no such architecture.
+    Raises: CheckpointError if transformers has no such architecture, or cannot build it from these values.
     """
-    names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
-    if names and not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise CheckpointError(f"transformers {transformers.__version__} has no architecture '{names[0]}'")
-    if model_class is not None and not isinstance(config, model_class.config_class):
-        raise CheckpointError(f"architecture '{names[0]}' does not go with a {type(config).__name__}")
-    with torch.device("meta"):
-        if model_class is None:
-            model = transformers.AutoModel.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=config.dtype or torch.float32
-            )
-        else:
-            model = model_class._from_config(config, dtype=config.dtype or torch.float32)
-    result: nn.Module = model
-    return result
+    model_class = architecture(config)
+    build = transformers.AutoModel.from_config if model_class is None else model_class._from_config
+    try:
+        with torch.device("meta"):
+            model: nn.Module = build(config, dtype=config.dtype or torch.float32)
+    except _BAD_CONFIG as error:
+        raise CheckpointError(f"its config describes no model that can be built: {_first_lines(error)}") from error
+    return model
 
 
 def _first_lines(error: Exception) -> str:

@@ -299,3 +299,31 @@ def test_headers_tell_names_files_shapes_and_dtypes(sharded: Path) -> None:
     one = headers["model.layers.0.mlp.up_proj.weight"]
     assert (one.shape, one.dtype, one.file.parent) == ((128, 64), "F32", sharded)
     assert len(headers) == len(hf.AutoModelForCausalLM.from_pretrained(sharded).state_dict())
+
+
+def test_weights_of_other_parts_in_subfolders_come_along(source: Path, tmp_path: Path) -> None:
+    (source / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.ones(2, 2)}, source / "2_Dense" / "model.safetensors")
+    rewrite("w4a4-mxfp4", source, tmp_path / "out")
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").is_file()
+
+
+def test_untie_where_tensors_go_by_other_names_is_refused(save_small: Callable[..., Path], tmp_path: Path) -> None:
+    source = save_small(tmp_path / "tied", tied=True)
+    tensors = load_file(source / "model.safetensors")
+    tensors["other.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe.model_validate({"version": 1, "untie": True, "rules": [{"target": ["lm_head"], "weight": "mxfp4"}]})
+    assert fails(source, tmp_path / "out", recipe) == (
+        "no file has a tensor model.embed_tokens.weight to untie lm_head.weight from: its tensors go by other names "
+        "than its modules. Load the model, apply the recipe to it, and save it"
+    )
+
+
+def test_a_config_json_is_no_folder(source: Path, tmp_path: Path) -> None:
+    assert fails(source / "config.json", tmp_path / "out") == f"{source}/config.json: is a file; expected a folder"
+
+
+def test_an_output_path_is_resolved_before_it_is_staged(source: Path, tmp_path: Path) -> None:
+    rewrite("w4a4-mxfp4", source, tmp_path / "out" / "deep" / "..")
+    assert (tmp_path / "out" / "config.json").is_file()

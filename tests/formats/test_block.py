@@ -964,3 +964,14 @@ def test_a_parameter_is_rounded_where_no_gradient_is_recorded(no_grad: Callable[
     assert rounded.tolist() == [6.0] * 32
     assert dequantized.tolist() == [6.0] * 32
     assert not rounded.requires_grad
+
+
+@each_format
+def test_zeros_stay_zero_where_denormals_are_flushed(fmt: Format) -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.fail("this processor cannot flush denormals, so that the test says nothing")
+    try:
+        assert fmt.fake_quantize(torch.zeros(2, 40)).tolist() == [[0.0] * 40] * 2
+        assert fmt.quantize(torch.zeros(2, 40)).codes.count_nonzero().item() == 0
+    finally:
+        torch.set_flush_denormal(False)

@@ -230,3 +230,9 @@ def test_the_json_schema_refuses_what_the_loader_refuses(change: dict[str, Any],
 def test_the_json_schema_describes_every_key(schema: dict[str, Any]) -> None:
     bare = [key for key, field in schema["properties"].items() if "description" not in str(field)]
     assert bare == []
+
+
+def test_two_rules_of_one_name_are_refused() -> None:
+    rule = {"name": "same", "target": ["layers"], "weight": "mxfp4"}
+    with pytest.raises(ValueError, match="two rules are called 'same'; a name tells which one decided"):
+        Recipe.model_validate({"version": 1, "rules": [rule, rule]})

@@ -377,3 +377,8 @@ def test_peft_around_a_wrapped_seed_model_leaves_182_wrapped(seed_model: nn.Modu
     model = with_lora(qsurgeon.apply(name, seed_model))
     assert len(quant_linears(model)) == 182
     assert sum("lora_" not in path for path in quant_linears(model)) == 182
+
+
+def test_extends_in_a_recipe_made_in_python_is_refused_and_not_ignored() -> None:
+    made = Recipe.model_validate({"version": 1, "extends": "w4a4-mxfp4"})
+    assert complaint(made, MODEL) == "extends: a recipe made in Python is not merged with another; write a file"

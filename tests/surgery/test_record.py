@@ -100,18 +100,6 @@ def test_the_quant_method_is_no_part_of_a_record(record: Record, data: dict[str,
     assert read_record({"quant_method": "qsurgeon", **data}, "config.json") == record
 
 
-def test_rules_of_one_name_keep_their_modules_apart(tiny_qwen2: Any) -> None:
-    made = Recipe(
-        version=1,
-        rules=(
-            Rule(name="same", target=("layers.0",), weight="mxfp4"),
-            Rule(name="same", target=("layers.1",), weight="nvfp4"),
-        ),
-    )
-    record = record_of(qsurgeon.plan(made, tiny_qwen2), "1.2.3")
-    assert [(rule.weight, len(rule.modules)) for rule in record.rules] == [("mxfp4", 7), ("nvfp4", 7)]
-
-
 def put(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(data: Any) -> None:
         for step in path[:-1]:
