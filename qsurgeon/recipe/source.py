@@ -128,6 +128,10 @@ def _validate(raw: dict[str, Any], source: Source, base: Recipe | None) -> tuple
         _check_formats(raw, source, base, unsure=("formats",) in guesses)
         raise source.error() from error
     formats = _check_formats(raw, source, base)
+    taken = {rule.name for rule in base.rules if rule.name is not None} if base else set()
+    for place, rule in enumerate(recipe.rules):
+        if rule.name in taken:
+            source.report_at(("rules", place, "name"), f"the recipe it extends has a rule '{rule.name}', too")
     if source.mistakes:
         raise source.error()
     return recipe, formats

@@ -1032,3 +1032,15 @@ def test_an_unknown_format_beside_an_extended_recipe_is_an_error_with_its_format
         "        weight: int8\n"
         "                ^^^^"
     )
+
+
+def test_a_rule_may_not_have_the_name_of_one_that_it_extends(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "version: 1\nextends: w4a4-mxfp4\nrules:\n  - name: linears\n    target: [down_proj]\n    weight: mxfp8\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert str(caught.value) == (
+        f"{file}:4:11: the recipe it extends has a rule 'linears', too\n      - name: linears\n              ^^^^^^^"
+    )
