@@ -1,9 +1,10 @@
 """Ask a model, or a folder, what it computes with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -12,6 +13,7 @@ from qsurgeon.layers import AS_IT_IS, Quantization, quant_linears
 from qsurgeon.report.rows import Report, Row
 from qsurgeon.surgery import Excluded, Plan, Step, inventory, plain_model, read_config, skeleton
 
+NOT_CALLED = "never called by the example: its parent computes past it"
 LARGE = 0.01  # of all parameters: a module that no rule names and that holds more is pointed out
 
 
@@ -20,8 +22,11 @@ def report_of(plan: Plan, source: str = "") -> Report:
     return _report(plan.steps, plan.recipe.storage, source)
 
 
-def inspect(model: Any) -> Report:
+def inspect(model: Any, example: Mapping[str, Any] | None = None) -> Report:
     """Return every module of a live model, a folder or a hub id: what it computes with, and why.
+
+    ``example``: what to call a live model with (``{"input_ids": …}``). Then a layer that is wrapped and was not called
+    is said to be: its parent may read the weight itself and compute past it.
 
     A live model (inside peft, torch.compile or DDP too) is asked itself: what its layers will do, whatever its
     config says. A folder is read by its config.json alone.
@@ -29,7 +34,7 @@ def inspect(model: Any) -> Report:
     Raises: CheckpointError for a folder without a model, or a record that cannot be read.
     """
     if isinstance(model, nn.Module):
-        return _inspect_live(model)
+        return _inspect_live(model, example)
     config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
     refuse_foreign(config, str(model) if isinstance(model, str | Path) else "the model")
     record = record_in(config)
@@ -41,24 +46,46 @@ def inspect(model: Any) -> Report:
     return _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")
 
 
-def _inspect_live(model: nn.Module) -> Report:
+def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report:
     record = record_in(getattr(plain_model(model)[1], "config", None))
     excluded = record.exclusions() if record else {}
     wrapped = {path: layer.quantization for path, layer in quant_linears(model).items()}
     steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
-    return _report(steps, record.storage if record else "", "")
+    uncalled = frozenset() if example is None else _uncalled(model, example)
+    return _report(steps, record.storage if record else "", "", uncalled)
 
 
-def _report(steps: Iterable[Step], storage: str, source: str) -> Report:
+def _uncalled(model: nn.Module, example: Mapping[str, Any]) -> frozenset[str]:
+    """Return the paths of the QuantLinears that ``model`` does not call when it is called with ``example``."""
+    layers = quant_linears(model)
+    called: set[str] = set()
+    hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            model(**example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return frozenset(layers.keys() - called)
+
+
+def _report(steps: Iterable[Step], storage: str, source: str, uncalled: frozenset[str] = frozenset()) -> Report:
     steps = tuple(steps)
     everything = sum(step.module.parameters for step in steps) or 1
-    return Report(tuple(_row(step, everything) for step in steps if step.why), storage, source)
+    return Report(
+        tuple(_row(step, everything, step.module.path not in uncalled) for step in steps if step.why), storage, source
+    )
 
 
-def _row(step: Step, everything: int) -> Row:
+def _row(step: Step, everything: int, called: bool) -> Row:
     module, how = step.module, step.quantization
     stored = 8 * module.bytes / module.parameters if module.parameters else None
     named = how is not None or isinstance(step.fate, Excluded)
+    remarks = [step.why]
+    if module.tied_to is not None:
+        remarks.append(f"tied to {module.tied_to}")
+    if not called:
+        remarks.append(NOT_CALLED)
     return Row(
         module.name,
         module.kind,
@@ -66,10 +93,11 @@ def _row(step: Step, everything: int) -> Row:
         how.weight_name if how else AS_IT_IS,
         how.input_name if how else AS_IT_IS,
         how.gradient if how else AS_IT_IS,
-        step.why if module.tied_to is None else f"{step.why}; tied to {module.tied_to}",
+        "; ".join(remarks),
         module.parameters,
         how.weight.bits if how and how.weight else stored,
         module.bytes,
         module.linear and not module.adapter,
+        called,
         not named and not module.adapter and module.parameters >= LARGE * everything,
     )

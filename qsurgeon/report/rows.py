@@ -30,6 +30,7 @@ class Row:
     bits: float | None
     bytes: int
     linear: bool
+    called: bool = True
     large: bool = False
 
 
@@ -83,6 +84,9 @@ class Report:
         parts = [f"{n} with weight {weight}, input {input_}" for (weight, input_), n in kinds.items()]
         total = sum(row.parameters for row in self.rows) or 1
         share = sum(row.parameters for row in self.rows if row.gradient != AS_IT_IS) / total
+        uncalled = sum(not row.called for row in self.rows)
+        if uncalled:
+            parts.append(f"{uncalled} of them were never called")
         return (
             f"{self.wrapped} of {self.linears} Linear modules ({share:.1%} of the parameters) are wrapped: "
             f"{'; '.join(parts)}"
