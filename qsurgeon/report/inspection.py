@@ -51,12 +51,12 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
     excluded = record.exclusions() if record else {}
     wrapped = {path: layer.quantization for path, layer in quant_linears(model).items()}
     steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
-    uncalled = frozenset() if example is None else _uncalled(model, example)
-    return _report(steps, record.storage if record else "", "", uncalled)
+    called = None if example is None else _called(model, example)
+    return _report(steps, record.storage if record else "", "", called)
 
 
-def _uncalled(model: nn.Module, example: Mapping[str, Any]) -> frozenset[str]:
-    """Return the paths of the QuantLinears that ``model`` does not call when it is called with ``example``."""
+def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
+    """Return the paths of the QuantLinears that ``model`` calls when it is called with ``example``."""
     layers = quant_linears(model)
     called: set[str] = set()
     hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
@@ -66,25 +66,24 @@ def _uncalled(model: nn.Module, example: Mapping[str, Any]) -> frozenset[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return frozenset(layers.keys() - called)
+    return called
 
 
-def _report(steps: Iterable[Step], storage: str, source: str, uncalled: frozenset[str] = frozenset()) -> Report:
+def _report(steps: Iterable[Step], storage: str, source: str, called: set[str] | None = None) -> Report:
     steps = tuple(steps)
     everything = sum(step.module.parameters for step in steps) or 1
-    return Report(
-        tuple(_row(step, everything, step.module.path not in uncalled) for step in steps if step.why), storage, source
-    )
+    return Report(tuple(_row(step, everything, called) for step in steps if step.why), storage, source)
 
 
-def _row(step: Step, everything: int, called: bool) -> Row:
+def _row(step: Step, everything: int, called: set[str] | None) -> Row:
     module, how = step.module, step.quantization
+    was_called = None if called is None or how is None else module.path in called
     stored = 8 * module.bytes / module.parameters if module.parameters else None
     named = how is not None or isinstance(step.fate, Excluded)
     remarks = [step.why]
     if module.tied_to is not None:
         remarks.append(f"tied to {module.tied_to}")
-    if not called:
+    if was_called is False:
         remarks.append(NOT_CALLED)
     return Row(
         module.name,
@@ -98,6 +97,6 @@ def _row(step: Step, everything: int, called: bool) -> Row:
         how.weight.bits if how and how.weight else stored,
         module.bytes,
         module.linear and not module.adapter,
-        called,
+        was_called,
         not named and not module.adapter and module.parameters >= LARGE * everything,
     )

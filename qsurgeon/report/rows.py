@@ -17,6 +17,7 @@ class Row:
     """One module: what it is, what it computes with, and why.
 
     bits: of one weight value as the layer computes with it. bytes: of the parameters it holds now.
+    called: by the example, where there was one to ask with.
     """
 
     module: str
@@ -30,7 +31,7 @@ class Row:
     bits: float | None
     bytes: int
     linear: bool
-    called: bool = True
+    called: bool | None = None
     large: bool = False
 
 
@@ -84,7 +85,7 @@ class Report:
         parts = [f"{n} with weight {weight}, input {input_}" for (weight, input_), n in kinds.items()]
         total = sum(row.parameters for row in self.rows) or 1
         share = sum(row.parameters for row in self.rows if row.gradient != AS_IT_IS) / total
-        uncalled = sum(not row.called for row in self.rows)
+        uncalled = sum(row.called is False for row in self.rows)
         if uncalled:
             parts.append(f"{uncalled} of them were never called")
         return (

@@ -137,6 +137,7 @@ def test_plan_prints_json(run: Run) -> None:
         "bits": 4.25,
         "bytes": 16640,
         "linear": True,
+        "called": None,
         "large": False,
     }
 
