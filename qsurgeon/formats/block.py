@@ -142,9 +142,7 @@ class Format:
     def _rounded(self, rows: Tensor, tensor_scale: Tensor | None) -> Tensor:
         """Return ``rows`` (..., k) rounded; ``tensor_scale`` is (..., 1), or None."""
         blocks = _split(rows, self.block)
-        scale = self._scales(blocks, tensor_scale)
-        if tensor_scale is not None:
-            scale = scale * tensor_scale[..., None]
+        scale = _product(self._scales(blocks, tensor_scale), tensor_scale)
         values = self.element.round(_divided(blocks, scale)).mul_(scale).flatten(-2)[..., : rows.shape[-1]]
         return _narrowed(values, rows.dtype)
 
@@ -157,7 +155,7 @@ class Format:
         tensor_scale = self._tensor_scale(rows)
         blocks = _split(rows, self.block)
         scale = self._scales(blocks, tensor_scale)
-        values = scale if tensor_scale is None else scale * tensor_scale[..., None]
+        values = _product(scale, tensor_scale)
         codes = self.element.encode(self.element.round(_divided(blocks, values))).flatten(-2)[..., : rows.shape[-1]]
         if tensor_scale is not None:
             tensor_scale = tensor_scale.squeeze(-1) if self.tensor_scale == "row" else tensor_scale.reshape(())
@@ -269,9 +267,7 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """Return the values, in the shape and dtype of the tensor that was quantized."""
         format, length = self.format, self.codes.shape[self.dim]
-        scale = format.scale.decode(self.scale.movedim(self.dim, -1))
-        if self.tensor_scale is not None:
-            scale = scale * self.tensor_scale[..., None]
+        scale = _product(format.scale.decode(self.scale.movedim(self.dim, -1)), self.tensor_scale)
         values = format.element.decode(self.codes.movedim(self.dim, -1))
         values *= scale.repeat_interleave(format.block, dim=-1)[..., :length]
         return _narrowed(values, self.dtype).movedim(-1, self.dim)
@@ -316,6 +312,11 @@ def _split(rows: Tensor, block: int) -> Tensor:
     missing = -rows.shape[-1] % block
     padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
     return padded.reshape(*padded.shape[:-1], padded.shape[-1] // block, block)
+
+
+def _product(scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    """Return the blocks' scales times the tensor scale above them, which has one dimension less."""
+    return scale if tensor_scale is None else scale * tensor_scale[..., None]
 
 
 def _divided(blocks: Tensor, scale: Tensor) -> Tensor:

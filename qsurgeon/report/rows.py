@@ -54,19 +54,22 @@ class Report:
         return sum(row.linear for row in self.rows)
 
     @property
+    def parameters(self) -> int:
+        """How many parameters there are; never 0, so that a share of them can be told."""
+        return sum(row.parameters for row in self.rows) or 1
+
+    @property
     def coverage(self) -> dict[str, float]:
         """The share of all parameters per weight format; ``-`` is what stays as it is."""
         totals: dict[str, int] = defaultdict(int)
         for row in self.rows:
             totals[row.weight] += row.parameters
-        everything = sum(totals.values()) or 1
-        return {name: count / everything for name, count in sorted(totals.items(), key=lambda one: -one[1])}
+        return {name: count / self.parameters for name, count in sorted(totals.items(), key=lambda one: -one[1])}
 
     @property
     def bits_per_weight(self) -> float:
         """The mean over all parameters, as the model computes with them."""
-        everything = sum(row.parameters for row in self.rows) or 1
-        return sum(row.parameters * (row.bits or 0) for row in self.rows) / everything
+        return sum(row.parameters * (row.bits or 0) for row in self.rows) / self.parameters
 
     @property
     def unnamed(self) -> tuple[Row, ...]:
@@ -83,8 +86,7 @@ class Report:
         if not kinds:
             return f"full precision: none of {self.linears} Linear modules is wrapped"
         parts = [f"{n} with weight {weight}, input {input_}" for (weight, input_), n in kinds.items()]
-        total = sum(row.parameters for row in self.rows) or 1
-        share = sum(row.parameters for row in self.rows if row.gradient != AS_IT_IS) / total
+        share = sum(row.parameters for row in self.rows if row.gradient != AS_IT_IS) / self.parameters
         uncalled = sum(row.called is False for row in self.rows)
         if uncalled:
             parts.append(f"{uncalled} of them were never called")
@@ -140,9 +142,8 @@ def totals_text(report: Report) -> str:
         f"{'full precision' if name == '-' else name} {share:.1%}" for name, share in report.coverage.items()
     )
     lines = [report.summary, f"parameters: {shares}; {report.bits_per_weight:.2f} bits per weight"]
-    total = sum(row.parameters for row in report.rows) or 1
     for name, rows in _folded(report.unnamed):
-        share = sum(row.parameters for row in rows) / total
+        share = sum(row.parameters for row in rows) / report.parameters
         lines.append(f"large, and stays as it is: {name} ({rows[0].kind}, {share:.1%} of the parameters)")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """The only place that replaces modules of a live model."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,14 +35,16 @@ def operate(model: nn.Module, quantizations: Mapping[str, Quantization], *, unti
             QuantLinear.check(linear)
         except SurgeryError as error:
             raise SurgeryError(f"{name} cannot be wrapped: {error}") from error
-    twice = [name for name in linears if list(linears.values()).count(linears[name]) > 1]
+    times = Counter(map(id, linears.values()))
+    twice = [name for name, linear in linears.items() if times[id(linear)] > 1]
     if twice:
         raise SurgeryError(f"{twice[0]} and {twice[1]} are one and the same module; exclude one of them")
+    root = plain_model(model)[1]
     owners = {module.tied_to for module in modules.values()}
     for name, linear in linears.items():
         QuantLinear.wrap(linear, quantizations[name])
         if untie and (modules[name].tied_to or name in owners):
-            _untie(linear, name, plain_model(model)[1])
+            _untie(linear, name, root)
     return len(linears)
 
 

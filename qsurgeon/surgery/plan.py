@@ -146,10 +146,12 @@ class _Planner:
     def _check_tie(self, module: Module, place: int) -> None:
         others = [one.name for one in self.modules.values() if one.tied_to == module.name]
         tied = module.tied_to or (others[0] if others else None)
+        if tied is None:
+            return
         knot = f"{module.name if module.tied_to else tied}.weight"
         ties = [f"{one.name}.{key}" for one in self.modules.values() for key in one.shared]
         also = [tie for tie in ties if tie != knot]
-        if tied is not None and self.recipe.untie and also:
+        if self.recipe.untie and also:
             self.report(
                 f"'untie: true' cannot give {module.name} a weight of its own: this model ties {also[0]} too, and its "
                 "config unties all or nothing",
@@ -157,7 +159,7 @@ class _Planner:
                 place,
                 "target",
             )
-        if tied is not None and not self.recipe.untie:
+        if not self.recipe.untie:
             self.report(
                 f"rule '{self.recipe.rule_name(place)}' reaches {module.name}, whose weight is tied to {tied}: "
                 f"exclude {module.name}, or say 'untie: true'",
