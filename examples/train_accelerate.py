@@ -65,7 +65,7 @@ def train(args: argparse.Namespace) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.gather(loss.detach()).mean().item())
-        if step % 10 == 0 or step == args.steps:
+        if step % 10 == 0 or step in (1, args.steps):
             accelerator.print(f"step {step:4d}  loss {losses[-1]:.4f}")
 
     accelerator.save_state(f"{args.output}/state")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qsurgeon.version import __version__
 
 if TYPE_CHECKING:
+    from qsurgeon.calibration import calibrate
     from qsurgeon.checkpoint import rewrite
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf import apply, load, plan
@@ -30,6 +31,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "apply",
+    "calibrate",
     "get_format",
     "inspect",
     "load",
@@ -43,6 +45,7 @@ _HOME = {
     "QuantLinear": "layers",
     "Recipe": "recipe",
     "apply": "hf",
+    "calibrate": "calibration",
     "get_format": "formats",
     "inspect": "report.inspection",
     "load": "hf",

@@ -7,6 +7,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── RecipeError           the recipe's text: syntax, keys, values, each with file, line and column
 ├── PlanError             recipe and model do not fit
 ├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
+├── CalibrationError      examples that do not say what a static scale should be
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
 ├── UsageError            a command that lacks what neither its options nor its recipe say
 └── NothingWrappedError   a model that should compute in another format and does not
@@ -71,6 +72,10 @@ class PlanError(MistakesError):
 
 class SurgeryError(QSurgeonError):
     """A model that cannot be operated on: wrapped already, or its forward replaced by something else."""
+
+
+class CalibrationError(QSurgeonError):
+    """The examples do not say what a static scale should be: a module was not reached, a value is not finite."""
 
 
 class CheckpointError(QSurgeonError):

@@ -18,7 +18,7 @@ ORDER = (
     {"surgery"},
     {"checkpoint"},
     {"hf"},
-    {"noise", "scan", "export"},
+    {"calibration", "noise", "scan", "export"},
     {"report"},
     {"cli"},
     {"__init__", "__main__"},

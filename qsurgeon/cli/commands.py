@@ -107,20 +107,11 @@ def inspect(
 
 @app.command()
 def formats(as_json: Json = False) -> None:
-    """List the number formats that a recipe can name."""
-    from rich.table import Table
+    """List the number formats that a recipe can name, and how near each comes to what it rounds."""
+    from qsurgeon.report.formats import format_rows, formats_text
 
-    from qsurgeon.formats import CATALOG
-    from qsurgeon.report.tables import rendered
-
-    rows = [{"format": name, "bits": format.bits, **format.to_dict()} for name, format in CATALOG.items()]
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    table = Table(*rows[0], box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    typer.echo(rendered(table))
+    rows = format_rows()
+    typer.echo(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else formats_text(rows))
 
 
 @app.command()

@@ -2,5 +2,6 @@
 
 from qsurgeon.formats.block import Format, Gradient, Quantized
 from qsurgeon.formats.catalog import CATALOG, get_format
+from qsurgeon.formats.fields import check_operands
 
-__all__ = ["CATALOG", "Format", "Gradient", "Quantized", "get_format"]
+__all__ = ["CATALOG", "Format", "Gradient", "Quantized", "check_operands", "get_format"]

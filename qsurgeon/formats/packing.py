@@ -1,7 +1,8 @@
 """Codes to bytes and back.
 
-4-bit codes lie two to a byte along the last dimension, the earlier in the low nibble: the order of
-compressed-tensors, ModelOpt and gpt-oss checkpoints. 8-bit codes are bytes already.
+Along the last dimension, the earlier code in the lower bits: two 4-bit codes to a byte (as compressed-tensors,
+ModelOpt and gpt-oss checkpoints have them), four 6-bit codes to three bytes (as compressed-tensors has them). 8-bit
+codes are bytes already.
 """
 
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor
 
 from qsurgeon.errors import ShapeError
 
-_PER_BYTE = {4: 2, 8: 1}
+_GROUPS = {4: (2, 1), 6: (4, 3), 8: (1, 1)}  # bits of a code: how many codes fill how many bytes
+
+
+def packed_length(length: int, bits: int) -> int:
+    """Return how many bytes ``length`` codes take. Raises: ShapeError for a width that has no layout here."""
+    if bits not in _GROUPS:
+        raise ShapeError(f"no byte layout for codes of {bits} bits; known: {', '.join(map(str, _GROUPS))}")
+    return -(-length * bits // 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -17,11 +25,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     A last byte that is not full is filled with code 0. Raises: ShapeError for a width that has no layout here.
     """
-    if _codes_per_byte(bits) == 1:
+    length = packed_length(codes.shape[-1], bits)
+    count, size = _GROUPS[bits]
+    if count == 1:
         return codes.contiguous()
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    missing = -codes.shape[-1] % count
+    padded = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
+    groups = padded.reshape(*padded.shape[:-1], padded.shape[-1] // count, count)
+    if size == 1:
+        return groups[..., 0] | (groups[..., 1] << 4)
+    first, second, third, fourth = groups.unbind(-1)
+    data = (first | (second << 6), (second >> 2) | (third << 4), (third >> 4) | (fourth << 2))
+    return torch.stack(data, dim=-1).flatten(-2)[..., :length]
 
 
 def unpack(data: Tensor, bits: int, length: int) -> Tensor:
@@ -29,17 +44,16 @@ def unpack(data: Tensor, bits: int, length: int) -> Tensor:
 
     Raises: ShapeError for a width that has no layout here, and for bytes that do not hold ``length`` codes.
     """
-    per_byte = _codes_per_byte(bits)
-    if data.shape[-1] != -(-length // per_byte):
-        raise ShapeError(
-            f"{data.shape[-1]} bytes a row cannot be {length} codes of {bits} bits; expected {-(-length // per_byte)}"
-        )
-    if per_byte == 1:
+    expected = packed_length(length, bits)
+    if data.shape[-1] != expected:
+        raise ShapeError(f"{data.shape[-1]} bytes a row cannot be {length} codes of {bits} bits; expected {expected}")
+    count, size = _GROUPS[bits]
+    if count == 1:
         return data
-    return torch.stack([data & 0xF, data >> 4], dim=-1).flatten(-2)[..., :length]
-
-
-def _codes_per_byte(bits: int) -> int:
-    if bits not in _PER_BYTE:
-        raise ShapeError(f"no byte layout for codes of {bits} bits; known: {', '.join(map(str, _PER_BYTE))}")
-    return _PER_BYTE[bits]
+    if size == 1:
+        return torch.stack([data & 0xF, data >> 4], dim=-1).flatten(-2)[..., :length]
+    missing = -data.shape[-1] % size
+    padded = torch.nn.functional.pad(data, (0, missing)) if missing else data
+    low, middle, high = padded.reshape(*padded.shape[:-1], padded.shape[-1] // size, size).unbind(-1)
+    codes = (low & 63, (low >> 6 | middle << 2) & 63, (middle >> 4 | high << 4) & 63, high >> 2)
+    return torch.stack(codes, dim=-1).flatten(-2)[..., :length]

@@ -1,24 +1,45 @@
 """QuantLinear: a Linear that multiplies rounded inputs with a rounded weight."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from qsurgeon.errors import SurgeryError
-from qsurgeon.formats import Format, Gradient
-from qsurgeon.layers.straight_through import straight_through
+from qsurgeon.formats import Format, Gradient, check_operands
+from qsurgeon.formats.rotation import Rotation
+from qsurgeon.layers.straight_through import rotated, straight_through
 
 AS_IT_IS = "-"
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a rule gives a module: formats (None leaves the tensor as it is), the gradient, the rule's name."""
+    """What a rule gives a module: formats (None leaves the tensor as it is), the gradient, the rule's name.
+
+    Raises: FormatError for two formats that cannot be a product's.
+    """
 
     weight: Format | None
     input: Format | None
     gradient: Gradient = "ste"
     rule: str = ""
+
+    def __post_init__(self) -> None:
+        check_operands(self.weight, self.input)
+        _ = self.rotation  # computed now: see Fields
+
+    @cached_property
+    def rotation(self) -> Rotation | None:
+        """How both operands are rotated, the one that stays in full precision too."""
+        rotations = (one.rotation for one in (self.weight, self.input) if one is not None)
+        return next(rotations, None)
+
+    @property
+    def static_scales(self) -> dict[str, float]:
+        """The numbers of static tensor scales, by operand (``weight``, ``input``)."""
+        formats = {"weight": self.weight, "input": self.input}
+        return {role: one.static_scale for role, one in formats.items() if one and one.static_scale is not None}
 
     @property
     def weight_name(self) -> str:
@@ -37,7 +58,8 @@ class QuantLinear(nn.Linear):
     Shapes: (..., in_features) in, (..., out_features) out. Parameters and their names are ``nn.Linear``'s, and
     there are no buffers: state dicts, optimizers, peft and FSDP see the layer they know. The weight itself is
     never changed: y = q(x) · q(W)ᵀ + b, and with the straight-through gradient grad_x = g · q(W) and
-    grad_W = gᵀ · q(x).
+    grad_W = gᵀ · q(x). Where the formats rotate, R, both are rotated before they are rounded, which leaves the
+    product alone: y = q(xR) · q(WR)ᵀ + b, and the gradients are rotated back.
 
     It acts where it is called. A parent that reads ``.weight`` itself (WavLM's attention, Mamba's fused kernels, the
     fast path of nn.TransformerEncoderLayer) computes past it.
@@ -74,13 +96,14 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return q(x) · q(W)ᵀ + b."""
-        how = self.quantization
-        weight = self.weight
+        how, weight, dtype = self.quantization, self.weight, x.dtype
+        if how.rotation is not None:
+            x, weight = rotated(x, how.rotation), rotated(weight, how.rotation)
         if how.weight is not None:
-            weight = straight_through(weight, how.weight.as_weight, how.gradient)
+            weight = straight_through(weight, how.weight.as_weight.without_rotation, how.gradient)
         if how.input is not None:
-            x = straight_through(x, how.input.as_input, how.gradient)
-        return nn.functional.linear(x, weight, self.bias)
+            x = straight_through(x, how.input.as_input.without_rotation, how.gradient)
+        return nn.functional.linear(x.to(dtype), weight.to(self.weight.dtype), self.bias)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""

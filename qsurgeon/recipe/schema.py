@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -15,13 +15,16 @@ from pydantic import (
     Field,
     PrivateAttr,
     StrictBool,
-    StrictInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from qsurgeon.errors import FormatError, nearest
 from qsurgeon.formats import CATALOG, Format, Gradient
-from qsurgeon.formats.block import FIELDS
+from qsurgeon.formats.element import ELEMENTS
+from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
+from qsurgeon.formats.scale import SCALES, ScaleRule
 from qsurgeon.recipe.select import check_pattern
 
 _NAME = re.compile(r"[A-Za-z][\w.+-]*")
@@ -29,17 +32,13 @@ _NAME = re.compile(r"[A-Za-z][\w.+-]*")
 Path = tuple[str | int, ...]  # of a value in a recipe: ("rules", 0, "target", 1)
 
 
-def _one_of(field: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in FIELDS[field]:
-            raise FormatError(f"no {field.replace('_', ' ')} '{value}'; {nearest(value, FIELDS[field])}")
-        return value
-
-    return AfterValidator(check)
+def _field(description: str, **hint: Any) -> Any:
+    """Return a field of a format that need not be said; ``hint`` tells editors what it may be."""
+    return Field(default=None, description=description, json_schema_extra=hint)
 
 
-def _choices(names: Iterable[str]) -> dict[str, list[str]]:
-    return {"enum": list(names)}
+_SIZE = {"type": "integer", "minimum": 1}
+_NONE = {"const": NONE}
 
 
 class Section(BaseModel):
@@ -52,15 +51,28 @@ class FormatSpec(Section):
     """A format of the recipe's own: a known one with some fields replaced."""
 
     like: str = Field(description="The format to start from: a catalogue name, or one above this one.")
-    element: Annotated[str, _one_of("element"), Field(json_schema_extra=_choices(FIELDS["element"]))] | None = None
-    block: Annotated[StrictInt, Field(ge=1, description="How many values share a scale.")] | None = None
-    scale: Annotated[str, _one_of("scale"), Field(json_schema_extra=_choices(FIELDS["scale"]))] | None = None
-    scale_rule: (
-        Annotated[str, _one_of("scale_rule"), Field(json_schema_extra=_choices(FIELDS["scale_rule"]))] | None
-    ) = None
-    tensor_scale: (
-        Annotated[str, _one_of("tensor_scale"), Field(json_schema_extra=_choices(FIELDS["tensor_scale"]))] | None
-    ) = None
+    element: Any = _field("The scalar number format.", enum=[*ELEMENTS])
+    block: Any = _field(
+        "How many values share a scale; [rows, columns] for a weight; none: the tensor scale is the only one.",
+        anyOf=[_SIZE, {"type": "array", "items": _SIZE, "minItems": 2, "maxItems": 2}, _NONE],
+    )
+    scale: Any = _field("The number format of a block's scale.", enum=[*SCALES, NONE])
+    scale_rule: Any = _field("How a block's scale is found.", enum=[*get_args(ScaleRule), NONE])
+    tensor_scale: Any = _field("What shares the FP32 scale above the blocks'.", enum=[*get_args(TensorScale)])
+    static_scale: Any = _field(
+        "The one number of a static tensor scale, where it is not found by calibration.",
+        anyOf=[{"type": "number", "exclusiveMinimum": 0}, _NONE],
+    )
+    rounding: Any = _field("To the nearest value, or to a neighbor at random.", enum=[*get_args(Rounding)])
+    hadamard: Any = _field("How many values are rotated together before rounding.", enum=[*HADAMARD_SIZES, NONE])
+    four_over_six: Any = _field("Per block, the better of the largest value at 6 and at 4.", type="boolean")
+    seed: Any = _field("Of the stochastic rounding and of the rotation's signs.", type="integer", minimum=0)
+
+    @field_validator(*FIELDS)
+    @classmethod
+    def _is_read(cls, value: Any, info: ValidationInfo) -> Any:
+        FIELDS[str(info.field_name)](str(info.field_name), value)
+        return value
 
 
 PatternText = Annotated[str, AfterValidator(check_pattern)]

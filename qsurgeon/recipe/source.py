@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qsurgeon.errors import FormatError, Mistake, RecipeError, nearest
-from qsurgeon.formats import CATALOG, Format
+from qsurgeon.formats import CATALOG, Format, check_operands
 from qsurgeon.recipe.schema import FormatSpec, Path, Recipe, Rule, make_format
 from qsurgeon.recipe.text import Source, parse, read_source
 
@@ -222,10 +222,17 @@ def _check_formats(
     known = {*CATALOG, *made, *broken}
     rules = raw.get("rules")
     for place, rule in enumerate(rules if isinstance(rules, list) else ()):
-        for role in ("weight", "input"):
-            name = rule.get(role) if isinstance(rule, dict) else None
+        if not isinstance(rule, dict):
+            continue
+        names = {role: rule.get(role) for role in ("weight", "input")}
+        for role, name in names.items():
             if isinstance(name, str) and name not in known and not unsure and not _lost_base(raw, base):
                 source.report_at(("rules", place, role), f"no format '{name}'; {nearest(name, known)}")
+        weight, input = ({**CATALOG, **made}.get(str(name)) for name in names.values())
+        try:
+            check_operands(weight, input)
+        except FormatError as error:
+            source.report_at(("rules", place, "input"), str(error))
     return made
 
 

@@ -95,6 +95,7 @@ class _Planner:
             self.report(f"rule '{name}' decides nothing: earlier rules took all it names", "rules", place)
         quantization = self._quantization(place)
         if quantization is not None:
+            self._check_rotation(quantization, fresh, place)
             for one in fresh:
                 self._check_tie(self.modules[one], place)
                 self.decided[one] = quantization
@@ -141,7 +142,25 @@ class _Planner:
             except FormatError as error:
                 self.report(str(error), "rules", place, role)
                 return None
-        return Quantization(formats["weight"], formats["input"], rule.gradient, self.recipe.rule_name(place))
+        try:
+            return Quantization(formats["weight"], formats["input"], rule.gradient, self.recipe.rule_name(place))
+        except FormatError as error:
+            self.report(f"rule '{self.recipe.rule_name(place)}': {error}", "rules", place)
+            return None
+
+    def _check_rotation(self, how: Quantization, names: list[str], place: int) -> None:
+        """Report the first module whose inputs the rotation does not divide."""
+        for one in names:
+            inputs = self.modules[one].shape[-1]
+            if how.rotation is not None and inputs % how.rotation.size:
+                self.report(
+                    f"rule '{self.recipe.rule_name(place)}' rotates {how.rotation.size} values at a time, which does "
+                    f"not divide the {inputs} inputs of {one}",
+                    "rules",
+                    place,
+                    "target",
+                )
+                return
 
     def _check_tie(self, module: Module, place: int) -> None:
         others = [one.name for one in self.modules.values() if one.tied_to == module.name]

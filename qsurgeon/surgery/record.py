@@ -4,6 +4,7 @@ Globs are never run again: a model is rebuilt from this record alone.
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,10 +25,15 @@ class FormatRecord(_Part):
     """Every field of a format: what a name means must not depend on the catalogue of the day."""
 
     element: str
-    block: int
+    block: int | tuple[int, int] | str
     scale: str
     scale_rule: str
     tensor_scale: str
+    static_scale: float | str
+    rounding: str
+    hadamard: int | str
+    four_over_six: bool
+    seed: int
 
 
 class RuleRecord(_Part):
@@ -49,6 +55,8 @@ class Record(_Part):
     storage: Literal["master"]
     formats: dict[str, FormatRecord]
     rules: tuple[RuleRecord, ...]
+    # What calibration found, by module and operand; it wins over the format's own number.
+    static_scales: dict[str, dict[Literal["weight", "input"], float]]
 
     def quantizations(self) -> dict[str, Quantization]:
         """Return how each wrapped module computes, by its name. Raises: CheckpointError for a broken format."""
@@ -57,10 +65,14 @@ class Record(_Part):
             formats = {name: any_format.with_fields(name, **vars(one)) for name, one in self.formats.items()}
             return {
                 module: Quantization(
-                    _named(rule.weight, formats), _named(rule.input, formats), rule.gradient, rule.name
+                    _named(rule.weight, formats, scales.get("weight")),
+                    _named(rule.input, formats, scales.get("input")),
+                    rule.gradient,
+                    rule.name,
                 )
                 for rule in self.rules
                 for module in rule.modules
+                for scales in [self.static_scales.get(module, {})]
             }
         except FormatError as error:
             raise CheckpointError(f"quantization_config: {error}") from error
@@ -75,10 +87,12 @@ class Record(_Part):
         }
 
 
-def _named(name: str | None, formats: dict[str, Format]) -> Format | None:
-    if name is not None and name not in formats:
+def _named(name: str | None, formats: dict[str, Format], static_scale: float | None) -> Format | None:
+    if name is None:
+        return None
+    if name not in formats:
         raise FormatError(f"no format '{name}'; {nearest(name, formats)}")
-    return None if name is None else formats[name]
+    return formats[name] if static_scale is None else replace(formats[name], static_scale=static_scale)
 
 
 def record_of(plan: Plan, version: str) -> Record:
@@ -103,7 +117,9 @@ def record_of(plan: Plan, version: str) -> Record:
     )
     used = {format.name: format for how in taken for format in (how.weight, how.input) if format}
     formats = {name: FormatRecord.model_validate(format.to_dict()) for name, format in used.items()}
-    return Record(version=1, qsurgeon_version=version, storage=plan.recipe.storage, formats=formats, rules=rules)
+    return Record(
+        version=1, qsurgeon_version=version, storage=plan.recipe.storage, formats=formats, rules=rules, static_scales={}
+    )
 
 
 def read_record(data: dict[str, Any], source: str) -> Record:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsurgeon.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, E8M0, ELEMENTS, Element, PowerOfTwo
+from qsurgeon.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, ELEMENTS, INT4, INT8, INT8_64, Element, FloatElement
+from qsurgeon.formats.scale import E8M0, PowerOfTwoScale
 
 ML_DTYPES = {
     "e2m1": ml_dtypes.float4_e2m1fn,
@@ -20,7 +21,11 @@ ML_DTYPES = {
     "e4m3": ml_dtypes.float8_e4m3fn,
     "e5m2": ml_dtypes.float8_e5m2,
     "e8m0": ml_dtypes.float8_e8m0fnu,
+    "int4": ml_dtypes.int4,
+    "int8": np.int8,
 }
+FLOATS = [element for element in ELEMENTS.values() if isinstance(element, FloatElement)]
+INTEGERS = [INT4, INT8, INT8_64]
 TORCH_DTYPES = {
     "e4m3": torch.float8_e4m3fn,
     "e5m2": torch.float8_e5m2,
@@ -28,13 +33,16 @@ TORCH_DTYPES = {
 }
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
+each_float = pytest.mark.parametrize("element", FLOATS, ids=attrgetter("name"))
+each_integer = pytest.mark.parametrize("element", INTEGERS, ids=attrgetter("name"))
 each_element = pytest.mark.parametrize("element", ELEMENTS.values(), ids=attrgetter("name"))
 each_scalar = pytest.mark.parametrize("scalar", [*ELEMENTS.values(), E8M0], ids=attrgetter("name"))
+each_scalar_of_ml_dtypes = pytest.mark.parametrize("scalar", [*FLOATS, INT4, INT8, E8M0], ids=attrgetter("name"))
 each_eight_bit_scalar = pytest.mark.parametrize("scalar", [E4M3, E5M2, E8M0], ids=attrgetter("name"))
 each_eight_bit_element = pytest.mark.parametrize("element", [E4M3, E5M2], ids=attrgetter("name"))
 
 
-def all_codes(scalar: Element | PowerOfTwo) -> Tensor:
+def all_codes(scalar: Element | PowerOfTwoScale) -> Tensor:
     return torch.arange(2**scalar.bits, dtype=torch.uint8)
 
 
@@ -47,8 +55,15 @@ def ties(element: Element) -> Tensor:
     return (grid[:-1] + grid[1:]) / 2  # exact: one bit more than the element's mantissa
 
 
+def signed(x: Tensor, element: Element) -> Tensor:
+    """Return ``x`` with zeros as the element has them: an integer's have no sign."""
+    return x + 0.0 if element in INTEGERS else x
+
+
 def ml_dtypes_rounded(x: Tensor, element: Element) -> Tensor:
     clamped = x.clamp(-element.max, element.max)  # E4M3 and E5M2 of ml_dtypes do not saturate
+    if element in INTEGERS:  # numpy casts to integers by truncation, and has no int8 in 64ths
+        return torch.from_numpy(np.rint(clamped.numpy() / element.smallest) * np.float32(element.smallest)) + 0.0
     return torch.from_numpy(clamped.numpy().astype(ML_DTYPES[element.name]).astype(np.float32))
 
 
@@ -69,23 +84,38 @@ def dense_and_wide(element: Element) -> Tensor:
 # What the codes mean
 
 
-@each_scalar
-def test_every_code_has_the_value_ml_dtypes_gives_it(scalar: Element | PowerOfTwo) -> None:
+@each_scalar_of_ml_dtypes
+def test_every_code_has_the_value_ml_dtypes_gives_it(scalar: Element | PowerOfTwoScale) -> None:
     codes = all_codes(scalar)
-    expected = codes.numpy().view(ML_DTYPES[scalar.name]).astype(np.float32)
+    as_stored = np.int8(codes.numpy().view(np.int8) << 4) >> 4 if scalar is INT4 else codes.numpy()
+    expected = as_stored.astype(ML_DTYPES[scalar.name]) if scalar is INT4 else as_stored.view(ML_DTYPES[scalar.name])
+    expected = expected.astype(np.float32)
     np.testing.assert_array_equal(scalar.decode(codes).numpy(), expected)
 
 
 @each_eight_bit_scalar
-def test_every_code_has_the_value_torch_gives_it(scalar: Element | PowerOfTwo) -> None:
+def test_every_code_has_the_value_torch_gives_it(scalar: Element | PowerOfTwoScale) -> None:
     codes = all_codes(scalar)
     expected = codes.view(TORCH_DTYPES[scalar.name]).float()
     torch.testing.assert_close(scalar.decode(codes), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @each_scalar
-def test_there_is_one_value_for_every_code(scalar: Element | PowerOfTwo) -> None:
+def test_there_is_one_value_for_every_code(scalar: Element | PowerOfTwoScale) -> None:
     assert len(scalar.values) == 2**scalar.bits
+
+
+def test_an_int8_of_ocp_counts_sixty_fourths() -> None:
+    codes = all_codes(INT8_64)
+    assert torch.equal(INT8_64.decode(codes) * 64, INT8.decode(codes))
+    assert (INT8_64.max, INT8_64.smallest, INT8_64.emax) == (127 / 64, 1 / 64, 0)
+
+
+@pytest.mark.parametrize(("element", "largest"), [(INT4, 7.0), (INT8, 127.0)], ids=["int4", "int8"])
+def test_an_integer_is_symmetric_and_never_takes_its_most_negative_code(element: Element, largest: float) -> None:
+    assert element.max == largest
+    assert element.round(torch.tensor([-1e9, 1e9])).tolist() == [-largest, largest]
+    assert min(element.values) == -largest - 1
 
 
 def test_the_sixteen_values_of_e2m1_are_these() -> None:
@@ -137,7 +167,7 @@ def test_the_magnitudes_are_all_finite_values_in_order(element: Element, count: 
 
 
 @each_scalar
-def test_decode_gives_float32_in_the_shape_of_the_codes(scalar: Element | PowerOfTwo) -> None:
+def test_decode_gives_float32_in_the_shape_of_the_codes(scalar: Element | PowerOfTwoScale) -> None:
     decoded = scalar.decode(torch.zeros(2, 3, 5, dtype=torch.uint8))
     assert decoded.dtype == torch.float32
     assert decoded.shape == (2, 3, 5)
@@ -149,7 +179,7 @@ def test_decode_gives_float32_in_the_shape_of_the_codes(scalar: Element | PowerO
 @each_element
 def test_encode_gives_back_the_code_of_every_finite_value(element: Element) -> None:
     codes = all_codes(element)
-    finite = codes[element.decode(codes).isfinite()]
+    finite = codes[element.decode(codes).abs() <= element.max]
     encoded = element.encode(element.decode(finite))
     assert encoded.dtype == torch.uint8
     assert encoded.tolist() == finite.tolist()
@@ -181,7 +211,14 @@ def test_nan_takes_the_last_code_or_zero_where_there_is_none(element: Element, c
     assert element.encode(torch.tensor([math.nan])).tolist() == [code]
 
 
-@each_element
+@each_integer
+def test_zero_has_one_code_and_no_sign_in_an_integer(element: Element) -> None:
+    assert element.encode(torch.tensor([0.0, -0.0])).tolist() == [0, 0]
+    assert element.encode(torch.tensor([math.nan])).tolist() == [0]
+    assert not element.round(torch.tensor([-0.0, -element.smallest / 2])).signbit().any()
+
+
+@each_float
 def test_the_two_zeros_have_codes_of_their_own(element: Element) -> None:
     assert element.encode(torch.tensor([0.0, -0.0])).tolist() == [0, 2 ** (element.bits - 1)]
 
@@ -196,7 +233,7 @@ def test_the_seven_ties_of_e2m1_round_to_these() -> None:
 
 @each_element
 def test_every_value_rounds_to_itself(element: Element) -> None:
-    values = torch.tensor([value for value in element.values if math.isfinite(value)])
+    values = torch.tensor([value for value in element.values if abs(value) <= element.max])
     assert torch.equal(bits(element.round(values)), bits(values))
 
 
@@ -205,7 +242,7 @@ def test_every_value_rounds_to_itself(element: Element) -> None:
 def test_every_tie_takes_the_even_code(element: Element, sign: float) -> None:
     codes = torch.arange(len(element.magnitudes) - 1)
     even = torch.tensor(element.magnitudes)[codes + codes % 2]
-    assert torch.equal(bits(element.round(sign * ties(element))), bits(sign * even))
+    assert torch.equal(bits(element.round(sign * ties(element))), bits(signed(sign * even, element)))
 
 
 @pytest.mark.parametrize("sign", [pytest.param(1.0, id="positive"), pytest.param(-1.0, id="negative")])
@@ -213,7 +250,7 @@ def test_every_tie_takes_the_even_code(element: Element, sign: float) -> None:
 def test_just_nearer_zero_than_a_tie_takes_the_smaller_neighbour(element: Element, sign: float) -> None:
     below = torch.nextafter(ties(element), torch.tensor(0.0))
     smaller = torch.tensor(element.magnitudes[:-1])
-    assert torch.equal(bits(element.round(sign * below)), bits(sign * smaller))
+    assert torch.equal(bits(element.round(sign * below)), bits(signed(sign * smaller, element)))
 
 
 @pytest.mark.parametrize("sign", [pytest.param(1.0, id="positive"), pytest.param(-1.0, id="negative")])
@@ -224,14 +261,14 @@ def test_just_farther_from_zero_than_a_tie_takes_the_larger_neighbour(element: E
     assert torch.equal(bits(element.round(sign * above)), bits(sign * larger))
 
 
-@each_element
+@each_float
 def test_half_the_smallest_value_keeps_only_its_sign(element: Element) -> None:
     half = element.smallest / 2
     rounded = element.round(torch.tensor([half, -half, 0.0, -0.0]))
     assert torch.equal(bits(rounded), bits(torch.tensor([0.0, -0.0, 0.0, -0.0])))
 
 
-@each_element
+@each_float
 def test_values_that_are_subnormal_in_float32_round_to_a_zero_of_their_sign(element: Element) -> None:
     tiny = torch.tensor([2.0**-149, -(2.0**-149), 2.0**-127, -(2.0**-127)])
     assert torch.equal(bits(element.round(tiny)), bits(torch.tensor([0.0, -0.0, 0.0, -0.0])))
@@ -281,7 +318,11 @@ def test_dense_and_wide_values_round_as_torch_rounds_them(element: Element) -> N
 def test_what_is_rounded_has_the_code_of_the_oracle(element: Element) -> None:
     x = dense_and_wide(element)
     clamped = x.clamp(-element.max, element.max).numpy()
-    expected = torch.from_numpy(clamped.astype(ML_DTYPES[element.name]).view(np.uint8))
+    if element in INTEGERS:
+        expected = torch.from_numpy(np.rint(clamped / element.smallest).astype(np.int8).view(np.uint8))
+        expected &= 2**element.bits - 1
+    else:
+        expected = torch.from_numpy(clamped.astype(ML_DTYPES[element.name]).view(np.uint8))
     assert torch.equal(element.encode(element.round(x)), expected)
 
 
@@ -293,6 +334,32 @@ def test_no_other_value_is_nearer_than_the_one_rounded_to(element: Element, valu
     distance = min(abs(abs(value) - magnitude) for magnitude in element.magnitudes)
     assert abs(rounded) in element.magnitudes
     assert abs(value - rounded) == distance
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["positive", "negative"])
+@each_element
+def test_stochastic_rounding_takes_the_farther_neighbour_as_often_as_the_value_is_near_it(
+    element: Element, sign: float
+) -> None:
+    low, high = torch.tensor(element.magnitudes[:-1]), torch.tensor(element.magnitudes[1:])
+    uniform = torch.arange(0, 64) / 64  # every share of 1/64
+    for quarter in (0.25, 0.5, 0.75):
+        x = (low + (high - low) * quarter)[:, None].expand(-1, 64) * sign
+        rounded = element.round_stochastic(x, uniform.expand_as(x)) * sign
+        assert ((rounded == low[:, None]) | (rounded == high[:, None])).all()
+        assert ((rounded == high[:, None]).sum(-1) == 64 * quarter).all()
+
+
+@each_element
+def test_stochastic_rounding_leaves_values_and_saturates(element: Element) -> None:
+    values = torch.tensor([value for value in element.values if abs(value) <= element.max])
+    never = torch.zeros_like(values)
+    assert torch.equal(bits(element.round_stochastic(values, never)), bits(values))
+    assert element.round_stochastic(torch.tensor([math.inf, -1e38]), torch.zeros(2)).tolist() == [
+        element.max,
+        -element.max,
+    ]
+    assert element.round_stochastic(torch.tensor([math.nan]), torch.zeros(1)).isnan().all()
 
 
 @each_element

@@ -6,8 +6,11 @@ values may differ, and asserts that no other does.
 
 import pytest
 import torch
+from compressed_tensors.compressors.mxfp6.helpers import pack_fp6_to_uint8
+from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8 as unpack_fp6
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
@@ -16,10 +19,13 @@ from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+from torchao.quantization.quant_primitives import _choose_scale_float8 as choose_scale
+from torchao.quantization.quant_primitives import _quantize_affine_float8 as to_float8
 
 from qsurgeon.formats import get_format
-from qsurgeon.formats.element import E2M1, E4M3, E8M0, ELEMENTS, Element
+from qsurgeon.formats.element import E2M1, E2M3, E4M3, ELEMENTS, Element
 from qsurgeon.formats.packing import pack, unpack
+from qsurgeon.formats.scale import E8M0
 
 MXFP4, NVFP4 = get_format("mxfp4"), get_format("nvfp4").as_weight
 TORCHAO_DTYPES = {
@@ -42,7 +48,7 @@ NVFP4_ARGS = QuantizationArgs(
 ROUNDING_ERROR = 2.0**-22
 
 each_wide_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-each_element = pytest.mark.parametrize("element", ELEMENTS)
+each_element = pytest.mark.parametrize("element", TORCHAO_DTYPES)
 each_rule = pytest.mark.parametrize("rule", ["floor", "even", "rceil", "ceil"])
 each_seed = pytest.mark.parametrize("seed", range(4))
 
@@ -127,7 +133,7 @@ def test_rceil_is_torchaos_where_its_logarithm_is_exact_and_else_one_power_of_tw
 def test_mxfp4_bytes_are_torchaos(rule: str, dtype: torch.dtype) -> None:
     x = blocks(dtype)
     ours = MXFP4.with_fields("mine", scale_rule=rule).quantize(x)
-    assert torch.equal(ours.packed(), to_torchao(x, "e2m1", rule).qdata)
+    assert torch.equal(ours.data, to_torchao(x, "e2m1", rule).qdata)
 
 
 @pytest.mark.parametrize("element", ["e4m3", "e5m2"])
@@ -135,7 +141,7 @@ def test_mxfp4_bytes_are_torchaos(rule: str, dtype: torch.dtype) -> None:
 def test_mxfp8_bytes_are_torchaos(dtype: torch.dtype, element: str) -> None:
     x = blocks(dtype)
     ours = MXFP4.with_fields("mine", element=element).quantize(x)
-    assert torch.equal(ours.packed(), to_torchao(x, element, "floor").qdata.view(torch.uint8))
+    assert torch.equal(ours.data, to_torchao(x, element, "floor").qdata.view(torch.uint8))
 
 
 @pytest.mark.parametrize("rule", ["floor", "even", "ceil"])
@@ -253,7 +259,7 @@ def test_nvfp4_is_torchaos_to_the_bit_where_nothing_is_rounded_but_elements(dtyp
     x = nvfp4_weight_without_rounding_errors(dtype)
     ours, theirs = NVFP4.quantize(x), to_torchao_nvfp4(x)
     assert torch.equal(ours.scale, theirs.scale.view(torch.uint8))
-    assert torch.equal(ours.packed(), theirs.qdata)
+    assert torch.equal(ours.data, theirs.qdata)
     assert torch.equal(bits(ours.dequantize()), bits(theirs.dequantize(dtype)))
     assert torch.equal(bits(NVFP4.fake_quantize(x)), bits(theirs.dequantize(dtype)))
 
@@ -269,7 +275,7 @@ def test_nvfp4_is_that_of_compressed_tensors_to_the_bit_where_nothing_is_rounded
     assert divisor.item() == 8.0
     assert ours.tensor_scale.item() == 1 / 8
     assert torch.equal(ours.scale, scale)
-    assert torch.equal(ours.packed(), packed)
+    assert torch.equal(ours.data, packed)
 
 
 def test_there_are_ties_of_every_kind_where_nothing_is_rounded_but_elements() -> None:
@@ -303,9 +309,85 @@ def test_every_byte_has_the_values_of_compressed_tensors() -> None:
     assert torch.equal(bits(E2M1.decode(unpack(data, bits=4, length=2))), bits(theirs))
 
 
+def test_every_six_bit_code_has_the_bytes_of_compressed_tensors() -> None:
+    codes = torch.arange(64, dtype=torch.uint8).view(4, 16)
+    codes = torch.cat([codes, codes.flip(0), codes.t().reshape(4, 16)])
+    values = E2M3.decode(codes)
+    assert torch.equal(pack(codes, bits=6), pack_fp6_to_uint8(values))
+    assert torch.equal(
+        bits(E2M3.decode(unpack(pack(codes, 6), 6, 16))), bits(unpack_fp6(pack(codes, 6), 12, 16, torch.float32))
+    )
+
+
+def test_an_mxfp6_weight_has_the_bytes_of_compressed_tensors() -> None:
+    x = torch.randn(16, 64, generator=generator(0))
+    fmt = get_format("mxfp6_e2m3").with_fields("mine", scale_rule="even")
+    ours = fmt.quantize(x)
+    scale = generate_mx_scales(x.view(16, 2, 32).abs().amax(-1), num_bits=6).to(torch.uint8)
+    assert torch.equal(ours.scale, scale)
+    values = ours.dequantize() / E8M0.decode(scale).repeat_interleave(32, -1)
+    assert torch.equal(ours.data, pack_fp6_to_uint8(values))
+
+
+# FP8 and integers
+
+
+@each_wide_dtype
+@each_seed
+@pytest.mark.parametrize("element", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("kind", ["tensor", "row"])
+def test_fp8_is_a_cast_of_torch_under_amax_over_the_largest_value(
+    kind: str, element: str, seed: int, dtype: torch.dtype
+) -> None:
+    x = nvfp4_weight(seed, dtype)
+    oracle = TORCHAO_DTYPES[element]
+    amax = x.float().abs().amax(-1, keepdim=True) if kind == "row" else x.float().abs().amax()
+    scale = amax / torch.finfo(oracle).max
+    theirs = (x.float() / scale).to(oracle)
+    ours = get_format("fp8_e4m3").with_fields("mine", element=element, tensor_scale=kind).quantize(x)
+    assert torch.equal(ours.data, theirs.view(torch.uint8))
+    assert torch.equal(ours.tensor_scale.flatten(), scale.flatten())
+    assert torch.equal(bits(ours.dequantize()), bits((theirs.float() * scale).to(dtype)))
+
+
+@each_wide_dtype
+@each_seed
+def test_fp8_by_squares_is_torchaos_blockwise_quantization(seed: int, dtype: torch.dtype) -> None:
+    x = torch.randn(256, 384, generator=generator(seed)).to(dtype)
+    scale = choose_scale(x.float(), [128, 128])  # in bfloat16, torchao would round amax / 448 to it first
+    theirs = to_float8(x, scale)
+    ours = get_format("fp8_e4m3_128x128").quantize(x)
+    assert torch.equal(ours.scale, scale)
+    assert torch.equal(ours.data, theirs.view(torch.uint8))
+
+
+@each_seed
+def test_int8_by_row_is_that_of_compressed_tensors(seed: int) -> None:
+    # Theirs is amax / 127.5 and has the code -128; given the scale, the codes inside ±127 are the same.
+    x = nvfp4_weight(seed, torch.float32)
+    ours = get_format("int8").quantize(x)
+    scale = ours.tensor_scale[:, None]
+    assert torch.equal(scale, x.abs().amax(-1, keepdim=True) / 127)
+    args = QuantizationArgs(num_bits=8, type="int", strategy="channel", symmetric=True)
+    theirs = ct_quantize(x, scale, torch.zeros_like(scale), args, dtype=torch.int8)
+    assert torch.equal(ours.data, theirs.view(torch.uint8))
+
+
+@each_seed
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_int4_in_blocks_is_that_of_compressed_tensors(block: int, seed: int) -> None:
+    x = nvfp4_weight(seed, torch.float32)
+    ours = get_format(f"int4_b{block}").quantize(x)
+    amax = x.view(64, -1, block).abs().amax(-1)
+    assert torch.equal(ours.scale, (amax / 7).bfloat16())
+    args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=block, symmetric=True)
+    theirs = ct_quantize(x, ours.scale.float(), torch.zeros_like(amax), args, dtype=torch.int8)
+    assert torch.equal(ours.codes, theirs.clamp(-7, 7).view(torch.uint8) & 15)  # theirs has the code -8
+
+
 def test_an_mxfp4_weight_has_the_bytes_of_compressed_tensors() -> None:
     x = torch.randn(16, 64, generator=generator(0))
     ours = MXFP4.quantize(x)
     values = ours.dequantize() / E8M0.decode(ours.scale).repeat_interleave(32, -1)
     assert values.signbit()[values == 0].any()  # a negative zero is among them
-    assert torch.equal(ours.packed(), pack_fp4_to_uint8(values))
+    assert torch.equal(ours.data, pack_fp4_to_uint8(values))

@@ -45,14 +45,27 @@ def test_each_row_is_packed_by_itself() -> None:
     assert pack(codes, bits=4).tolist() == [[0x21, 0x03], [0x54, 0x06]]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_packing_does_not_depend_on_strides(bits: int) -> None:
     codes = torch.arange(12, dtype=torch.uint8).view(4, 3).t()
     assert torch.equal(pack(codes, bits), pack(codes.contiguous(), bits))
     assert torch.equal(unpack(codes, bits, 32 // bits), unpack(codes.contiguous(), bits, 32 // bits))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+def test_four_six_bit_codes_fill_three_bytes_from_the_low_bits_up() -> None:
+    codes = uint8(0b000001, 0b000010, 0b000100, 0b100000)
+    assert pack(codes, bits=6).tolist() == [0b10_000001, 0b0100_0000, 0b100000_00]
+    assert unpack(pack(codes, bits=6), bits=6, length=4).tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_six_bit_codes_that_fill_no_three_bytes_take_the_bytes_they_need(length: int) -> None:
+    packed = pack(torch.full((length,), 63, dtype=torch.uint8), bits=6)
+    assert packed.numel() == -(-length * 6 // 8)
+    assert sum(map(int.bit_count, packed.tolist())) == 6 * length
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -69,7 +82,7 @@ def test_what_is_empty_survives_the_round_trip(shape: tuple[int, ...], bits: int
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([4, 6, 8]),
     seed=st.integers(0, 99),
 )
 def test_unpacking_gives_back_what_was_packed_at_any_rank(shape: list[int], bits: int, seed: int) -> None:
@@ -83,14 +96,14 @@ def test_unpacking_gives_back_what_was_packed_at_any_rank(shape: list[int], bits
 
 def test_packing_a_width_without_a_layout_names_the_known_widths() -> None:
     with pytest.raises(ShapeError) as caught:
-        pack(uint8(1, 2), bits=6)
-    assert str(caught.value) == "no byte layout for codes of 6 bits; known: 4, 8"
+        pack(uint8(1, 2), bits=5)
+    assert str(caught.value) == "no byte layout for codes of 5 bits; known: 4, 6, 8"
 
 
 def test_unpacking_a_width_without_a_layout_names_the_known_widths() -> None:
     with pytest.raises(ShapeError) as caught:
-        unpack(uint8(1, 2), bits=6, length=2)
-    assert str(caught.value) == "no byte layout for codes of 6 bits; known: 4, 8"
+        unpack(uint8(1, 2), bits=5, length=2)
+    assert str(caught.value) == "no byte layout for codes of 5 bits; known: 4, 6, 8"
 
 
 def test_too_few_bytes_for_four_bit_codes_say_how_many_were_expected() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from qsurgeon.errors import RecipeError
+from qsurgeon.formats import CATALOG
 from qsurgeon.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 
 PLAIN = """\
@@ -12,6 +13,12 @@ rules:
   - target: [layers]
     weight: mxfp4
 """
+
+
+def all_of(*own: str) -> str:
+    """Return the names of all formats there are, and of the recipe's own."""
+    return ", ".join(sorted([*CATALOG, *own]))
+
 
 Complain = Callable[[str | bytes], str]
 
@@ -286,14 +293,14 @@ def with_format(fields: str) -> str:
         ),
         pytest.param(
             with_format("like: mxfp4, block: '16'"),
-            "mine.yaml:6:30: 'block' expects a whole number, got '16'\n"
+            "mine.yaml:6:30: block is '16'; expected a whole number, two of them [rows, columns], or none\n"
             "      mine: {like: mxfp4, block: '16'}\n"
             "                                 ^^^^",
             id="text-for-a-number",
         ),
         pytest.param(
             with_format("like: mxfp4, block: 16.5"),
-            "mine.yaml:6:30: 'block' expects a whole number, got 16.5\n"
+            "mine.yaml:6:30: block is 16.5; expected a whole number, two of them [rows, columns], or none\n"
             "      mine: {like: mxfp4, block: 16.5}\n"
             "                                 ^^^^",
             id="fraction-for-a-number",
@@ -549,10 +556,8 @@ def test_an_unknown_format_is_an_error_with_a_guess(role: str) -> None:
 
 
 def test_an_unknown_format_near_to_none_is_an_error_with_all_there_are() -> None:
-    assert complaint(PLAIN.replace("mxfp4", "int8") + "formats:\n  own: {like: mxfp4}\n") == (
-        "mine.yaml:4:13: no format 'int8'; expected one of: mxfp4, mxfp8, nvfp4, own\n"
-        "        weight: int8\n"
-        "                ^^^^"
+    assert complaint(PLAIN.replace("mxfp4", "q8") + "formats:\n  own: {like: mxfp4}\n") == (
+        f"mine.yaml:4:13: no format 'q8'; expected one of: {all_of('own')}\n        weight: q8\n                ^^"
     )
 
 
@@ -564,6 +569,11 @@ def test_a_format_of_the_recipes_own_is_known_to_its_rules() -> None:
         "scale": "e8m0",
         "scale_rule": "floor",
         "tensor_scale": "none",
+        "static_scale": "none",
+        "rounding": "nearest",
+        "hadamard": "none",
+        "four_over_six": False,
+        "seed": 0,
     }
 
 
@@ -580,15 +590,13 @@ def test_a_format_that_is_like_none_is_an_error_with_a_guess() -> None:
 
 def test_a_format_cannot_be_like_one_below_it() -> None:
     assert complaint(PLAIN + "formats:\n  b: {like: a}\n  a: {like: mxfp4}\n") == (
-        "mine.yaml:6:6: no format 'a'; expected one of: mxfp4, mxfp8, nvfp4\n      b: {like: a}\n         ^^^^^^^^^"
+        f"mine.yaml:6:6: no format 'a'; expected one of: {all_of()}\n      b: {{like: a}}\n         ^^^^^^^^^"
     )
 
 
 def test_a_format_cannot_be_like_itself() -> None:
     assert complaint(with_format("like: mine")) == (
-        "mine.yaml:6:9: no format 'mine'; expected one of: mxfp4, mxfp8, nvfp4\n"
-        "      mine: {like: mine}\n"
-        "            ^^^^^^^^^^^^"
+        "mine.yaml:6:9: no format 'mine'; did you mean 'mxint8'?\n      mine: {like: mine}\n            ^^^^^^^^^^^^"
     )
 
 
@@ -617,7 +625,7 @@ def test_a_tensor_scale_above_powers_of_two_is_an_error() -> None:
 
 def test_a_block_holds_at_least_one_value() -> None:
     assert complaint(with_format("like: mxfp4, block: 0")) == (
-        "mine.yaml:6:30: 'block' must be at least 1, got 0\n"
+        "mine.yaml:6:30: block is 0; at least 1 value must share a scale\n"
         "      mine: {like: mxfp4, block: 0}\n"
         "                                 ^"
     )
@@ -877,10 +885,10 @@ untie: maybe
 
 def test_the_mistakes_are_also_there_one_by_one() -> None:
     with pytest.raises(RecipeError) as caught:
-        load("version: 1\nrules:\n  - target: [layers]\n    weight: mxpf4\n    input: int8\n")
+        load("version: 1\nrules:\n  - target: [layers]\n    weight: mxpf4\n    input: q8\n")
     assert [(mistake.where, mistake.message) for mistake in caught.value.mistakes] == [
         ("mine.yaml:4:13", "no format 'mxpf4'; did you mean 'mxfp4'?"),
-        ("mine.yaml:5:12", "no format 'int8'; expected one of: mxfp4, mxfp8, nvfp4"),
+        ("mine.yaml:5:12", f"no format 'q8'; expected one of: {all_of()}"),
     ]
 
 
@@ -1027,10 +1035,8 @@ def test_a_format_that_a_broken_extended_recipe_might_have_is_no_mistake() -> No
 
 def test_an_unknown_format_beside_an_extended_recipe_is_an_error_with_its_formats_too() -> None:
     write("base.yaml", BASE)
-    assert complaint("version: 1\nextends: base.yaml\nrules:\n  - target: [layers]\n    weight: int8\n") == (
-        "mine.yaml:5:13: no format 'int8'; expected one of: g16, mxfp4, mxfp8, nvfp4\n"
-        "        weight: int8\n"
-        "                ^^^^"
+    assert complaint("version: 1\nextends: base.yaml\nrules:\n  - target: [layers]\n    weight: q8\n") == (
+        f"mine.yaml:5:13: no format 'q8'; expected one of: {all_of('g16')}\n        weight: q8\n                ^^"
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import qsurgeon
 from qsurgeon.errors import PlanError
-from qsurgeon.formats import get_format
+from qsurgeon.formats import CATALOG, get_format
 from qsurgeon.layers import Quantization, quant_linears
 from qsurgeon.recipe import FormatSpec, Recipe, Rule, load_recipe
 from qsurgeon.surgery import Excluded, Module, Plan, build_plan, inventory, skeleton
@@ -239,12 +239,12 @@ def test_an_unknown_format_is_an_error_at_its_place() -> None:
 
 
 def test_all_mistakes_are_told_in_one_run() -> None:
-    made = recipe(rule("layer", exclude=("heads",)), rule("embed"), rule("layers", weight="int8"))
+    made = recipe(rule("layer", exclude=("heads",)), rule("embed"), rule("layers", weight="q8"))
     assert complaint(made, MODEL) == (
         "rules[0].target[0]: 'layer' names no module; did you mean 'layers'?\n"
         "rules[0].exclude[0]: 'heads' names no module; did you mean 'head'?\n"
         "rules[1].target[0]: 'embed' names no Linear, only Norm\n"
-        "rules[2].weight: no format 'int8'; expected one of: mxfp4, mxfp8, nvfp4"
+        "rules[2].weight: no format 'q8'; expected one of: " + ", ".join(sorted(CATALOG))
     )
 
 

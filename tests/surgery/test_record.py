@@ -7,6 +7,7 @@ import pytest
 import qsurgeon
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import get_format
+from qsurgeon.formats.fields import FIELDS
 from qsurgeon.layers import Quantization
 from qsurgeon.recipe import FormatSpec, Recipe, Rule
 from qsurgeon.surgery import Excluded, Record, inventory, read_record, record_of
@@ -37,6 +38,9 @@ def attention(layer: int) -> list[str]:
     return [f"model.layers.{layer}.self_attn.{one}_proj" for one in "qkvo"]
 
 
+PLAIN = {"static_scale": "none", "rounding": "nearest", "hadamard": "none", "four_over_six": False, "seed": 0}
+
+
 def test_a_record_holds_module_names_and_formats_in_full(data: dict[str, Any]) -> None:
     assert data == {
         "version": 1,
@@ -49,9 +53,18 @@ def test_a_record_holds_module_names_and_formats_in_full(data: dict[str, Any]) -
                 "scale": "e4m3",
                 "scale_rule": "nearest",
                 "tensor_scale": "by_role",
+                **PLAIN,
             },
-            "g8": {"element": "e2m1", "block": 8, "scale": "e8m0", "scale_rule": "floor", "tensor_scale": "none"},
+            "g8": {
+                "element": "e2m1",
+                "block": 8,
+                "scale": "e8m0",
+                "scale_rule": "floor",
+                "tensor_scale": "none",
+                **PLAIN,
+            },
         },
+        "static_scales": {},
         "rules": [
             {
                 "name": "first",
@@ -168,10 +181,9 @@ def test_a_format_that_cannot_be_is_an_error(
 def test_a_block_that_is_no_number_is_an_error(data: dict[str, Any]) -> None:
     data["formats"]["g8"]["block"] = "many"
     with pytest.raises(CheckpointError) as caught:
-        read_record(data, "config.json")
+        read_record(data, "config.json").quantizations()
     assert str(caught.value) == (
-        "config.json: quantization_config.formats.g8.block: Input should be a valid integer, "
-        "unable to parse string as an integer"
+        "quantization_config: block is 'many'; expected a whole number, two of them [rows, columns], or none"
     )
 
 
@@ -189,7 +201,7 @@ def test_a_format_that_a_record_lacks_is_an_error_that_says_so(data: dict[str, A
     assert str(caught.value) == "quantization_config: no format 'g8'; expected one of: nvfp4"
 
 
-@pytest.mark.parametrize("field", ["element", "block", "scale", "scale_rule", "tensor_scale"])
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_field_that_a_format_lacks_is_an_error_and_never_filled_in(data: dict[str, Any], field: str) -> None:
     del data["formats"]["g8"][field]
     with pytest.raises(CheckpointError) as caught:

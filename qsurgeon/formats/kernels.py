@@ -1,0 +1,237 @@
+"""Which implementation of a format's arithmetic runs; all of them give the same bits.
+
+On a CPU it is native.cpp, compiled for the format; on a GPU the operations of arithmetic.py, compiled by
+torch.compile into one Triton kernel; where there is no compiler, the same operations one by one, in pieces that stay
+in the cache. ``QSURGEON_KERNELS`` (native, compile, eager) takes the choice away from this module. Inside a model
+that is itself being compiled, a CPU sees one opaque operator and a GPU the operations, to fuse them with others.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qsurgeon.errors import FormatError, nearest
+from qsurgeon.formats import arithmetic, native
+from qsurgeon.formats.fields import Fields
+from qsurgeon.formats.packing import pack, packed_length, unpack
+
+Kind = Literal["native", "compile", "eager"]
+KINDS: tuple[Kind, ...] = ("native", "compile", "eager")
+PIECE = 2**17  # values worked on at a time, so that what is made in between stays in the cache
+FEW = 2**12  # values of which all that is made in between is too little to work on less of them
+GPUS = ("cuda", "xpu")  # devices for which torch.compile makes Triton kernels
+VARIABLE = "QSURGEON_KERNELS"
+
+# A tensor scale above the blocks: None, or float32 (…, rows, 1) or (1, …, 1); see arithmetic.tensor_scale.
+Above = Tensor | None
+
+
+def kind_for(rows: Tensor, fields: Fields) -> Kind:
+    """Return which implementation takes ``rows``. Raises: FormatError for a word that QSURGEON_KERNELS cannot be."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted and wanted not in KINDS:
+        raise FormatError(f"{VARIABLE} is '{wanted}'; {nearest(wanted, KINDS)}")
+    plain = type(rows) in (Tensor, torch.nn.Parameter) and rows.layout == torch.strided
+    if plain and rows.device.type == "cpu" and rows.dtype in native.DTYPES and wanted in ("", "native"):
+        return "native" if native.library(fields, rows.dtype) is not None else "eager"
+    if wanted == "compile" or (not wanted and rows.device.type in GPUS):
+        return "compile"
+    return "eager"
+
+
+def fake_quantize(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    """Return ``rows`` (…, rows, columns) rounded, contiguous, in their own dtype."""
+    if torch.compiler.is_compiling():
+        if rows.device.type == "cpu":
+            rounded: Tensor = _fake_quantize_op(rows, above, fields.key)
+            return rounded
+        return arithmetic.fake_quantize(rows, above, fields)
+    if not rows.numel():
+        return torch.empty_like(rows, memory_format=torch.contiguous_format)
+    return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, above, fields)
+
+
+def quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
+    """Return the packed codes (…, rows, bytes) of ``rows`` and the codes of the block scales (…, rows, blocks)."""
+    data, scale = _empty_codes(rows, fields)
+    if rows.numel() and kind_for(rows, fields) == "native":
+        library = _library(rows, fields)
+        library.quantize(_matrices(rows).contiguous(), data, scale, _scales_of_rows(above, rows), fields.seed)
+        return data, scale
+    flat, codes, height = _matrices(rows), _matrices(data), fields.block_shape[0]
+    scales = None if scale is None else _matrices(scale)
+    for m, r, c in _pieces(flat.shape, fields):
+        one, piece = arithmetic.quantize(flat[m, r, c], _piece(above, rows, m, r), fields, _corner(flat, m, r, c))
+        packed = pack(one, fields.element.bits)
+        first = c.start * fields.element.bits // 8
+        codes[m, r, first : first + packed.shape[-1]] = packed
+        if scales is not None and piece is not None:
+            row, column = r.start // height, c.start // fields.block_shape[1]
+            scales[m, row : row + piece.shape[-2], column : column + piece.shape[-1]] = piece
+    return data, scale
+
+
+def dequantize(data: Tensor, scale: Tensor | None, above: Above, fields: Fields, out: Tensor) -> Tensor:
+    """Fill ``out`` (…, rows, columns), contiguous, with the values of what ``quantize`` returned, and return it."""
+    if out.numel() and not torch.compiler.is_compiling() and kind_for(out, fields) == "native":
+        contiguous = None if scale is None else scale.contiguous()
+        library = _library(out, fields)
+        library.dequantize(data.contiguous(), contiguous, _scales_of_rows(above, out), _matrices(out))
+        return out
+    codes, into, (height, width) = _matrices(data), _matrices(out), fields.block_shape
+    scales = None if scale is None else _matrices(scale)
+    bits = fields.element.bits
+    for m, r, c in _pieces(into.shape, fields):
+        count = min(c.stop, out.shape[-1]) - c.start
+        part = codes[m, r, c.start * bits // 8 : c.start * bits // 8 + packed_length(count, bits)]
+        piece = None
+        if scales is not None:
+            last = -(-min(r.stop, into.shape[1]) // height), -(-(c.start + count) // width)
+            piece = scales[m, r.start // height : last[0], c.start // width : last[1]]
+        values = arithmetic.dequantize(unpack(part, bits, count), piece, _piece(above, out, m, r), fields, out.dtype)
+        into[m, r, c] = values
+    return out
+
+
+def _empty_codes(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None]:
+    *lead, r, c = rows.shape
+    length = packed_length(c, fields.element.bits)
+    data = torch.empty(*lead, r, length, dtype=torch.uint8, device=rows.device)
+    if fields.scale is None:
+        return data, None
+    height, width = fields.block_shape
+    dtype = fields.scale.encode(torch.ones(1)).dtype
+    return data, torch.empty(*lead, -(-r // height), -(-c // width), dtype=dtype, device=rows.device)
+
+
+# ---- in pieces, one operation after the other
+
+
+def _eager(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    flat, into = _matrices(rows), _matrices(out)
+    for m, r, c in _pieces(flat.shape, fields):
+        piece = flat[m, r, c]
+        into[m, r, c] = arithmetic.fake_quantize(piece, _piece(above, rows, m, r), fields, _corner(flat, m, r, c))
+    return out
+
+
+def _matrices(rows: Tensor) -> Tensor:
+    """Return ``rows`` as (matrices, rows, columns)."""
+    return rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:])
+
+
+def _pieces(shape: torch.Size, fields: Fields) -> Iterator[tuple[int, slice, slice]]:
+    """Yield (matrix, rows, columns) that cover ``shape``; no block and no byte of packed codes is in two pieces."""
+    matrices, rows, columns = shape
+    height, width = fields.block_shape
+    # A piece takes 16 bytes a value of it; a quarter of the tensor at a time takes 4 bytes a value of all.
+    size = min(PIECE, max(FEW, math.prod(shape) // 4))
+    unit = math.lcm(width or 1, 8)
+    if height * columns <= size:
+        across, down = max(columns, 1), max(height, size // max(columns, 1) // height * height)
+    else:
+        across, down = max(unit, size // height // unit * unit), height
+    for m, r, c in product(range(matrices), range(0, rows, down), range(0, columns, across)):
+        yield m, slice(r, r + down), slice(c, c + across)
+
+
+def _corner(flat: Tensor, matrix: int, rows: slice, columns: slice) -> arithmetic.At:
+    return matrix * flat.shape[1] + rows.start, columns.start
+
+
+def _piece(above: Above, rows: Tensor, matrix: int, part: slice) -> Above:
+    """Return the tensor scale of a piece's rows, (rows, 1) or (1, 1)."""
+    if above is None or above.numel() == 1:
+        return None if above is None else above.reshape(1, 1)
+    return above.expand(*rows.shape[:-1], 1).reshape(-1, rows.shape[-2], 1)[matrix, part]
+
+
+# ---- native.cpp
+
+
+def _native(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    contiguous = _matrices(rows).contiguous()
+    return _library(rows, fields).fake_quantize(contiguous, _scales_of_rows(above, rows), fields.seed).view(rows.shape)
+
+
+def _library(rows: Tensor, fields: Fields) -> native.Library:
+    library = native.library(fields, rows.dtype)
+    if library is None:
+        raise FormatError(f"no native kernel for format '{fields.name}' in {rows.dtype}")
+    return library
+
+
+def _scales_of_rows(above: Above, rows: Tensor) -> Above:
+    if above is None or above.numel() == 1:
+        return None if above is None else above.reshape(1)
+    return above.expand(*rows.shape[:-1], 1).reshape(-1).contiguous()
+
+
+# ---- torch.compile
+
+
+def _compiled(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    """Run the operations as one compiled kernel, which serves every shape: blocks are counted in one dimension."""
+    height, width = fields.block_shape
+    flat = _matrices(rows)
+    if fields.rounding == "stochastic" or height > 1 or not width or rows.shape[-1] % width:
+        return _whole(fields)(rows, above, fields)
+    blocks = flat.reshape(-1, width)
+    if above is not None and above.numel() > 1:
+        above = above.expand(*rows.shape[:-1], 1).reshape(-1, 1).repeat_interleave(rows.shape[-1] // width, 0)
+    elif above is not None:
+        above = above.reshape(1, 1)
+    if len(blocks) < 2:  # torch.compile takes a size of 1 for a constant
+        return _eager(rows, above, fields)
+    torch._dynamo.maybe_mark_dynamic(blocks, 0)
+    if above is not None and len(above) > 1:
+        torch._dynamo.maybe_mark_dynamic(above, 0)
+    return _whole(fields)(blocks, above, fields).view(rows.shape)
+
+
+@cache
+def _whole_of(key: str) -> Callable[[Tensor, Above], Tensor]:
+    fields = _fields(key)
+    return torch.compile(lambda rows, above: arithmetic.fake_quantize(rows, above, fields), dynamic=None)
+
+
+def _whole(fields: Fields) -> Callable[[Tensor, Above, Fields], Tensor]:
+    run = _whole_of(fields.key)
+    return lambda rows, above, _: run(rows, above)
+
+
+_FAKE_QUANTIZE: dict[Kind, Callable[[Tensor, Above, Fields], Tensor]] = {
+    "native": _native,
+    "compile": _compiled,
+    "eager": _eager,
+}
+
+
+# ---- what torch.compile sees of the CPU's kernels
+
+
+@cache
+def _fields(key: str) -> Fields:
+    values: dict[str, Any] = json.loads(key)
+    return Fields.from_dict("compiled", values)
+
+
+@torch.library.custom_op("qsurgeon::fake_quantize", mutates_args=())
+def _fake_quantize_op(rows: Tensor, above: Tensor | None, key: str) -> Tensor:
+    fields = _fields(key)
+    if not rows.numel():
+        return torch.empty_like(rows, memory_format=torch.contiguous_format)
+    return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, above, fields)
+
+
+@_fake_quantize_op.register_fake
+def _(rows: Tensor, above: Tensor | None, key: str) -> Tensor:
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)

@@ -1,0 +1,558 @@
+// One format and one dtype on a CPU, in a single pass over memory: the same arithmetic as arithmetic.py, to the bit.
+//
+// native.py writes the constants below from the format's fields and compiles this file with them. The loops are plain
+// and their trip counts constant, so that the compiler vectorizes them; no product is fused into a sum (-ffp-contract).
+//
+//   DTYPE                 1 float32, 2 bfloat16, 3 float16
+//   ELEMENT_*             the element: FLOAT 1 or 0 (integer), BITS, MAX, SMALLEST, NAN_CODE; of a float also
+//                         MANTISSA, MIN_NORMAL, BIAS, INFINITE (first code that is no finite number)
+//   BLOCK_ROWS, _COLUMNS  of a block; 0 columns: no blocks, the tensor scale alone
+//   SCALE                 0 none, 1 a power of two, 2 an element, 3 bfloat16, 4 float32
+//   SCALE_*               SMALLEST, LARGEST, EXPONENT (emax of the element), CARRY, RATIO (amax / max first); of an
+//                         element scale also MANTISSA, MIN_NORMAL, MAX, BIAS, NAN_CODE
+//   STOCHASTIC, FOUR_OVER_SIX, FOUR
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+using i64 = std::int64_t;
+using u32 = std::uint32_t;
+using u16 = std::uint16_t;
+using u8 = std::uint8_t;
+
+static INLINE u32 bits(float x) { return __builtin_bit_cast(u32, x); }
+static INLINE float value(u32 x) { return __builtin_bit_cast(float, x); }
+
+constexpr u32 SIGN = 0x80000000u, MAGNITUDE = 0x7fffffffu, EXPONENT = 0x7f800000u;
+constexpr float MAGIC = 0x1.8p23f;  // adding and subtracting this many steps rounds to whole steps, ties to even
+constexpr i64 COLUMNS = 2048;       // worked on at a time: they stay in the first cache
+
+// ---- dtypes
+
+#if DTYPE == 1
+using T = float;
+using M = u32;  // a magnitude's bits
+static INLINE float load(T x) { return x; }
+static INLINE T store(float x) { return x; }
+static INLINE u32 magnitude(T x) { return bits(x) & MAGNITUDE; }
+static INLINE float widened(u32 m) { return value(m); }
+constexpr float DTYPE_MAX = 0x1.fffffep127f;
+#elif DTYPE == 2
+using T = u16;
+using M = u16;
+static INLINE float load(T x) { return value(u32(x) << 16); }
+static INLINE T store(float x) {
+    const u32 b = bits(x);
+    return (b & MAGNITUDE) > EXPONENT ? 0x7fc0 : (b + 0x7fffu + ((b >> 16) & 1)) >> 16;
+}
+static INLINE u32 magnitude(T x) { return x & 0x7fffu; }
+static INLINE float widened(u32 m) { return value(m << 16); }
+constexpr float DTYPE_MAX = 0x1.fep127f;
+#else
+using T = u16;
+using M = u16;
+static INLINE float widened(u32 m) {
+    const float normal = value((m << 13) + (m < 0x7c00u ? 112u << 23 : 224u << 23));
+    return m < 0x400u ? float(int(m)) * 0x1p-24f : normal;
+}
+static INLINE float load(T x) { return value(bits(widened(x & 0x7fffu)) | u32(x & 0x8000u) << 16); }
+static INLINE T store(float x) {
+    const u32 b = bits(x), m = b & MAGNITUDE;
+    const u32 subnormal = bits(value(m) + 0.5f) - bits(0.5f);  // a step of float16 here is the last bit of 0.5
+    const u32 normal = (m + 0xfffu + ((m >> 13) & 1) - (112u << 23)) >> 13;
+    return m > EXPONENT ? 0x7e00 : (m < 0x38800000u ? subnormal : normal) | ((b & SIGN) >> 16);
+}
+static INLINE u32 magnitude(T x) { return x & 0x7fffu; }
+constexpr float DTYPE_MAX = 65504.0f;
+#endif
+
+static INLINE float clamped(float x, float limit) {
+    const float low = x > limit ? limit : x;
+    return low < -limit ? -limit : low;
+}
+
+// Whether an element times a power of two is a number of the dtype: then nothing is left to clamp, or to round.
+constexpr bool FITS = SCALE == 1 && ELEMENT_MAX * SCALE_LARGEST <= DTYPE_MAX;
+constexpr bool EXACT = FITS && DTYPE == 2 && ELEMENT_BITS <= 8 && ELEMENT_SMALLEST * SCALE_SMALLEST >= 0x1p-133f;
+
+static INLINE T narrowed(float x) {
+    if (EXACT) return T(bits(x) >> (DTYPE == 2 ? 16 : 0));
+    return store(FITS ? x : clamped(x, DTYPE_MAX));
+}
+
+// ---- the element
+
+template <int MANTISSA>
+static INLINE float steps_of_float(float x, float min_normal, float times) {
+    const float power = value(bits(x) & EXPONENT);
+    return (power < min_normal ? min_normal : power) * (times / (1 << MANTISSA));
+}
+
+static INLINE float steps_at(float x, float times) {
+#if ELEMENT_FLOAT
+    return steps_of_float<ELEMENT_MANTISSA>(x, ELEMENT_MIN_NORMAL, times);
+#else
+    return ELEMENT_SMALLEST * times;
+#endif
+}
+
+static INLINE float with_sign_of(float x, float rounded) {
+#if ELEMENT_FLOAT
+    return value((bits(rounded) & MAGNITUDE) | (bits(x) & SIGN));
+#else
+    return rounded + 0.0f;  // there is no negative zero
+#endif
+}
+
+static INLINE float nearest(float x) {
+    const float c = clamped(x, ELEMENT_MAX), magic = steps_at(c, MAGIC);
+    const float rounded = (c + magic) - magic;
+    return with_sign_of(c, rounded);
+}
+
+static INLINE float either(float x, float uniform) {
+    const float c = clamped(x, ELEMENT_MAX), step = steps_at(c, 1.0f), steps = value(bits(c) & MAGNITUDE) / step;
+    const float whole = __builtin_floorf(steps);
+    const float up = steps - whole > uniform ? 1.0f : 0.0f;
+    return with_sign_of(c, value(bits((whole + up) * step) | (bits(c) & SIGN)));
+}
+
+static INLINE u32 mixed(u32 x) {  // lowbias32, see stochastic.py
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+static INLINE float uniform(u32 key, u32 column, float x) {
+    const u32 hash = mixed((key + column * 0x9e3779b9u) ^ (bits(x) & MAGNITUDE));
+    return float(int(hash >> 8)) * 0x1p-24f;
+}
+
+static INLINE float rounded(float quotient, float x, u32 key, u32 column) {
+    return STOCHASTIC ? either(quotient, uniform(key, column, x)) : nearest(quotient);
+}
+
+template <int MANTISSA, int BIAS>
+static INLINE u32 code_of_float(float x, float min_normal, float per_smallest) {  // without the sign
+    const u32 m = bits(x) & MAGNITUDE;
+    const u32 subnormal = int(value(m) < min_normal ? value(m) * per_smallest : 0.0f);
+    return value(m) < min_normal ? subnormal : (m >> (23 - MANTISSA)) - ((127 - BIAS) << MANTISSA);
+}
+
+static INLINE u8 code(float x) {
+#if ELEMENT_FLOAT
+    const u32 c = code_of_float<ELEMENT_MANTISSA, ELEMENT_BIAS>(x, ELEMENT_MIN_NORMAL, 1.0f / ELEMENT_SMALLEST);
+    const u32 sign = (bits(x) & SIGN) >> (32 - ELEMENT_BITS);
+    return (bits(x) & MAGNITUDE) > EXPONENT ? ELEMENT_NAN_CODE : c | sign;
+#else
+    const float whole = (bits(x) & MAGNITUDE) > EXPONENT ? 0.0f : x * (1.0f / ELEMENT_SMALLEST);
+    return u32(int(whole)) & ((1u << ELEMENT_BITS) - 1);
+#endif
+}
+
+template <int MANTISSA, int BIAS, u32 INFINITE>
+static INLINE float value_of_float(u32 c, float smallest) {  // of a code without its sign
+    const float subnormal = float(int(c)) * smallest;
+    const float normal = value((c << (23 - MANTISSA)) + ((127 - BIAS) << 23));
+    const float finite = c < (1u << MANTISSA) ? subnormal : normal;
+    // The first of two or more such codes is infinity (E5M2), an only one is NaN (E4M3).
+    const bool infinity = c == INFINITE && MANTISSA < 3;
+    return c < INFINITE ? finite : value(infinity ? EXPONENT : 0x7fc00000u);
+}
+
+static INLINE float decoded(u8 c) {
+#if ELEMENT_FLOAT
+    constexpr u32 HALF = 1u << (ELEMENT_BITS - 1);
+    const float m = value_of_float<ELEMENT_MANTISSA, ELEMENT_BIAS, ELEMENT_INFINITE>(c & (HALF - 1), ELEMENT_SMALLEST);
+    return value(bits(m) | u32(c & HALF) << (32 - ELEMENT_BITS));
+#else
+    return float(int(u32(c) << (32 - ELEMENT_BITS)) >> (32 - ELEMENT_BITS)) * ELEMENT_SMALLEST;
+#endif
+}
+
+// ---- the scale
+
+#if SCALE == 3
+using S = u16;
+#elif SCALE == 4
+using S = float;
+#else
+using S = u8;
+#endif
+
+static INLINE float bfloat16_of(float x) {
+    const u32 b = bits(x);
+    return value((b + 0x7fffu + ((b >> 16) & 1)) & 0xffff0000u);
+}
+
+static INLINE float scale_range(float x) {
+    const float low = x < SCALE_SMALLEST ? SCALE_SMALLEST : x;
+    return low > SCALE_LARGEST ? SCALE_LARGEST : low;
+}
+
+static INLINE float to_scale(float x) {  // of a scale that is no power of two
+#if SCALE == 2
+    const float c = clamped(x, SCALE_MAX), magic = steps_of_float<SCALE_MANTISSA>(c, SCALE_MIN_NORMAL, MAGIC);
+    return scale_range((c + magic) - magic);
+#elif SCALE == 3
+    return scale_range(bfloat16_of(x));
+#else
+    return scale_range(x);
+#endif
+}
+
+static INLINE float scale_of(float amax) {
+#if SCALE == 1
+    const float x = SCALE_RATIO ? amax / ELEMENT_MAX : amax;
+    const float power = value((bits(x) + SCALE_CARRY) & EXPONENT);
+    const float found = SCALE_UP && !(x > SCALE_SMALLEST) ? 0.0f : power;
+    return scale_range(SCALE_RATIO ? found : found * SCALE_EXPONENT);
+#else
+    return to_scale(amax / ELEMENT_MAX);
+#endif
+}
+
+static INLINE S code_of_scale(float s) {
+#if SCALE == 1
+    return (bits(s) >> 23) & 0xff;
+#elif SCALE == 2
+    const u32 c = code_of_float<SCALE_MANTISSA, SCALE_BIAS>(s, SCALE_MIN_NORMAL, 1.0f / SCALE_SMALLEST);
+    return (bits(s) & MAGNITUDE) > EXPONENT ? SCALE_NAN_CODE : c;
+#elif SCALE == 3
+    return (bits(s) & MAGNITUDE) > EXPONENT ? 0x7fc0 : bits(s) >> 16;
+#else
+    return s;
+#endif
+}
+
+static INLINE float value_of_scale(S c) {
+#if SCALE == 1
+    return value(c == 255 ? 0x7fc00000u : c == 0 ? 0x00400000u : u32(c) << 23);
+#elif SCALE == 2
+    return value_of_float<SCALE_MANTISSA, SCALE_BIAS, SCALE_NAN_CODE>(c, SCALE_SMALLEST);
+#elif SCALE == 3
+    return value(u32(c) << 16);
+#else
+    return c;
+#endif
+}
+
+// Dividing by a power of two is multiplying with its reciprocal, which is one too (the largest scale sees to that).
+static INLINE float divisor(float s) {
+    const float d = s == 0.0f ? 1.0f : s;  // a subnormal scale, where denormals are flushed
+    return SCALE == 1 ? 1.0f / d : d;
+}
+static INLINE float divided(float x, float d) { return SCALE == 1 ? x * d : x / d; }
+
+// ---- blocks
+
+constexpr i64 HEIGHT = BLOCK_ROWS, WIDTH = BLOCK_COLUMNS ? BLOCK_COLUMNS : 64;
+
+// The smallest multiple of a block, and of eight codes, so that each chunk begins with a byte, about COLUMNS of them.
+constexpr i64 chunk_columns() {
+    i64 step = WIDTH;
+    while (step % 8) step += WIDTH;
+    return step >= COLUMNS ? step : COLUMNS / step * step;
+}
+
+struct Job {
+    const T* x;
+    T* out;
+    u8* data;
+    S* scale;
+    i64 matrices, rows, columns;
+    const float* above;  // the tensor scale: one, or one a row
+    i64 above_step;
+    u32 seed;
+    i64 row_bytes, row_blocks;
+};
+
+// Where a tile of at most HEIGHT rows and CHUNK columns lies; rows are counted through all matrices.
+struct Tile {
+    i64 row, height, column, width;
+    i64 blocks() const { return (width + WIDTH - 1) / WIDTH; }
+};
+
+template <class Do>
+static INLINE void each(i64 count, Do&& act) {  // a constant trip count where the block is whole
+    if (count == WIDTH) {
+        for (i64 j = 0; j < WIDTH; j++) act(j);
+    } else {
+        for (i64 j = 0; j < count; j++) act(j);
+    }
+}
+
+constexpr i64 CHUNK = chunk_columns();
+
+// What a thread works with.
+struct Buffers {
+    std::vector<float> scale = std::vector<float>(CHUNK / WIDTH);
+    std::vector<float> whole = scale, divide = scale;  // times the tensor scale, and what to divide by
+    std::vector<u32> top = std::vector<u32>(CHUNK / WIDTH);
+    std::vector<M> most = std::vector<M>(2 * CHUNK);
+    std::vector<float> square = std::vector<float>(FOUR_OVER_SIX ? HEIGHT * WIDTH : 0);
+    std::vector<float> each_scale = std::vector<float>(CHUNK);  // of a value, so that loops over values know no blocks
+    std::vector<float> each_divisor = std::vector<float>(CHUNK);
+    std::vector<u8> codes = std::vector<u8>(CHUNK + 8);
+};
+
+static INLINE i64 width_of(const Tile& t, i64 block) {
+    const i64 left = t.width - block * WIDTH;
+    return left < WIDTH ? left : WIDTH;
+}
+
+static INLINE float error_of(const Job& job, const Tile& t, i64 block, float scale, std::vector<float>& square) {
+    const i64 count = width_of(t, block);
+    const float p = scale == 0.0f ? 1.0f : scale;
+    for (i64 j = 0; j < HEIGHT * WIDTH; j++) square[j] = 0.0f;
+    for (i64 r = 0; r < t.height; r++) {
+        const T* x = job.x + (t.row + r) * job.columns + t.column + block * WIDTH;
+        each(count, [&](i64 j) {
+            const float v = load(x[j]), difference = nearest(v / p) * scale - v;
+            square[r * WIDTH + j] = difference * difference;
+        });
+    }
+    for (i64 length = HEIGHT * WIDTH; length > 1;) {
+        const i64 half = (length + 1) / 2;
+        for (i64 j = 0; j < length - half; j++) square[j] += square[j + half];
+        length = half;
+    }
+    return square[0];
+}
+
+static INLINE void halve(const M* __restrict from, M* __restrict to, i64 count) {
+    for (i64 j = 0; j < count; j++) to[j] = from[2 * j] < from[2 * j + 1] ? from[2 * j + 1] : from[2 * j];
+}
+
+// Raise buffers.top by the magnitudes of a row, as integers: there NaN and infinity are larger than all numbers.
+static INLINE void find_largest(const T* x, const Tile& t, Buffers& buffers) {
+    u32* const top = buffers.top.data();
+    i64 done = 0;
+    if constexpr (WIDTH < 32 && (WIDTH & (WIDTH - 1)) == 0) {
+        // Halve the whole row, neighbour by neighbour: short blocks alone would fill no vector.
+        M *from = buffers.most.data(), *to = from + CHUNK;
+        done = t.width / WIDTH;
+        i64 count = done * WIDTH;
+        for (i64 j = 0; j < count; j++) from[j] = magnitude(x[j]);
+        for (i64 width = WIDTH; width > 1; width /= 2) {
+            count /= 2;
+            halve(from, to, count);
+            std::swap(from, to);
+        }
+        for (i64 b = 0; b < done; b++) top[b] = top[b] < from[b] ? from[b] : top[b];
+    }
+    for (i64 b = done; b < t.blocks(); b++) {
+        u32 most = top[b];
+        each(width_of(t, b), [&](i64 j) {
+            const u32 m = magnitude(x[b * WIDTH + j]);
+            most = most < m ? m : most;
+        });
+        top[b] = most;
+    }
+}
+
+static void find_scales(const Job& job, const Tile& t, Buffers& buffers) {
+    const i64 blocks = t.blocks();
+    const float above = job.above ? job.above[t.row * job.above_step] : 1.0f;
+    float* const scale = buffers.scale.data();
+#if SCALE == 0
+    for (i64 b = 0; b < blocks; b++) scale[b] = 1.0f;
+#else
+    u32* const top = buffers.top.data();
+    for (i64 b = 0; b < blocks; b++) top[b] = 0;
+    for (i64 r = 0; r < t.height; r++) find_largest(job.x + (t.row + r) * job.columns + t.column, t, buffers);
+    for (i64 b = 0; b < blocks; b++) {
+        const float amax = job.above ? widened(top[b]) / above : widened(top[b]);
+        scale[b] = (bits(amax) & MAGNITUDE) < EXPONENT ? scale_of(amax) : value(0x7fc00000u);
+        top[b] = bits(amax);
+    }
+#if FOUR_OVER_SIX
+    for (i64 b = 0; b < blocks; b++) {
+        const float wider = to_scale(value(top[b]) / FOUR);
+        const float at_four = error_of(job, t, b, job.above ? wider * above : wider, buffers.square);
+        const float at_six = error_of(job, t, b, job.above ? scale[b] * above : scale[b], buffers.square);
+        if (at_four < at_six && scale[b] == scale[b]) scale[b] = wider;
+    }
+#endif
+#endif
+}
+
+// Four codes of six bits lie in three bytes, two of four in one, the earlier in the lower bits.
+static void pack(const u8* codes, u8* data, i64 width) {
+    if (ELEMENT_BITS == 8) {
+        for (i64 j = 0; j < width; j++) data[j] = codes[j];
+    } else if (ELEMENT_BITS == 4) {
+        for (i64 j = 0; j < (width + 1) / 2; j++) data[j] = codes[2 * j] | codes[2 * j + 1] << 4;
+    } else {
+        const auto four = [&](i64 j) {
+            return codes[4 * j] | codes[4 * j + 1] << 6 | codes[4 * j + 2] << 12 | codes[4 * j + 3] << 18;
+        };
+        const i64 bytes = (width * ELEMENT_BITS + 7) / 8, whole = bytes / 3;
+        for (i64 j = 0; j < whole; j++)
+            for (i64 k = 0; k < 3; k++) data[3 * j + k] = four(j) >> (8 * k);
+        for (i64 k = 3 * whole; k < bytes; k++) data[k] = four(whole) >> (8 * (k - 3 * whole));
+    }
+}
+
+static void unpack(const u8* data, u8* codes, i64 width) {
+    if (ELEMENT_BITS == 8) {
+        for (i64 j = 0; j < width; j++) codes[j] = data[j];
+    } else if (ELEMENT_BITS == 4) {
+        for (i64 j = 0; j < (width + 1) / 2; j++) {
+            codes[2 * j] = data[j] & 15;
+            codes[2 * j + 1] = data[j] >> 4;
+        }
+    } else {
+        const i64 bytes = (width * ELEMENT_BITS + 7) / 8, whole = bytes / 3;
+        const auto spread = [&](i64 j, u32 four) {
+            for (i64 k = 0; k < 4; k++) codes[4 * j + k] = (four >> (6 * k)) & 63;
+        };
+        for (i64 j = 0; j < whole; j++) spread(j, data[3 * j] | data[3 * j + 1] << 8 | data[3 * j + 2] << 16);
+        u32 last = 0;
+        for (i64 k = 3 * whole; k < bytes; k++) last |= u32(data[k]) << (8 * (k - 3 * whole));
+        if (3 * whole < bytes) spread(whole, last);
+    }
+}
+
+// Where the scales of a tile stand among all.
+static INLINE S* scales_of(const Job& job, const Tile& t) {
+    const i64 heights = (job.rows + HEIGHT - 1) / HEIGHT;
+    const i64 first = t.row / job.rows * heights + t.row % job.rows / HEIGHT;
+    return job.scale + first * job.row_blocks + t.column / WIDTH;
+}
+
+static INLINE void spread(const float* per_block, i64 blocks, float* per_value) {
+    for (i64 b = 0; b < blocks; b++)
+        for (i64 j = 0; j < WIDTH; j++) per_value[b * WIDTH + j] = per_block[b];
+}
+
+// Give each value of a row the scale of its block, and what to divide by.
+static INLINE void prepare(const Job& job, const Tile& t, i64 row, Buffers& buffers) {
+    const float above = job.above ? job.above[row * job.above_step] : 1.0f;
+    const i64 blocks = t.blocks();
+    float *const whole = buffers.whole.data(), *const divide = buffers.divide.data();
+    for (i64 b = 0; b < blocks; b++) {
+        whole[b] = job.above ? buffers.scale[b] * above : buffers.scale[b];
+        divide[b] = divisor(whole[b]);
+    }
+    spread(whole, blocks, buffers.each_scale.data());
+    if (SCALE == 1) spread(divide, blocks, buffers.each_divisor.data());
+}
+
+template <bool PACK>
+static void round_tile(const Job& job, const Tile& t, Buffers& buffers) {
+    const float *const each_scale = buffers.each_scale.data(), *const each_divisor = buffers.each_divisor.data();
+    u8* const codes = buffers.codes.data();
+    if (PACK && SCALE) {
+        S* const to = scales_of(job, t);
+        for (i64 b = 0; b < t.blocks(); b++) to[b] = code_of_scale(buffers.scale[b]);
+    }
+    for (i64 r = 0; r < t.height; r++) {
+        const i64 row = t.row + r;
+        const T* const __restrict x = job.x + row * job.columns + t.column;
+        T* const __restrict out = job.out + row * job.columns + t.column;
+        const u32 key = STOCHASTIC ? mixed(u32(row) + job.seed) : 0, column = u32(t.column);
+        prepare(job, t, row, buffers);
+        const i64 width = t.width;
+        for (i64 j = 0; j < width; j++) {
+            const float v = load(x[j]), s = each_scale[j], d = SCALE == 1 ? each_divisor[j] : s == 0.0f ? 1.0f : s;
+            const float q = rounded(divided(v, d), v, key, column + u32(j));
+            if (PACK) codes[j] = code(q);
+            else out[j] = narrowed(q * s);
+        }
+        if (PACK) {
+            for (i64 j = width; j % 8; j++) codes[j] = 0;
+            pack(codes, job.data + row * job.row_bytes + t.column * ELEMENT_BITS / 8, width);
+        }
+    }
+}
+
+static void decode_tile(const Job& job, const Tile& t, Buffers& buffers) {
+    float* const each_scale = buffers.each_scale.data();
+    u8* const codes = buffers.codes.data();
+    const S* const from = SCALE ? scales_of(job, t) : nullptr;
+    for (i64 b = 0; b < t.blocks(); b++) buffers.scale[b] = SCALE ? value_of_scale(from[b]) : 1.0f;
+    for (i64 r = 0; r < t.height; r++) {
+        const i64 row = t.row + r, width = t.width;
+        T* const __restrict out = job.out + row * job.columns + t.column;
+        unpack(job.data + row * job.row_bytes + t.column * ELEMENT_BITS / 8, codes, width);
+        prepare(job, t, row, buffers);
+        for (i64 j = 0; j < width; j++) out[j] = narrowed(decoded(codes[j]) * each_scale[j]);
+    }
+}
+
+// Fresh memory comes a page at a time, which costs more than the arithmetic; ask for large pages.
+static void advise(void* begin, i64 bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t PAGE = 4096;
+    if (bytes < (4 << 20)) return;
+    const auto first = (reinterpret_cast<std::uintptr_t>(begin) + PAGE - 1) & ~(PAGE - 1);
+    const auto last = (reinterpret_cast<std::uintptr_t>(begin) + bytes) & ~(PAGE - 1);
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: it may be refused
+#endif
+}
+
+template <class Act>
+static void run(Job job, int threads, Act&& act) {
+    job.row_bytes = (job.columns * ELEMENT_BITS + 7) / 8;
+    job.row_blocks = (job.columns + WIDTH - 1) / WIDTH;
+    const i64 chunks = (job.columns + CHUNK - 1) / CHUNK, heights = (job.rows + HEIGHT - 1) / HEIGHT;
+    const i64 tiles = job.matrices * heights * chunks;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+#endif
+    {
+        Buffers buffers;
+#ifdef _OPENMP
+#pragma omp for schedule(static)
+#endif
+        for (i64 i = 0; i < tiles; i++) {
+            const i64 column = i % chunks * CHUNK, row = i / chunks % heights * HEIGHT;
+            Tile t{i / chunks / heights * job.rows + row, job.rows - row, column, job.columns - column};
+            if (t.height > HEIGHT) t.height = HEIGHT;
+            if (t.width > CHUNK) t.width = CHUNK;
+            act(job, t, buffers);
+        }
+    }
+}
+
+template <bool PACK>
+static void round_all(const Job& job, int threads) {
+    run(job, threads, [](const Job& j, const Tile& t, Buffers& buffers) {
+        find_scales(j, t, buffers);
+        round_tile<PACK>(j, t, buffers);
+    });
+}
+
+extern "C" {
+
+void fake_quantize(const T* x, T* out, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,
+                   u32 seed, int threads) {
+    advise(out, matrices * rows * columns * sizeof(T));
+    const Job job{x, out, nullptr, nullptr, matrices, rows, columns, above, above_step, seed, 0, 0};
+    round_all<false>(job, threads);
+}
+
+void quantize(const T* x, u8* data, S* scale, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,
+              u32 seed, int threads) {
+    advise(data, matrices * rows * ((columns * ELEMENT_BITS + 7) / 8));
+    const Job job{x, nullptr, data, scale, matrices, rows, columns, above, above_step, seed, 0, 0};
+    round_all<true>(job, threads);
+}
+
+void dequantize(const u8* data, const S* scale, T* out, i64 matrices, i64 rows, i64 columns, const float* above,
+                i64 above_step, int threads) {
+    advise(out, matrices * rows * columns * sizeof(T));
+    const Job job{nullptr, out, const_cast<u8*>(data), const_cast<S*>(scale), matrices, rows, columns, above,
+                  above_step, 0, 0, 0};
+    run(job, threads, decode_tile);
+}
+
+}  // extern "C"

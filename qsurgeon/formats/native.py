@@ -1,0 +1,269 @@
+"""The CPU kernels: native.cpp compiled with a format's numbers, once for each format and dtype, kept on disk.
+
+The compiler is ``$CXX``, else c++, g++ or clang++. What it makes is kept under ``$QSURGEON_CACHE``, else in
+``qsurgeon`` under ``$XDG_CACHE_HOME`` or ``~/.cache``, by a name that depends on all that it was made from.
+"""
+
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from qsurgeon.formats.element import Element, FloatElement
+from qsurgeon.formats.fields import Fields
+from qsurgeon.formats.scale import ElementScale, PowerOfTwoScale, WideScale, even_carry
+
+DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+SMALL = 1 << 15  # values below which a second thread costs more than it gives
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# Tried in turn: not every compiler knows how to tune for this machine, or has OpenMP.
+_TUNINGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+_COMPILE_SECONDS = 120
+_lock = Lock()
+_libraries: dict[tuple[str, torch.dtype], "Library | None"] = {}
+
+
+class Library:
+    """The compiled kernels of one format and one dtype."""
+
+    def __init__(self, file: Path) -> None:
+        self._functions = ctypes.CDLL(str(file))
+
+    def fake_quantize(self, rows: Tensor, above: Tensor | None, seed: int) -> Tensor:
+        """Return contiguous ``rows`` (matrices, rows, columns) rounded; ``above`` as arithmetic.py has it."""
+        out = torch.empty_like(rows)
+        self._functions.fake_quantize(
+            _at(rows), _at(out), *_sizes(rows.shape), *_above(above), ctypes.c_uint32(seed), _threads(rows.numel())
+        )
+        return out
+
+    def quantize(self, rows: Tensor, data: Tensor, scale: Tensor | None, above: Tensor | None, seed: int) -> None:
+        """Write the packed codes and the scales of ``rows`` into ``data`` and ``scale``, both contiguous."""
+        self._functions.quantize(
+            _at(rows), _at(data), _at(scale), *_sizes(rows.shape), *_above(above), ctypes.c_uint32(seed),
+            _threads(rows.numel()),
+        )  # fmt: skip
+
+    def dequantize(self, data: Tensor, scale: Tensor | None, above: Tensor | None, out: Tensor) -> None:
+        """Write the values of packed codes into ``out`` (matrices, rows, columns)."""
+        self._functions.dequantize(
+            _at(data), _at(scale), _at(out), *_sizes(out.shape), *_above(above), _threads(out.numel())
+        )
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _sizes(shape: torch.Size) -> tuple[ctypes.c_int64, ...]:
+    return tuple(map(ctypes.c_int64, shape))
+
+
+def _above(above: Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    """Return the tensor scales and how far the next row's is; ``above`` is contiguous float32."""
+    return _at(above), ctypes.c_int64(0 if above is None or above.numel() == 1 else 1)
+
+
+def _threads(values: int) -> ctypes.c_int:
+    return ctypes.c_int(1 if values < SMALL else torch.get_num_threads())
+
+
+def library(fields: Fields, dtype: torch.dtype) -> Library | None:
+    """Return the kernels of a format for ``dtype``, compiled if they never were; None where that cannot be done.
+
+    Says on stderr what it compiles, and once why it cannot.
+    """
+    key = (fields.kernel_key, dtype)
+    if key not in _libraries:
+        with _lock:
+            if key not in _libraries:
+                _libraries[key] = _load(fields, dtype)
+    return _libraries[key]
+
+
+def compiled() -> int:
+    """Return how many kernels this process has loaded: one a format and dtype, whatever the shapes."""
+    return sum(one is not None for one in _libraries.values())
+
+
+def _load(fields: Fields, dtype: torch.dtype) -> Library | None:
+    name, command = compiler()
+    if command is None:
+        return None
+    defines = [f"-D{key}={value}" for key, value in constants(fields, dtype).items()]
+    made_from = "\0".join([_SOURCE.read_text("utf-8"), name, *command, *defines, processor()])
+    folder = cache_folder()
+    file = folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
+    try:
+        if not _is_whole(file):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_suffix(".lock")):
+                if not _is_whole(file):
+                    what = f"{fields.name}, {str(dtype).removeprefix('torch.')}"
+                    _say(f"compiling the CPU kernel of {what}: some seconds, once; kept in {folder}")
+                    _compile([*command, *defines], file)
+        return Library(file)
+    except (OSError, subprocess.SubprocessError) as error:
+        _fall_back(_reason(error))
+        return None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether ``file`` is as it was compiled: loading what a full disk or a crash cut short is fatal."""
+    sum = file.with_suffix(".sha256")
+    return file.is_file() and sum.is_file() and sum.read_text("utf-8") == _digest(file)
+
+
+def _compile(command: list[str], file: Path) -> None:
+    """Make ``file`` and its checksum appear whole: another process may be waiting for them."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        subprocess.run(
+            [*command, str(_SOURCE), "-o", str(made)],
+            check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS,
+        )  # fmt: skip
+        made.replace(file)
+        sum = Path(folder) / "sum"
+        sum.write_text(_digest(file), "utf-8")
+        sum.replace(file.with_suffix(".sha256"))
+
+
+@cache
+def compiler() -> tuple[str, list[str] | None]:
+    """Return the compiler's version and the command that compiles for this machine; None if there is none.
+
+    A command is tried on an empty program; the reason why none works is said once.
+    """
+    known = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    found = next((path for path in map(shutil.which, known) if path), None)
+    if found is None:
+        _fall_back(f"no C++ compiler is there ({', '.join(known)})")
+        return "", None
+    reason = ""
+    for tuning in _TUNINGS:
+        command = [found, *_FLAGS, *tuning]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                trial = ["-x", "c++", os.devnull, "-o", str(Path(folder) / "trial.so")]
+                subprocess.run([*command, *trial], check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+                version = subprocess.run([found, "--version"], check=True, capture_output=True, text=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = reason or _reason(error)
+        else:
+            return version.stdout.splitlines()[0] if version.stdout else found, command
+    _fall_back(reason)
+    return "", None
+
+
+def _reason(error: Exception) -> str:
+    stderr = getattr(error, "stderr", None)
+    return next((line for line in (stderr or "").splitlines() if "error" in line), str(error))
+
+
+@cache
+def _fall_back(reason: str) -> None:
+    """Say, once for each reason, that everything still works."""
+    _say(f"the CPU kernels cannot be compiled, so that slower torch operations compute the same values: {reason}")
+
+
+def _say(message: str) -> None:
+    print(f"qsurgeon: {message}", file=sys.stderr, flush=True)  # noqa: T201  # progress belongs on stderr
+
+
+@cache
+def processor() -> str:
+    """Return what tells this machine's instructions from another's: a cache may lie on a disk that both share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        lines = []
+    told = [line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))]
+    return "\n".join(sorted(set(told))) or f"{platform.machine()} {platform.processor()}"
+
+
+def cache_folder() -> Path:
+    """Return the folder where compiled kernels are kept."""
+    if os.environ.get("QSURGEON_CACHE"):
+        return Path(os.environ["QSURGEON_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qsurgeon"
+
+
+def constants(fields: Fields, dtype: torch.dtype) -> dict[str, str]:
+    """Return what native.cpp is compiled with, by name: see its first lines."""
+    rows, columns = fields.block_shape
+    return {
+        "DTYPE": str(DTYPES[dtype]),
+        **_of_element("ELEMENT", fields.element),
+        "BLOCK_ROWS": str(rows),
+        "BLOCK_COLUMNS": str(columns),
+        **_of_scale(fields),
+        "STOCHASTIC": str(int(fields.rounding == "stochastic")),
+        "FOUR_OVER_SIX": str(int(fields.four_over_six)),
+        "FOUR": _float(fields.element.magnitudes[-2]),
+    }
+
+
+def _of_element(prefix: str, element: Element) -> dict[str, str]:
+    numbers = {
+        "FLOAT": str(int(isinstance(element, FloatElement))),
+        "BITS": str(element.bits),
+        "MAX": _float(element.max),
+        "SMALLEST": _float(element.smallest),
+        "NAN_CODE": str(element.nan),
+    }
+    if isinstance(element, FloatElement):
+        numbers |= {
+            "MANTISSA": str(element.mantissa),
+            "MIN_NORMAL": _float(element.min_normal),
+            "BIAS": str(element.bias),
+            "INFINITE": f"{len(element.magnitudes)}u",
+        }
+    return {f"{prefix}_{key}": value for key, value in numbers.items()}
+
+
+def _of_scale(fields: Fields) -> dict[str, str]:
+    scale, rule, element = fields.scale, fields.scale_rule, fields.element
+    numbers = {
+        "SCALE_SMALLEST": _float(scale.smallest if scale else 1.0),
+        "SCALE_LARGEST": _float(fields.largest_scale),
+    }
+    match scale:
+        case PowerOfTwoScale():
+            carries = {"floor": 0, "even": even_carry(element)}
+            return numbers | {
+                "SCALE": "1",
+                "SCALE_EXPONENT": _float(2.0**-element.emax),
+                "SCALE_CARRY": f"{carries.get(str(rule), 0x7FFFFF)}u",
+                "SCALE_RATIO": str(int(rule == "rceil")),
+                "SCALE_UP": str(int(rule in ("ceil", "rceil"))),
+            }
+        case ElementScale(element=one):
+            return {"SCALE": "2", **_of_element("SCALE", one), **numbers}
+        case WideScale(dtype=dtype):
+            return numbers | {"SCALE": "3" if dtype == torch.bfloat16 else "4"}
+    return numbers | {"SCALE": "0"}
+
+
+def _float(value: float) -> str:
+    """Return a float32 as C++ writes it, exactly."""
+    if not math.isfinite(value):
+        raise ValueError(f"no constant for {value}")
+    return f"{float(value).hex()}f"

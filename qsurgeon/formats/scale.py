@@ -1,0 +1,181 @@
+"""What a block's values are multiplied by: the number formats of scales, and the rules that find them.
+
+Sources: OCP Microscaling Formats v1.0, sections 5.4 (E8M0) and 6.3 (rule ``floor``); the rules ``even``, ``ceil`` and
+``rceil`` are those of torchao's ScaleCalculationMode; E4M3 scales are NVFP4's.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qsurgeon.formats.element import E4M3, EXPONENT_MASK, FP32_BIAS, FP32_MANTISSA, Element, FloatElement, look_up
+
+ScaleRule = Literal["floor", "even", "rceil", "ceil", "nearest"]
+_MANTISSA_MASK = (1 << FP32_MANTISSA) - 1
+
+
+@dataclass(frozen=True)
+class PowerOfTwoScale:
+    """FP32's exponent alone: no zero, no sign; the last code is NaN."""
+
+    name: str
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return 8
+
+    @property
+    def nan(self) -> int:
+        """The code that means NaN."""
+        return 255
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """The value of every code: ``values[code]``."""
+        return (*(math.ldexp(1.0, code - FP32_BIAS) for code in range(self.nan)), math.nan)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest value."""
+        return self.values[0]
+
+    def largest(self, limit: float) -> float:
+        """Return the largest value that does not exceed ``limit``."""
+        return max(value for value in self.values if value <= limit)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the code (uint8) of each of ``x`` (float32), which must be values of this scale or NaN."""
+        # An FP32 exponent is the code; the smallest value is subnormal there, with exponent 0.
+        return (x.view(torch.int32) >> FP32_MANTISSA).bitwise_and(self.nan).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the value (float32) of each of ``codes`` (uint8)."""
+        return look_up(self.values, codes)
+
+
+@dataclass(frozen=True)
+class ElementScale:
+    """An element without its sign: finer steps than powers of two, over a shorter range."""
+
+    element: FloatElement
+
+    @property
+    def name(self) -> str:
+        """The element's name."""
+        return self.element.name
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, the sign's, which is always 0, among them."""
+        return self.element.bits
+
+    @property
+    def smallest(self) -> float:
+        """The smallest value above zero."""
+        return self.element.smallest
+
+    def largest(self, limit: float) -> float:
+        """Return the largest value that does not exceed ``limit``."""
+        return max(value for value in self.element.magnitudes if value <= limit)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Return the nearest value to each of ``x`` (float32)."""
+        return self.element.round(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the code (uint8) of each of ``x`` (float32), which must be values of this scale or NaN."""
+        return self.element.encode(x)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the value (float32) of each of ``codes`` (uint8)."""
+        return self.element.decode(codes)
+
+
+@dataclass(frozen=True)
+class WideScale:
+    """A float of 16 or 32 bits, kept as it is; its codes are its values, in its own dtype."""
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def bits(self) -> int:
+        """Bits of one value."""
+        return torch.finfo(self.dtype).bits
+
+    @property
+    def smallest(self) -> float:
+        """The smallest normal number: below it precision is lost."""
+        return torch.finfo(self.dtype).tiny
+
+    def largest(self, limit: float) -> float:
+        """Return the largest value that does not exceed ``limit``."""
+        nearest = torch.tensor(limit, dtype=self.dtype)
+        below = torch.nextafter(nearest, torch.zeros_like(nearest))
+        return min(nearest, below, key=lambda one: (one.item() > limit, -one.item())).item()
+
+    def round(self, x: Tensor) -> Tensor:
+        """Return the nearest value to each of ``x`` (float32)."""
+        return x.to(self.dtype).to(torch.float32)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return ``x`` (float32), which must be values of this scale or NaN, in its dtype."""
+        return x.to(self.dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return ``codes`` in float32."""
+        return codes.to(torch.float32)
+
+
+def _power(amax: Tensor, carry: int) -> Tensor:
+    """Return the power of two at or below ``amax`` (0 below FP32's normal numbers), its bits raised by ``carry``."""
+    return (amax.view(torch.int32) + carry).bitwise_and_(EXPONENT_MASK).view(torch.float32)
+
+
+def _power_above(x: Tensor) -> Tensor:
+    """Return the power of two at or above ``x``, or 0 where that is below all scales."""
+    return torch.where(x > E8M0.smallest, _power(x, _MANTISSA_MASK), 0)
+
+
+def even_carry(element: Element) -> int:
+    """Return what makes FP32 bits round to the precision that ``element`` has at its largest power of two."""
+    at_emax = sum(value >= 2.0**element.emax for value in element.magnitudes)  # how many lie from 2^emax up
+    mantissa = (at_emax - 1).bit_length()
+    return 1 << (FP32_MANTISSA - 1 - mantissa)
+
+
+# Each rule: (largest magnitude of the block, element, scale) -> the block's scale, before it is clamped.
+SCALE_RULES: Mapping[ScaleRule, Callable[[Tensor, Element, Any], Tensor]] = {
+    # 2^(floor(log2 amax) - emax), OCP MX v1.0
+    "floor": lambda amax, element, scale: _power(amax, 0) * 2.0**-element.emax,
+    # the same, after rounding amax to the element's mantissa
+    "even": lambda amax, element, scale: _power(amax, even_carry(element)) * 2.0**-element.emax,
+    # 2^(ceil(log2 amax) - emax)
+    "ceil": lambda amax, element, scale: _power_above(amax) * 2.0**-element.emax,
+    # 2^ceil(log2(amax / max)): nothing saturates
+    "rceil": lambda amax, element, scale: _power_above(amax / element.max),
+    # amax / max, rounded to nearest even
+    "nearest": lambda amax, element, scale: scale.round(amax / element.max),
+}
+
+E8M0 = PowerOfTwoScale("e8m0")
+E4M3_SCALE = ElementScale(E4M3)
+BF16 = WideScale("bf16", torch.bfloat16)
+FP32 = WideScale("fp32", torch.float32)
+
+Scale = PowerOfTwoScale | ElementScale | WideScale
+SCALES: dict[str, Scale] = {one.name: one for one in (E8M0, E4M3_SCALE, BF16, FP32)}
+
+
+def rules_for(scale: Scale | None) -> tuple[ScaleRule, ...]:
+    """Return the rules that find a scale of this kind; none where there is no scale to find."""
+    if scale is None:
+        return ()
+    powers: tuple[ScaleRule, ...] = ("floor", "even", "rceil", "ceil")
+    return powers if isinstance(scale, PowerOfTwoScale) else ("nearest",)

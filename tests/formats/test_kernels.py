@@ -1,0 +1,309 @@
+"""Every implementation gives the same bits; which one runs, what it costs, and what happens without a compiler."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qsurgeon.errors import FormatError
+from qsurgeon.formats import CATALOG, Format, get_format, kernels, native
+
+MXFP4, NVFP4, INT8 = get_format("mxfp4"), get_format("nvfp4").as_weight, get_format("int8")
+
+VARIANTS = (
+    *CATALOG.values(),
+    MXFP4.with_fields("even", scale_rule="even"),
+    MXFP4.with_fields("rceil-block-7", element="e5m2", scale_rule="rceil", block=7),
+    MXFP4.with_fields("ceil-block-1", scale_rule="ceil", block=1),
+    MXFP4.with_fields("int4-block-12", element="int4", block=12),
+    MXFP4.with_fields("32x32", block=[32, 32]),
+    MXFP4.with_fields("stochastic", rounding="stochastic", seed=5),
+    NVFP4.with_fields("16x16", block=[16, 16]),
+    NVFP4.with_fields("bare-block-4", tensor_scale="none", block=4),
+    NVFP4.with_fields("static", tensor_scale="static", static_scale=0.01),
+    NVFP4.with_fields("four-over-six", four_over_six=True),
+    NVFP4.with_fields("four-over-six-16x16", four_over_six=True, block=[16, 16]),
+    NVFP4.with_fields("four-over-six-block-7-row", four_over_six=True, block=7, tensor_scale="row"),
+    NVFP4.with_fields("stochastic-16x16", rounding="stochastic", seed=7, block=[16, 16]),
+    NVFP4.with_fields("hadamard", hadamard=16, seed=3),
+    INT8.with_fields("int8-stochastic", rounding="stochastic"),
+    get_format("fp8_e4m3").with_fields("fp8-static", tensor_scale="static", static_scale=0.01),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+each_variant = pytest.mark.parametrize("fmt", VARIANTS, ids=attrgetter("name"))
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def bits(x: Tensor) -> Tensor:
+    """Return the bits of ``x``, the sign of a zero included, and one pattern for every NaN."""
+    return torch.where(x.isnan(), torch.nan, x).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def wild(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Return values of many magnitudes, with rows of zeros, of NaN, of infinity, of tiny and of huge values."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * torch.exp2(torch.randn(shape, generator=generator) * 3)
+    rows = x.view(-1, shape[-1])
+    for place, change in enumerate((0.0, 1e-30, 2.0**-120, 1e-45, 1e30, 3e38)):
+        if place + 1 < len(rows):
+            rows[place + 1] *= change
+    if len(rows) > 10:
+        rows[8, shape[-1] // 2], rows[9, -1], rows[10, 0] = torch.nan, torch.inf, -torch.inf
+    return x.to(dtype)
+
+
+def both(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> tuple[Any, Any]:
+    monkeypatch.setenv(kernels.VARIABLE, "native")
+    compiled = act()
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
+    return compiled, act()
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (16, 300), (3, 17, 48), (1, 9000), (70,)], ids=str)
+@each_dtype
+@each_variant
+def test_compiled_and_eager_agree_to_the_bit(
+    fmt: Format, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fmt.hadamard and shape[-1] % fmt.hadamard:
+        shape = (*shape[:-1], 16 * 5)
+    x = wild(shape, dtype)
+    compiled, eager = both(monkeypatch, lambda: fmt.fake_quantize(x))
+    assert torch.equal(bits(compiled), bits(eager))
+    compiled, eager = both(monkeypatch, lambda: fmt.quantize(x))
+    assert torch.equal(compiled.data, eager.data)
+    assert (compiled.scale is None) == (eager.scale is None)
+    if compiled.scale is not None:
+        torch.testing.assert_close(compiled.scale, eager.scale, rtol=0, atol=0, equal_nan=True)
+    compiled, eager = both(monkeypatch, eager.dequantize)
+    assert torch.equal(bits(compiled), bits(eager))
+
+
+@each_dtype
+@each_variant
+def test_every_number_of_a_dtype_is_rounded_alike(
+    fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    x = patterns.view(dtype) if dtype != torch.float32 else (patterns.to(torch.int32) << 16 | 0x5A5A).view(dtype)
+    x = x[x.isfinite()][:65024].view(-1, 64)[:, torch.arange(64) * 37 % 64]
+    compiled, eager = both(monkeypatch, lambda: fmt.fake_quantize(x))
+    assert torch.equal(bits(compiled), bits(eager))
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+    fmt=st.sampled_from(VARIANTS),
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 100),
+    seed=st.integers(0, 9),
+)
+def test_they_agree_at_one_to_a_hundred_columns(
+    fmt: Format, dtype: torch.dtype, rows: int, columns: int, seed: int
+) -> None:
+    x = wild((rows, columns if not fmt.hadamard else fmt.hadamard), dtype, seed)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compiled, eager = both(monkeypatch, lambda: (fmt.fake_quantize(x), fmt.quantize(x).dequantize()))
+    assert torch.equal(bits(compiled[0]), bits(eager[0]))
+    assert torch.equal(bits(compiled[1]), bits(compiled[0]))
+    assert torch.equal(bits(eager[1]), bits(eager[0]))
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4, NVFP4.as_input.with_fields("row", tensor_scale="row")], ids=str)
+def test_the_number_of_threads_changes_no_bit(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = wild((256, 1000), torch.bfloat16)
+    before = torch.get_num_threads()
+    one = fmt.fake_quantize(x)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(bits(fmt.fake_quantize(x)), bits(one))
+    assert before >= 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own imports
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=attrgetter("name"))
+def test_torch_compile_of_the_same_operations_agrees_and_serves_all_shapes_with_one_graph(
+    fmt: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for rows, columns in ((3, 64), (17, 128), (64, 32), (128, 256)):
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+        monkeypatch.setenv(kernels.VARIABLE, "eager")
+        eager = fmt.fake_quantize(x)
+        monkeypatch.setenv(kernels.VARIABLE, "compile")
+        assert torch.equal(bits(fmt.fake_quantize(x)), bits(eager))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_model_sees_one_operator_with_the_same_bits() -> None:
+    x = wild((4, 96), torch.float32)
+    run = torch.compile(lambda x: NVFP4.fake_quantize(x) * 1.0, fullgraph=True, backend="aot_eager")
+    assert torch.equal(bits(run(x)), bits(NVFP4.fake_quantize(x)))
+
+
+# Which one runs
+
+
+def test_a_word_that_names_no_implementation_is_an_error_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, "nativ")
+    with pytest.raises(FormatError) as caught:
+        MXFP4.fake_quantize(torch.ones(32))
+    assert str(caught.value) == "QSURGEON_KERNELS is 'nativ'; did you mean 'native'?"
+
+
+def test_what_native_code_cannot_take_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    assert kernels.kind_for(torch.ones(2, 32), MXFP4) == "native"
+    assert kernels.kind_for(torch.nn.Parameter(torch.ones(2, 32)), MXFP4) == "native"
+    assert kernels.kind_for(torch.ones(2, 32, dtype=torch.float64), MXFP4) == "eager"
+    assert kernels.kind_for(torch.ones(2, 32, device="meta"), MXFP4) == "eager"
+    assert kernels.kind_for(torch.ones(2, 32).as_subclass(Own), MXFP4) == "eager"
+
+
+class Own(Tensor):
+    """A tensor whose memory may be anywhere."""
+
+
+def test_a_meta_tensor_has_the_shape_and_no_values() -> None:
+    rounded = NVFP4.fake_quantize(torch.empty(3, 64, dtype=torch.bfloat16, device="meta"))
+    assert (rounded.shape, rounded.dtype, rounded.device.type) == ((3, 64), torch.bfloat16, "meta")
+
+
+# One compilation
+
+
+def test_a_format_is_compiled_once_for_each_dtype_whatever_the_shapes(
+    make_qwen2: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qsurgeon
+
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.setattr(native, "_libraries", {})
+    model = qsurgeon.apply("w4a4-nvfp4", make_qwen2(num_hidden_layers=28, tie_word_embeddings=False))
+    ids = torch.arange(24).view(2, 12)
+    for length in (12, 7, 3):
+        model(input_ids=ids[:, :length], labels=ids[:, :length]).loss.backward()
+    assert qsurgeon.inspect(model).wrapped == 28 * 7
+    assert native.compiled() == 1  # weights and inputs, per tensor and per row, are one kernel
+
+
+def run(code: str, **environment: str) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+ROUND = """
+import torch
+from qsurgeon.formats import get_format, kernels
+x = torch.tensor([0.3, -2.6, 5.0, 0.0] * 8)
+for name in ("mxfp4", "mxfp8"):
+    print(get_format(name).fake_quantize(x)[:4].tolist(), kernels.kind_for(x, get_format(name)))
+"""
+VALUES = "[0.5, -3.0, 4.0, 0.0] {kind}\n[0.3125, -2.5, 5.0, 0.0] {kind}\n"
+
+
+def test_the_first_use_says_what_it_waits_for_and_the_next_process_finds_it(tmp_path: Path) -> None:
+    environment = {"QSURGEON_CACHE": str(tmp_path / "cache"), kernels.VARIABLE: ""}
+    out, err = run(ROUND, **environment)
+    assert out == VALUES.format(kind="native")
+    assert err.splitlines() == [
+        f"qsurgeon: compiling the CPU kernel of {name}, float32: some seconds, once; kept in {tmp_path / 'cache'}"
+        for name in ("mxfp4", "mxfp8")
+    ]
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 2
+    assert run(ROUND, **environment) == (VALUES.format(kind="native"), "")
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "/bin/false"], ids=["none", "broken"])
+def test_a_machine_without_a_compiler_computes_the_same_and_says_so_once(compiler: str, tmp_path: Path) -> None:
+    out, err = run(ROUND, QSURGEON_CACHE=str(tmp_path), CXX=compiler, **{kernels.VARIABLE: ""})
+    assert out == VALUES.format(kind="eager")
+    (line,) = err.splitlines()
+    start = "qsurgeon: the CPU kernels cannot be compiled, so that slower torch operations compute the same values: "
+    assert line.startswith(start)
+    reason = line.removeprefix(start)
+    assert reason == (
+        "no C++ compiler is there (no-such-compiler)"
+        if compiler == "no-such-compiler"
+        else reason.split(" returned")[0] + " returned non-zero exit status 1."
+    )
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_nothing_is_lost(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    out, err = run(ROUND, QSURGEON_CACHE=str(in_the_way / "cache"), **{kernels.VARIABLE: ""})
+    assert out == VALUES.format(kind="eager")
+    assert len(err.splitlines()) == 1
+    assert "Not a directory" in err
+
+
+@pytest.mark.parametrize("length", [0, 1000, -100])
+def test_a_kernel_that_was_cut_short_is_compiled_anew(length: int, tmp_path: Path) -> None:
+    environment = {"QSURGEON_CACHE": str(tmp_path), kernels.VARIABLE: ""}
+    run(ROUND, **environment)
+    for file in tmp_path.glob("*.so"):
+        file.write_bytes(file.read_bytes()[:length])
+    out, err = run(ROUND, **environment)
+    assert out == VALUES.format(kind="native")
+    assert len(err.splitlines()) == 2
+
+
+def test_constants_are_written_exactly() -> None:
+    assert native._float(0.1) == "0x1.999999999999ap-4f"
+    with pytest.raises(ValueError, match="no constant for inf"):
+        native._float(float("inf"))
+
+
+# Memory
+
+
+def peak_bytes(act: Callable[[], object]) -> int:
+    """Return how many bytes more were allocated at a time while ``act`` ran."""
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as told:
+        act()
+    events = [event for event in told.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (64, 9000), (2048, 1024), (1, 2**20), (8, 3, 5000)], ids=str)
+@pytest.mark.parametrize(
+    "fmt",
+    [MXFP4, NVFP4, NVFP4.as_input, get_format("int8"), NVFP4.with_fields("16x16", block=[16, 16])],
+    ids=attrgetter("name"),
+)
+def test_without_a_compiler_it_takes_at_most_six_bytes_a_value(
+    fmt: Format, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
+    x = torch.randn(shape).to(torch.bfloat16)
+    fmt.fake_quantize(x)
+    assert peak_bytes(lambda: fmt.fake_quantize(x)) <= (2 + 6) * x.numel()  # the result itself is two
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4, get_format("mxfp8")], ids=attrgetter("name"))
+def test_compiled_it_takes_the_result_and_a_few_scales(fmt: Format) -> None:
+    x = torch.randn(512, 4096).to(torch.bfloat16)
+    fmt.fake_quantize(x)
+    assert peak_bytes(lambda: fmt.fake_quantize(x)) <= 2 * x.numel() + 4096
