@@ -57,12 +57,16 @@ def test_its_python_runs(folder: Path) -> None:
     )
 
 
-def test_its_recipe_is_one_and_plans_on_the_bundled_model(folder: Path) -> None:
-    (text,) = blocks("yaml")
-    assert yaml.safe_load(text)["rules"][0]["exclude"] == ["layers.{0,-1}"]
-    (folder / "mine.yaml").write_text(text)
-    out = run(["qsurgeon", "plan", "mine.yaml", "--model", "examples/models/tiny-math"], folder)
-    assert "28 of 43 Linear modules (61.5% of the parameters) are wrapped" in out
+def test_its_recipes_plan_on_the_bundled_model(folder: Path) -> None:
+    first, second = blocks("yaml")
+    assert yaml.safe_load(first)["rules"][0]["exclude"] == ["layers.{0,-1}"]
+    for text, wrapped in (
+        (first, "28 of 43 Linear modules (61.5% of the parameters) are wrapped: 28 with weight mxfp4, input mxfp4"),
+        (second, "18 with weight turned, input turned"),
+        (second, "24 with weight square, input mxfp4-even"),
+    ):
+        (folder / "mine.yaml").write_text(text)
+        assert wrapped in run(["qsurgeon", "plan", "mine.yaml", "--model", "examples/models/tiny-math"], folder)
 
 
 def test_every_file_it_links_to_is_there() -> None:

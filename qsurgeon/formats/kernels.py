@@ -24,7 +24,8 @@ from qsurgeon.formats.packing import pack, packed_length, unpack
 
 Kind = Literal["native", "compile", "eager"]
 KINDS: tuple[Kind, ...] = ("native", "compile", "eager")
-PIECE = 2**17  # values worked on at a time, so that what is made in between stays in the cache
+PIECE = 2**17  # values worked on at a time, so that what is made in between stays in a CPU's cache
+GPU_PIECE = 2**24  # a GPU wants many at a time; this bounds the memory
 FEW = 2**12  # values of which all that is made in between is too little to work on less of them
 GPUS = ("cuda", "xpu")  # devices for which torch.compile makes Triton kernels
 VARIABLE = "QSURGEON_KERNELS"
@@ -67,7 +68,7 @@ def quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor
         return data, scale
     flat, codes, height = _matrices(rows), _matrices(data), fields.block_shape[0]
     scales = None if scale is None else _matrices(scale)
-    for m, r, c in _pieces(flat.shape, fields):
+    for m, r, c in _pieces(flat, fields):
         one, piece = arithmetic.quantize(flat[m, r, c], _piece(above, rows, m, r), fields, _corner(flat, m, r, c))
         packed = pack(one, fields.element.bits)
         first = c.start * fields.element.bits // 8
@@ -88,7 +89,7 @@ def dequantize(data: Tensor, scale: Tensor | None, above: Above, fields: Fields,
     codes, into, (height, width) = _matrices(data), _matrices(out), fields.block_shape
     scales = None if scale is None else _matrices(scale)
     bits = fields.element.bits
-    for m, r, c in _pieces(into.shape, fields):
+    for m, r, c in _pieces(into, fields):
         count = min(c.stop, out.shape[-1]) - c.start
         part = codes[m, r, c.start * bits // 8 : c.start * bits // 8 + packed_length(count, bits)]
         piece = None
@@ -117,7 +118,7 @@ def _empty_codes(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None]:
 def _eager(rows: Tensor, above: Above, fields: Fields) -> Tensor:
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     flat, into = _matrices(rows), _matrices(out)
-    for m, r, c in _pieces(flat.shape, fields):
+    for m, r, c in _pieces(flat, fields):
         piece = flat[m, r, c]
         into[m, r, c] = arithmetic.fake_quantize(piece, _piece(above, rows, m, r), fields, _corner(flat, m, r, c))
     return out
@@ -128,12 +129,12 @@ def _matrices(rows: Tensor) -> Tensor:
     return rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:])
 
 
-def _pieces(shape: torch.Size, fields: Fields) -> Iterator[tuple[int, slice, slice]]:
-    """Yield (matrix, rows, columns) that cover ``shape``; no block and no byte of packed codes is in two pieces."""
-    matrices, rows, columns = shape
+def _pieces(flat: Tensor, fields: Fields) -> Iterator[tuple[int, slice, slice]]:
+    """Yield (matrix, rows, columns) that cover ``flat``; no block and no byte of packed codes is in two pieces."""
+    matrices, rows, columns = flat.shape
     height, width = fields.block_shape
     # A piece takes 16 bytes a value of it; a quarter of the tensor at a time takes 4 bytes a value of all.
-    size = min(PIECE, max(FEW, math.prod(shape) // 4))
+    size = min(PIECE if flat.device.type == "cpu" else GPU_PIECE, max(FEW, flat.numel() // 4))
     unit = math.lcm(width or 1, 8)
     if height * columns <= size:
         across, down = max(columns, 1), max(height, size // max(columns, 1) // height * height)
@@ -158,8 +159,10 @@ def _piece(above: Above, rows: Tensor, matrix: int, part: slice) -> Above:
 
 
 def _native(rows: Tensor, above: Above, fields: Fields) -> Tensor:
-    contiguous = _matrices(rows).contiguous()
-    return _library(rows, fields).fake_quantize(contiguous, _scales_of_rows(above, rows), fields.seed).view(rows.shape)
+    flat = _matrices(rows).contiguous()
+    out = torch.empty_like(flat)
+    _library(rows, fields).fake_quantize(flat, out, _scales_of_rows(above, rows), fields.seed)
+    return out.view(rows.shape)
 
 
 def _library(rows: Tensor, fields: Fields) -> native.Library:

@@ -42,13 +42,14 @@ class Library:
     def __init__(self, file: Path) -> None:
         self._functions = ctypes.CDLL(str(file))
 
-    def fake_quantize(self, rows: Tensor, above: Tensor | None, seed: int) -> Tensor:
-        """Return contiguous ``rows`` (matrices, rows, columns) rounded; ``above`` as arithmetic.py has it."""
-        out = torch.empty_like(rows)
+    def fake_quantize(self, rows: Tensor, out: Tensor, above: Tensor | None, seed: int) -> None:
+        """Write ``rows`` (matrices, rows, columns) rounded into ``out``, both contiguous.
+
+        ``above``, here and below: the tensor scale, one number or one a row, contiguous float32, or None.
+        """
         self._functions.fake_quantize(
             _at(rows), _at(out), *_sizes(rows.shape), *_above(above), ctypes.c_uint32(seed), _threads(rows.numel())
         )
-        return out
 
     def quantize(self, rows: Tensor, data: Tensor, scale: Tensor | None, above: Tensor | None, seed: int) -> None:
         """Write the packed codes and the scales of ``rows`` into ``data`` and ``scale``, both contiguous."""

@@ -13,6 +13,7 @@ import pytest
 import qsurgeon
 import qsurgeon.hf  # before any output is captured: libraries print while they are imported
 from qsurgeon.cli import main
+from qsurgeon.formats import CATALOG
 from qsurgeon.recipe import shipped_recipes
 
 RECIPE = """\
@@ -217,29 +218,31 @@ def test_inspect_prints_json(run: Run) -> None:
 # --- formats, recipes, schema
 
 
-def test_formats_lists_the_catalogue(run: Run) -> None:
-    assert run("formats") == Result(
-        0,
-        """\
-format  bits  element  block  scale  scale_rule  tensor_scale
-mxfp4   4.25  e2m1     32     e8m0   floor       none
-mxfp8   8.25  e4m3     32     e8m0   floor       none
-nvfp4   4.5   e2m1     16     e4m3   nearest     by_role
-""",
-        "",
-    )
+def test_formats_lists_the_catalogue_with_what_was_computed_of_each(run: Run) -> None:
+    result = run("formats")
+    assert (result.code, result.err) == (0, "")
+    head, *rows = result.out.split("\n\n")[0].splitlines()
+    assert head.split("  ")[0] == "format"
+    table = {row.split()[0]: " ".join(row.split()) for row in rows}
+    assert table["mxfp4"] == "mxfp4 e2m1 4.25 32 e8m0 floor none 2.55e+38 2.94e-39 18.8 17.6"
+    assert table["mxfp8_e4m3"].startswith("mxfp8_e4m3 = mxfp8 e4m3 8.25 32 ")
+    assert table["nvfp4"] == "nvfp4 e2m1 4.5 16 e4m3 nearest by_role 2.69e+03 0.000977 20.4 20.8"
+    assert table["fp8_e4m3"] == "fp8_e4m3 e4m3 8 none none none tensor 448 0.00195 31.5 31.5"
+    assert len(table) == len(CATALOG) - 1  # one has two names
 
 
 def test_formats_prints_json(run: Run) -> None:
-    assert json.loads(run("formats", "--json").out)[0] == {
+    first = json.loads(run("formats", "--json").out)[0]
+    sqnr = first.pop("sqnr")
+    assert first == {
         "format": "mxfp4",
+        "also": [],
         "bits": 4.25,
-        "element": "e2m1",
-        "block": 32,
-        "scale": "e8m0",
-        "scale_rule": "floor",
-        "tensor_scale": "none",
+        **CATALOG["mxfp4"].to_dict(),
+        "largest": 6 * 2.0**125,
+        "smallest": 2.0**-128,
     }
+    assert sqnr == {"gaussian": pytest.approx(18.8, abs=0.1), "t(4)": pytest.approx(17.6, abs=0.1)}
 
 
 def test_recipes_lists_the_shipped_ones_with_what_they_do(run: Run) -> None:

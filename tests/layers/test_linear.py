@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsurgeon.errors import SurgeryError
+from qsurgeon.errors import FormatError, SurgeryError
 from qsurgeon.formats import CATALOG, get_format
 from qsurgeon.layers import Quantization, QuantLinear, quant_linears
 
@@ -180,3 +180,54 @@ def test_quant_linears_names_them_in_the_models_order() -> None:
     QuantLinear.wrap(model[2], Quantization(MXFP4, MXFP4))
     QuantLinear.wrap(model[0], Quantization(MXFP4, MXFP4))
     assert list(quant_linears(model)) == ["0", "2"]
+
+
+ROTATED = MXFP4.with_fields("rotated", hadamard=32, seed=7)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(Quantization(ROTATED, ROTATED), id="both"),
+        pytest.param(Quantization(ROTATED, None), id="weight"),
+        pytest.param(Quantization(None, ROTATED), id="input"),
+    ],
+)
+def test_a_rotation_turns_both_operands_and_its_gradients_back(how: Quantization) -> None:
+    linear, plain = make(), make()
+    plain.load_state_dict(linear.state_dict())
+    QuantLinear.wrap(linear, how)
+    x = rand(5, 64).requires_grad_()
+    y = linear(x)
+    g = rand(48, 5).T
+    y.backward(g)
+
+    rotation, grid = ROTATED.rotation, ROTATED.without_rotation
+    assert rotation is not None
+    xr, wr = rotation(x.detach()), rotation(linear.weight.detach())
+    xq = xr if how.input is None else grid.fake_quantize(xr)
+    wq = wr if how.weight is None else grid.fake_quantize(wr)
+    assert torch.equal(y, torch.nn.functional.linear(xq, wq, linear.bias))
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+    assert torch.allclose(x.grad, rotation.back(g @ wq), atol=1e-5)
+    assert torch.allclose(linear.weight.grad, rotation.back(g.T @ xq), atol=1e-5)
+    # Near the product without any rounding, so nothing was turned one way only.
+    assert (y - plain(x)).norm() / plain(x).norm() < 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_rotated_layer_keeps_the_dtype(dtype: torch.dtype) -> None:
+    linear = wrapped(make().to(dtype), Quantization(ROTATED, ROTATED))
+    x = rand(5, 64).to(dtype).requires_grad_()
+    y = linear(x)
+    y.sum().backward()
+    assert y.dtype == dtype
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+    assert x.grad.dtype == linear.weight.grad.dtype == dtype
+
+
+def test_two_formats_that_cannot_be_a_products_are_refused() -> None:
+    with pytest.raises(FormatError, match="both operands are rotated alike"):
+        Quantization(ROTATED, MXFP4)

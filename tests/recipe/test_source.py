@@ -1050,3 +1050,27 @@ def test_a_rule_may_not_have_the_name_of_one_that_it_extends(tmp_path: Path) -> 
     assert str(caught.value) == (
         f"{file}:4:11: the recipe it extends has a rule 'linears', too\n      - name: linears\n              ^^^^^^^"
     )
+
+
+def test_two_operands_that_are_not_rotated_alike_are_an_error_where_the_input_stands() -> None:
+    text = PLAIN.replace("mxfp4", "turned") + "    input: mxfp4\nformats:\n  turned: {like: mxfp4, hadamard: 32}\n"
+    assert complaint(text) == (
+        "mine.yaml:5:12: hadamard 32 of the weight's format and none of the input's: both operands are rotated alike, "
+        "or their product is another\n"
+        "        input: mxfp4\n"
+        "               ^^^^^"
+    )
+
+
+def test_every_field_of_a_format_can_be_set() -> None:
+    recipe = load(
+        PLAIN
+        + "formats:\n"
+        + "  square: {like: nvfp4, block: [16, 16], four_over_six: true, rounding: stochastic, seed: 7}\n"
+        + "  static: {like: nvfp4, tensor_scale: static, static_scale: 0.02, hadamard: 128, seed: 3}\n"
+        + "  row: {like: fp8_e4m3, element: e5m2, tensor_scale: row}\n"
+    )
+    square, static, row = (recipe.format(name) for name in ("square", "static", "row"))
+    assert (square.block, square.four_over_six, square.rounding, square.seed) == ((16, 16), True, "stochastic", 7)
+    assert (static.tensor_scale, static.static_scale, static.hadamard, static.seed) == ("static", 0.02, 128, 3)
+    assert (row.element.name, row.block, row.scale, row.tensor_scale) == ("e5m2", None, None, "row")

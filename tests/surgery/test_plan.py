@@ -382,3 +382,28 @@ def test_peft_around_a_wrapped_seed_model_leaves_182_wrapped(seed_model: nn.Modu
 def test_extends_in_a_recipe_made_in_python_is_refused_and_not_ignored() -> None:
     made = Recipe.model_validate({"version": 1, "extends": "w4a4-mxfp4"})
     assert complaint(made, MODEL) == "extends: a recipe made in Python is not merged with another; write a file"
+
+
+def test_a_rotation_that_does_not_divide_the_inputs_is_an_error_that_names_the_module() -> None:
+    made = Recipe(
+        version=1,
+        formats={"turned": FormatSpec(like="mxfp4", hadamard=64)},
+        rules=(Rule(target=("layers",), weight="turned"),),
+    )
+    modules = [linear("layers.0.up", shape=(8, 128)), linear("layers.0.down", shape=(8, 96))]
+    with pytest.raises(PlanError) as caught:
+        build_plan(made, modules)
+    assert str(caught.value) == (
+        "rules[0].target: rule 'rule 1' rotates 64 values at a time, which does not divide the 96 inputs of "
+        "layers.0.down"
+    )
+
+
+def test_formats_that_no_product_can_have_are_an_error_of_their_rule() -> None:
+    made = Recipe(version=1, rules=(Rule(target=("layers",), weight="mxfp4", input="fp8_e4m3_128x128"),))
+    with pytest.raises(PlanError) as caught:
+        build_plan(made, [linear("layers.0.up")])
+    assert str(caught.value) == (
+        "rules[0]: rule 'rule 1': block 128×128 of format 'fp8_e4m3_128x128' spans rows: an input's rows are tokens, "
+        "whose values must not depend on each other; such a block is for weights"
+    )
