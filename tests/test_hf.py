@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
+from qsurgeon.formats.rotation import Rotation
 from qsurgeon.hf import QSurgeonConfig
 from qsurgeon.layers import quant_linears
+from qsurgeon.recipe import FormatSpec, Recipe, Rule
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 
@@ -311,3 +313,28 @@ def test_inspect_with_an_example_finds_the_layers_whose_parent_computes_past_the
     whole = qsurgeon.inspect(qsurgeon.apply("w4a4-mxfp4", small_model()), {"input_ids": TOKENS})
     assert [row.called for row in whole.rows].count(True) == 14
     assert [row.called for row in whole.rows].count(False) == 0
+
+
+def test_formats_with_every_kind_of_field_come_back_to_the_bit(small_model: Maker, tmp_path: Path) -> None:
+    formats = {
+        "turned": FormatSpec(like="mxfp4", hadamard=32, seed=11),
+        "square": FormatSpec(like="nvfp4", block=[16, 16], four_over_six=True),
+        "dither": FormatSpec(like="mxfp8", rounding="stochastic", seed=5),
+    }
+    rules = (
+        Rule(target=("gate_proj",), weight="turned", input="turned"),
+        Rule(target=("self_attn",), weight="square", input="dither"),
+        Rule(target=("down_proj",), weight="fp8_e4m3_128x128", input="int8"),
+        Rule(target=("up_proj",), weight="int4_b32"),
+    )
+    model = qsurgeon.apply(Recipe(version=1, formats=formats, rules=rules), small_model())
+    model.save_pretrained(tmp_path)
+    loaded = qsurgeon.load(tmp_path)
+    layers = quant_linears(loaded)
+    assert {path: layer.quantization for path, layer in layers.items()} == {
+        path: layer.quantization for path, layer in quant_linears(model).items()
+    }
+    assert layers["model.layers.0.mlp.gate_proj"].quantization.rotation == Rotation(32, 11)
+    assert torch.equal(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+    loaded(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())

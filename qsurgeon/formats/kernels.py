@@ -108,8 +108,7 @@ def _empty_codes(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None]:
     if fields.scale is None:
         return data, None
     height, width = fields.block_shape
-    dtype = fields.scale.encode(torch.ones(1)).dtype
-    return data, torch.empty(*lead, -(-r // height), -(-c // width), dtype=dtype, device=rows.device)
+    return data, torch.empty(*lead, -(-r // height), -(-c // width), dtype=fields.scale.dtype, device=rows.device)
 
 
 # ---- in pieces, one operation after the other

@@ -36,7 +36,8 @@ class Rotation:
 
     def _signs(self, device: torch.device) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        return (torch.randint(0, 2, (self.size,), generator=generator) * 2 - 1).to(device, torch.float32)
+        bits = torch.randint(0, 2, (self.size,), generator=generator, device="cpu")
+        return (bits * 2 - 1).to(device, torch.float32)
 
     def _butterflies(self, rows: Tensor, length: int, *, signs_first: bool) -> Tensor:
         """Multiply with H by sums and differences: their order, and so every bit, is the same everywhere."""

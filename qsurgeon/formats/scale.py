@@ -31,6 +31,11 @@ class PowerOfTwoScale:
         return 8
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of codes."""
+        return torch.uint8
+
+    @property
     def nan(self) -> int:
         """The code that means NaN."""
         return 255
@@ -76,6 +81,11 @@ class ElementScale:
         return self.element.bits
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of codes."""
+        return torch.uint8
+
+    @property
     def smallest(self) -> float:
         """The smallest value above zero."""
         return self.element.smallest
@@ -116,9 +126,9 @@ class WideScale:
 
     def largest(self, limit: float) -> float:
         """Return the largest value that does not exceed ``limit``."""
-        nearest = torch.tensor(limit, dtype=self.dtype)
-        below = torch.nextafter(nearest, torch.zeros_like(nearest))
-        return min(nearest, below, key=lambda one: (one.item() > limit, -one.item())).item()
+        significand, exponent = math.frexp(limit)
+        digits = 1 - round(math.log2(torch.finfo(self.dtype).eps))
+        return math.ldexp(math.floor(math.ldexp(significand, digits)), exponent - digits)
 
     def round(self, x: Tensor) -> Tensor:
         """Return the nearest value to each of ``x`` (float32)."""

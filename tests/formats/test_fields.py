@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from qsurgeon.errors import FormatError
 from qsurgeon.formats import CATALOG, Format, check_operands, get_format
@@ -224,3 +225,12 @@ def test_the_largest_scale_is_that_of_its_own_numbers_below_a_limit() -> None:
 
 def test_a_block_is_shown_as_people_write_it() -> None:
     assert [shown(block) for block in (32, (16, 16), [128, 128], None)] == ["32", "16×16", "128×128", "none"]
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_a_format_can_be_made_while_new_tensors_have_no_memory(name: str) -> None:
+    # As transformers does: it makes a model, and reads its config, under the meta device.
+    with torch.device("meta"):
+        made = Format.from_dict(name, CATALOG[name].to_dict())
+    assert made == CATALOG[name]
+    assert made.largest == CATALOG[name].largest
