@@ -28,6 +28,7 @@ from qsurgeon.formats.scale import ElementScale, PowerOfTwoScale, WideScale, eve
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 SMALL = 1 << 15  # values below which a second thread costs more than it gives
 _SOURCE = Path(__file__).with_name("native.cpp")
+_HEADER = Path(__file__).with_name("native_numbers.h")
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 # Tried in turn: not every compiler knows how to tune for this machine, or has OpenMP.
 _TUNINGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
@@ -105,7 +106,8 @@ def _load(fields: Fields, dtype: torch.dtype) -> Library | None:
     if command is None:
         return None
     defines = [f"-D{key}={value}" for key, value in constants(fields, dtype).items()]
-    made_from = "\0".join([_SOURCE.read_text("utf-8"), name, *command, *defines, processor()])
+    text = [file.read_text("utf-8") for file in (_SOURCE, _HEADER)]
+    made_from = "\0".join([*text, name, *command, *defines, processor()])
     folder = cache_folder()
     file = folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
     try:
@@ -208,7 +210,7 @@ def cache_folder() -> Path:
 
 
 def constants(fields: Fields, dtype: torch.dtype) -> dict[str, str]:
-    """Return what native.cpp is compiled with, by name: see its first lines."""
+    """Return what native.cpp is compiled with, by name: see native_numbers.h."""
     rows, columns = fields.block_shape
     return {
         "DTYPE": str(DTYPES[dtype]),
@@ -229,13 +231,14 @@ def _of_element(prefix: str, element: Element) -> dict[str, str]:
         "MAX": _float(element.max),
         "SMALLEST": _float(element.smallest),
         "NAN_CODE": str(element.nan),
+        "INFINITY": str(int(isinstance(element, FloatElement) and element.special == "ieee")),
     }
     if isinstance(element, FloatElement):
         numbers |= {
             "MANTISSA": str(element.mantissa),
             "MIN_NORMAL": _float(element.min_normal),
             "BIAS": str(element.bias),
-            "INFINITE": f"{len(element.magnitudes)}u",
+            "FINITE": f"{len(element.magnitudes)}u",
         }
     return {f"{prefix}_{key}": value for key, value in numbers.items()}
 

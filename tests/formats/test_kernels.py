@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qsurgeon.errors import FormatError
-from qsurgeon.formats import CATALOG, Format, get_format, kernels, native
+from qsurgeon.formats import CATALOG, Format, Quantized, get_format, kernels, native
+from qsurgeon.formats.packing import pack
 
 MXFP4, NVFP4, INT8 = get_format("mxfp4"), get_format("nvfp4").as_weight, get_format("int8")
 
@@ -101,6 +102,26 @@ def test_every_number_of_a_dtype_is_rounded_alike(
     x = patterns.view(dtype) if dtype != torch.float32 else (patterns.to(torch.int32) << 16 | 0x5A5A).view(dtype)
     x = x[x.isfinite()][:65024].view(-1, 64)[:, torch.arange(64) * 37 % 64]
     compiled, eager = both(monkeypatch, lambda: fmt.fake_quantize(x))
+    assert torch.equal(bits(compiled), bits(eager))
+
+
+@each_dtype
+@pytest.mark.parametrize("fmt", [*CATALOG.values()], ids=attrgetter("name"))
+def test_every_code_of_elements_and_scales_has_its_value(
+    fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Codes that no rounding gives are among them: infinity, NaN, an integer's most negative.
+    codes = torch.arange(2**fmt.element.bits, dtype=torch.uint8).repeat(256, 8)
+    height, width = fmt.block_shape
+    scale = None
+    if fmt.scale is not None:
+        every = torch.arange(256, dtype=torch.uint8)
+        if fmt.scale.bits > 8:
+            every = (every.double() / 100 + 1e-3).to(fmt.scale.dtype)
+        scale = every[:: height or 1, None].expand(-1, -(-codes.shape[-1] // width)).contiguous()
+    above = torch.tensor(0.5) if fmt.tensor_scale != "none" else None
+    quantized = Quantized(pack(codes, fmt.element.bits), scale, above, fmt, dtype, codes.shape[-1])
+    compiled, eager = both(monkeypatch, quantized.dequantize)
     assert torch.equal(bits(compiled), bits(eager))
 
 
