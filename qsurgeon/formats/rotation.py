@@ -6,7 +6,9 @@ R = diag(signs) · H / √size, H Sylvester's Hadamard matrix.
 """
 
 import math
+import random
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ class Rotation:
     size: int
     seed: int
 
+    def __post_init__(self) -> None:
+        _ = self.signs  # computed now: torch.compile cannot trace the generator
+
     def check(self, length: int) -> None:
         """Do nothing if runs of this size fill ``length`` values. Raises: ShapeError."""
         if length % self.size:
@@ -34,16 +39,17 @@ class Rotation:
         """Return ``rows`` (..., k) as they were before the rotation, in float32. Raises: as the rotation."""
         return self._butterflies(rows.to(torch.float32), rows.shape[-1], signs_first=False)
 
-    def _signs(self, device: torch.device) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        bits = torch.randint(0, 2, (self.size,), generator=generator, device="cpu")
-        return (bits * 2 - 1).to(device, torch.float32)
+    @cached_property
+    def signs(self) -> tuple[float, ...]:
+        """The sign of each place in a run, from Python's generator: a checkpoint's seed must mean the same for good."""
+        source = random.Random(self.seed)  # nothing is secret
+        return tuple(1.0 if source.random() < 0.5 else -1.0 for _ in range(self.size))
 
     def _butterflies(self, rows: Tensor, length: int, *, signs_first: bool) -> Tensor:
         """Multiply with H by sums and differences: their order, and so every bit, is the same everywhere."""
         self.check(length)
         runs = rows.reshape(*rows.shape[:-1], length // self.size, self.size)
-        signs = self._signs(rows.device)
+        signs = torch.tensor(self.signs, dtype=torch.float32, device=rows.device)
         if signs_first:
             runs = runs * signs
         half = 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from qsurgeon.errors import FormatError
 from qsurgeon.formats import CATALOG, Format, Quantized, get_format, kernels, native
 from qsurgeon.formats.packing import pack
+from qsurgeon.layers import Quantization, QuantLinear
 
 MXFP4, NVFP4, INT8 = get_format("mxfp4"), get_format("nvfp4").as_weight, get_format("int8")
 
@@ -170,10 +171,25 @@ def test_torch_compile_of_the_same_operations_agrees_and_serves_all_shapes_with_
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_compiled_model_sees_one_operator_with_the_same_bits() -> None:
+@pytest.mark.parametrize("fmt", [NVFP4, VARIANTS[-3], get_format("int8")], ids=attrgetter("name"))
+def test_a_compiled_model_sees_one_operator_with_the_same_bits(fmt: Format) -> None:
     x = wild((4, 96), torch.float32)
-    run = torch.compile(lambda x: NVFP4.fake_quantize(x) * 1.0, fullgraph=True, backend="aot_eager")
-    assert torch.equal(bits(run(x)), bits(NVFP4.fake_quantize(x)))
+    run = torch.compile(lambda x: fmt.fake_quantize(x) * 1.0, fullgraph=True, backend="aot_eager")
+    assert torch.equal(bits(run(x)), bits(fmt.fake_quantize(x)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces an autograd.Function
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4, VARIANTS[-3]], ids=attrgetter("name"))
+def test_a_layer_compiles_to_one_graph_with_the_same_values_and_gradients(fmt: Format) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 48)
+    QuantLinear.wrap(layer, Quantization(fmt, fmt))
+    x = torch.randn(5, 64, requires_grad=True)
+    found = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = run(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.weight, layer.bias))))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 # Which one runs

@@ -122,7 +122,8 @@ def test_a_rotation_is_the_hadamard_matrix_after_the_signs(size: int) -> None:
     assert torch.allclose(matrix, signs * expected, atol=1e-6)
 
 
-def test_the_seed_gives_the_signs() -> None:
+def test_the_seed_gives_the_signs_for_good() -> None:
+    assert "".join("+" if sign > 0 else "-" for sign in Rotation(16, 4).signs) == "++++++---+-++++-"
     x = torch.randn(3, 64)
     assert torch.equal(Rotation(64, 1)(x), Rotation(64, 1)(x))
     assert not torch.equal(Rotation(64, 1)(x), Rotation(64, 2)(x))
