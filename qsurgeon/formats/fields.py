@@ -125,6 +125,11 @@ class Fields:
         return replace(self, hadamard=None, seed=self.seed if self.rounding == "stochastic" else 0)
 
     @cached_property
+    def without_number(self) -> Self:
+        """This format without its static scale's number: one for all modules."""
+        return self if self.static_scale is None else replace(self, static_scale=None)
+
+    @cached_property
     def key(self) -> str:
         """All but the name, as text."""
         return json.dumps(self.to_dict())

@@ -20,6 +20,7 @@ from torch import Tensor
 from qsurgeon.errors import FormatError, nearest
 from qsurgeon.formats import arithmetic, native
 from qsurgeon.formats.fields import Fields
+from qsurgeon.formats.native import say
 from qsurgeon.formats.packing import pack, packed_length, unpack
 
 Kind = Literal["native", "compile", "eager"]
@@ -183,10 +184,10 @@ def _scales_of_rows(above: Above, rows: Tensor) -> Above:
 def _compiled(rows: Tensor, above: Above, fields: Fields) -> Tensor:
     """Run the operations as one compiled kernel, which serves every shape: blocks are counted in one dimension."""
     height, width = fields.block_shape
-    flat = _matrices(rows)
+    run = _whole(fields.without_number.key)
     if fields.rounding == "stochastic" or height > 1 or not width or rows.shape[-1] % width:
-        return _whole(fields)(rows, above, fields)
-    blocks = flat.reshape(-1, width)
+        return run(rows, above)
+    blocks = rows.reshape(-1, width)
     if above is not None and above.numel() > 1:
         above = above.expand(*rows.shape[:-1], 1).reshape(-1, 1).repeat_interleave(rows.shape[-1] // width, 0)
     elif above is not None:
@@ -196,18 +197,33 @@ def _compiled(rows: Tensor, above: Above, fields: Fields) -> Tensor:
     torch._dynamo.maybe_mark_dynamic(blocks, 0)
     if above is not None and len(above) > 1:
         torch._dynamo.maybe_mark_dynamic(above, 0)
-    return _whole(fields)(blocks, above, fields).view(rows.shape)
+    return run(blocks, above).view(rows.shape)
 
 
 @cache
-def _whole_of(key: str) -> Callable[[Tensor, Above], Tensor]:
+def _whole(key: str) -> Callable[[Tensor, Above], Tensor]:
     fields = _fields(key)
-    return torch.compile(lambda rows, above: arithmetic.fake_quantize(rows, above, fields), dynamic=None)
+    run = torch.compile(lambda rows, above: arithmetic.fake_quantize(rows, above, fields))
+
+    def run_or_fall_back(rows: Tensor, above: Above) -> Tensor:
+        if _no_compiler:
+            return _eager(rows, above, fields)
+        try:
+            compiled: Tensor = run(rows, above)
+        except RuntimeError as error:
+            # Asked by name: importing its exceptions takes a second, in every process.
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            say(f"torch.compile fails here, so that slower torch operations compute the same values: {reason}")
+            _no_compiler.append(reason)
+            return _eager(rows, above, fields)
+        return compiled
+
+    return run_or_fall_back
 
 
-def _whole(fields: Fields) -> Callable[[Tensor, Above, Fields], Tensor]:
-    run = _whole_of(fields.key)
-    return lambda rows, above, _: run(rows, above)
+_no_compiler: list[str] = []  # why torch.compile does not work here, once it was tried
 
 
 _FAKE_QUANTIZE: dict[Kind, Callable[[Tensor, Above, Fields], Tensor]] = {

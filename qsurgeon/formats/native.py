@@ -116,7 +116,7 @@ def _load(fields: Fields, dtype: torch.dtype) -> Library | None:
             with FileLock(file.with_suffix(".lock")):
                 if not _is_whole(file):
                     what = f"{fields.name}, {str(dtype).removeprefix('torch.')}"
-                    _say(f"compiling the CPU kernel of {what}: some seconds, once; kept in {folder}")
+                    say(f"compiling the CPU kernel of {what}: some seconds, once; kept in {folder}")
                     _compile([*command, *defines], file)
         return Library(file)
     except (OSError, subprocess.SubprocessError) as error:
@@ -183,10 +183,11 @@ def _reason(error: Exception) -> str:
 @cache
 def _fall_back(reason: str) -> None:
     """Say, once for each reason, that everything still works."""
-    _say(f"the CPU kernels cannot be compiled, so that slower torch operations compute the same values: {reason}")
+    say(f"the CPU kernels cannot be compiled, so that slower torch operations compute the same values: {reason}")
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Tell the user something on stderr that no result depends on."""
     print(f"qsurgeon: {message}", file=sys.stderr, flush=True)  # noqa: T201  # progress belongs on stderr
 
 

@@ -283,6 +283,22 @@ def test_a_machine_without_a_compiler_computes_the_same_and_says_so_once(compile
     )
 
 
+def test_where_torch_compile_fails_it_says_so_once_and_computes_the_same(tmp_path: Path) -> None:
+    environment = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), kernels.VARIABLE: "compile"}
+    out, err = run(ROUND.replace("* 8)", "* 16)"), **environment)
+    assert out == VALUES.format(kind="compile")
+    said = [line for line in err.splitlines() if line.startswith("qsurgeon: ")]
+    assert len(said) == 1
+    start = "qsurgeon: torch.compile fails here, so that slower torch operations compute the same values: "
+    assert said[0].startswith(start)
+
+
+def test_modules_with_static_scales_of_their_own_share_what_is_compiled() -> None:
+    one, other = (NVFP4.with_fields("mine", tensor_scale="static", static_scale=number) for number in (0.1, 0.2))
+    assert one.without_number.key == other.without_number.key
+    assert one.kernel_key == other.kernel_key
+
+
 def test_a_cache_that_cannot_be_written_is_said_once_and_nothing_is_lost(tmp_path: Path) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
