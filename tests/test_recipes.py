@@ -48,7 +48,7 @@ def test_a_shipped_recipe_takes_what_its_row_says(name: str, qwen2_config: Make)
     how = made.pop()
     assert how is not None
     assert how.weight is not None
-    expected = [how.weight_name, how.input_name.replace("-", "–"), f"{how.weight.bits:g}"]
+    expected = [how.weight_name, "–" if how.input is None else how.input_name, f"{how.weight.bits:g}"]
     assert rows("recipe")[name][:3] == expected
 
 
@@ -68,9 +68,10 @@ def test_a_shipped_recipe_says_how_to_look_at_it_first(name: str) -> None:
 
 
 @each_recipe
-def test_a_shipped_recipe_names_formats_of_the_catalogue(name: str) -> None:
+def test_a_shipped_recipe_names_formats_of_the_catalogue_or_its_own(name: str) -> None:
     recipe = load_recipe(name)
-    assert {one for rule in recipe.rules for one in (rule.weight, rule.input) if one} <= CATALOG.keys()
+    known = CATALOG.keys() | recipe.own_formats
+    assert {one for rule in recipe.rules for one in (rule.weight, rule.input) if one} <= known
 
 
 # --- the README's examples

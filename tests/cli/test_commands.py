@@ -248,7 +248,8 @@ def test_formats_prints_json(run: Run) -> None:
 def test_recipes_lists_the_shipped_ones_with_what_they_do(run: Run) -> None:
     lines = run("recipes").out.splitlines()
     assert [line.split()[0] for line in lines] == ["recipe", *shipped_recipes()]
-    assert "W4A4 with MXFP4: the weights and inputs of every Linear but the output head." in lines[5]
+    (line,) = [line for line in lines if line.split()[0] == "w4a4-mxfp4"]
+    assert "W4A4 with MXFP4: the weights and inputs of every Linear but the output head." in line
 
 
 def test_recipes_prints_json(run: Run) -> None:
