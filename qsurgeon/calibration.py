@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qsurgeon.errors import CalibrationError
 from qsurgeon.formats import Format
-from qsurgeon.formats.arithmetic import SMALLEST_TENSOR_SCALE
+from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
 from qsurgeon.hf import QSurgeonConfig, record_in
 from qsurgeon.layers import Quantization, QuantLinear, quant_linears
 from qsurgeon.surgery import inventory, plain_model
@@ -30,7 +30,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Modu
     layers = {path: layer for path, layer in quant_linears(model).items() if _roles(layer.quantization)}
     if not layers:
         raise CalibrationError("no module has a static tensor scale; say tensor_scale: static in a recipe's formats")
-    with _observed(layers) as largest, torch.no_grad():
+    with _observed(layers) as largest, _evaluating(model), torch.no_grad():
         for batch in batches:
             model(**batch)
     _agree(largest)
@@ -54,14 +54,15 @@ def _observed(layers: Mapping[str, QuantLinear]) -> Iterator[dict[str, Tensor]]:
     largest: dict[str, Tensor] = {}
 
     def watch(path: str) -> Any:
-        def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0].numel():
-                top = _amax(args[0], before[path].input)
+        def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
+            if x.numel():
+                top = _amax(x, before[path].input)
                 largest[path] = torch.maximum(largest.get(path, top), top)
 
         return see
 
-    hooks = [layer.register_forward_pre_hook(watch(path)) for path, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(watch(path), with_kwargs=True) for path, layer in layers.items()]
     try:
         for path, layer in layers.items():
             how = before[path]
@@ -72,6 +73,18 @@ def _observed(layers: Mapping[str, QuantLinear]) -> Iterator[dict[str, Tensor]]:
             hook.remove()
         for path, layer in layers.items():
             vars(layer)["quantization"] = before[path]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch off what only training does (dropout, running statistics); every module's mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _amax(x: Tensor, format: Format | None) -> Tensor:
@@ -95,7 +108,7 @@ def _agree(largest: dict[str, Tensor]) -> None:
     of_all: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(of_all, {path: top.item() for path, top in largest.items()})
     for path in {path for one in of_all for path in one}:
-        largest[path] = torch.tensor(max(one.get(path, 0.0) for one in of_all))
+        largest[path] = torch.tensor([one.get(path, 0.0) for one in of_all]).amax()  # NaN, if any has it
 
 
 def _calibrated(path: str, layer: QuantLinear, largest: Mapping[str, Tensor]) -> Quantization:

@@ -125,6 +125,51 @@ def test_values_that_are_not_finite_are_named(model: Any) -> None:
     assert str(caught.value) == "the input of model.layers.1.self_attn.q_proj has values that are not finite"
 
 
+def test_calibrating_leaves_modes_and_running_statistics_as_they_were(model: Any) -> None:
+    norm = torch.nn.BatchNorm1d(64)
+    model.extra = norm
+
+    def see(*_: Any) -> None:
+        norm(torch.randn(8, 64))
+
+    model.register_forward_pre_hook(see)
+    model.train()
+    model.model.eval()
+    qsurgeon.calibrate(model, [{"input_ids": IDS}])
+    assert norm.num_batches_tracked.item() == 0
+    assert (model.training, norm.training, model.model.training) == (True, True, False)
+
+
+def test_an_input_may_be_given_by_its_name(model: Any) -> None:
+    layer = quant_linears(model)["model.layers.0.self_attn.q_proj"]
+
+    class Caller(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    qsurgeon.calibrate(Caller(), [{"x": torch.full((2, 64), 3.0)}])
+    assert layer.quantization.static_scales == {"input": pytest.approx(3 / 2688)}
+
+
+def test_processes_agree_on_the_largest_and_none_hides_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qsurgeon import calibration
+
+    def gather(into: list[Any], mine: dict[str, float]) -> None:
+        into[:] = [mine, {"b": 5.0, "a": 1.0, "n": float("nan")}]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    largest = {"a": torch.tensor(2.0), "n": torch.tensor(1.0)}
+    calibration._agree(largest)
+    assert (largest["a"].item(), largest["b"].item()) == (2.0, 5.0)
+    assert largest["n"].isnan()
+
+
 def test_an_exception_of_the_model_leaves_no_hook_and_no_other_format(model: Any) -> None:
     before = {path: layer.quantization for path, layer in quant_linears(model).items()}
     with pytest.raises(ValueError, match="input_ids"):

@@ -7,12 +7,10 @@ cache, and whole where torch.compile makes one loop of it.
 import torch
 from torch import Tensor
 
-from qsurgeon.formats.fields import Fields
+from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE, Fields
 from qsurgeon.formats.scale import SCALE_RULES, PowerOfTwoScale
 from qsurgeon.formats.stochastic import uniform
 
-# Below this a tensor scale times the smallest block scale would leave FP32's normal numbers.
-SMALLEST_TENSOR_SCALE = 2.0**-100
 At = tuple[int, int]  # the row and column of the whole tensor where a piece begins
 
 

@@ -1,5 +1,6 @@
 """Formats at work: quantize, dequantize, fake quantize. A format is data, see fields.py; kernels.py computes."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -41,7 +42,8 @@ class Format(Fields):
         it one. FormatError where a static tensor scale has no number.
         """
         rows = self._rotated(_rows(x, dim))
-        values = kernels.fake_quantize(rows, self._tensor_scale(rows), self)
+        self._check_number()
+        values = kernels.fake_quantize(rows, self)
         if self.rotation is not None:
             values = arithmetic.narrowed(self.rotation.back(values), x.dtype)
         return _shaped(values, x, dim)
@@ -77,15 +79,18 @@ class Format(Fields):
         return rows if self.rotation is None else self.rotation(rows)
 
     def _tensor_scale(self, rows: Tensor) -> Tensor | None:
+        self._check_number()
+        return arithmetic.tensor_scale(rows, self)
+
+    def _check_number(self) -> None:
         if self.tensor_scale == "static" and self.static_scale is None:
             raise FormatError(
                 f"format '{self.name}' has a static tensor scale and no number for it: calibrate the model "
                 "(qsurgeon.calibrate), or set static_scale"
             )
-        return arithmetic.tensor_scale(rows, self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantized:
     """The codes and scales of a tensor.
 
@@ -110,13 +115,11 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """Return the values, in the shape and dtype of the tensor that was quantized.
 
-        Raises: ShapeError for data that does not hold ``length`` codes.
+        Raises: ShapeError for data and scales that are not this format's for ``length`` codes.
         """
         data = self.data.movedim(self.dim, -1)
-        expected = packed_length(self.length, self.format.element.bits)
-        if data.shape[-1] != expected:
-            raise ShapeError(f"{data.shape[-1]} bytes a row cannot be {self.length} codes; expected {expected}")
         scale = None if self.scale is None else _at_least_rows(self.scale.movedim(self.dim, -1))
+        self._check(_at_least_rows(data), scale)
         above = self.tensor_scale
         if above is not None:
             above = above.reshape(*data.shape[:-1], 1) if above.dim() else above.reshape([1] * data.dim())
@@ -129,6 +132,32 @@ class Quantized:
         if rotation is not None:
             values = arithmetic.narrowed(rotation.back(values), self.dtype)
         return (values if data.dim() > 1 else values.squeeze(0)).movedim(-1, self.dim)
+
+    def _check(self, data: Tensor, scale: Tensor | None) -> None:
+        """Refuse bytes of another shape or dtype: a kernel reads what it is told to."""
+        format = self.format
+        expected = packed_length(self.length, format.element.bits)
+        if data.dtype != torch.uint8:
+            raise ShapeError(f"data of {data.dtype} cannot be packed codes; expected torch.uint8")
+        if data.shape[-1] != expected:
+            raise ShapeError(f"{data.shape[-1]} bytes a row cannot be {self.length} codes; expected {expected}")
+        height, width = format.block_shape
+        wanted = (
+            None
+            if format.scale is None
+            else (format.scale.dtype, (-(-data.shape[-2] // height), -(-self.length // width)))
+        )
+        found = None if scale is None else (scale.dtype, tuple(scale.shape[-2:]))
+        lead = data.shape[:-2] if scale is None else scale.shape[:-2]
+        if found != wanted or lead != data.shape[:-2]:
+            raise ShapeError(f"scale is {found}, which is not that of format '{format.name}' here; expected {wanted}")
+        above = self.tensor_scale
+        if (above is None) != (format.tensor_scale == "none"):
+            raise ShapeError(f"tensor_scale is {above}, which format '{format.name}' does not go with")
+        if above is not None and (above.dtype != torch.float32 or above.numel() not in (1, math.prod(data.shape[:-1]))):
+            raise ShapeError(
+                f"tensor_scale of {above.dtype} with {above.numel()} values; expected torch.float32, one or one a row"
+            )
 
     def to(self, dtype: torch.dtype) -> "Quantized":
         """Return the same codes and scales, to be dequantized to another ``dtype``."""

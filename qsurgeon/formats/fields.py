@@ -20,6 +20,9 @@ HADAMARD_SIZES = (16, 32, 64, 128)
 NONE = "none"  # how a recipe says that there is no block, no scale, no rotation
 FOUR_OVER_SIX_TOP = 256.0  # arXiv 2512.02010: 1.5 times as large, a scale is still one of E4M3
 SEEDS = 2**31
+MOST_IN_A_BLOCK = 2**20
+SMALLEST_TENSOR_SCALE = 2.0**-100  # below it, times the smallest block scale would leave FP32's normal numbers
+LARGEST_TENSOR_SCALE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,10 @@ class Fields:
         for check in (_check_block, _check_scale, _check_tensor_scale, _check_rounding):
             check(self)
         # Computed now: torch.compile cannot trace the lock that a cached property takes the first time.
-        _ = (self.top, self.element.values, self.key, self.kernel_key, self.without_rotation)
-        if self.tensor_scale == "by_role":
-            _ = self.as_weight, None if self.is_two_dimensional else self.as_input
+        _ = (self.largest_scale, self.largest, self.top, self.element.values, self.key, self.kernel_key)
+        _ = (self.without_rotation, self.without_number, self.as_weight)
+        if not self.is_two_dimensional:
+            _ = self.as_input
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -210,8 +214,14 @@ def shown(block: Any) -> str:
 
 
 def _check_size(block: Block) -> Block:
-    if any(size is not None and size < 1 for size in (block if isinstance(block, tuple) else (block,))):
+    sizes = [size for size in (block if isinstance(block, tuple) else (block,)) if size is not None]
+    if any(size < 1 for size in sizes):
         raise FormatError(f"block is {shown(block)}; at least 1 value must share a scale")
+    if math.prod(sizes) > MOST_IN_A_BLOCK:
+        raise FormatError(
+            f"block is {shown(block)}; at most {MOST_IN_A_BLOCK} values share a scale "
+            "(block: none, for a whole row or tensor)"
+        )
     return block
 
 
@@ -251,8 +261,11 @@ def _check_tensor_scale(fields: Fields) -> None:
     if fields.static_scale is not None:
         if kind != "static":
             raise FormatError(f"static_scale goes with tensor_scale 'static', not '{kind}'")
-        if not (math.isfinite(fields.static_scale) and fields.static_scale > 0):
-            raise FormatError(f"static_scale is {fields.static_scale}; expected a number above 0")
+        if not SMALLEST_TENSOR_SCALE <= fields.static_scale <= LARGEST_TENSOR_SCALE:
+            raise FormatError(
+                f"static_scale is {fields.static_scale}; expected a number from {SMALLEST_TENSOR_SCALE:.1e} to "
+                f"{LARGEST_TENSOR_SCALE:.1e}"
+            )
 
 
 def _check_rounding(fields: Fields) -> None:
@@ -313,8 +326,10 @@ def _number(field: str, value: Any) -> float | None:
     if value == NONE:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FormatError(f"{field} is {value!r}; expected a number, or {NONE}")
-    return float(value)
+        raise FormatError(
+            f"{field} is {value!r}; expected a number (1.0e-3, not 1e-3, which YAML reads as text), or {NONE}"
+        )
+    return float(value) if abs(value) <= LARGEST_TENSOR_SCALE else math.inf
 
 
 def _size(field: str, value: Any) -> int | None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any, Literal
@@ -40,7 +41,7 @@ def kind_for(rows: Tensor, fields: Fields) -> Kind:
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in KINDS:
         raise FormatError(f"{VARIABLE} is '{wanted}'; {nearest(wanted, KINDS)}")
-    plain = type(rows) in (Tensor, torch.nn.Parameter) and rows.layout == torch.strided
+    plain = type(rows) in (Tensor, torch.nn.Parameter) and rows.layout == torch.strided and not _is_traced(rows)
     if plain and rows.device.type == "cpu" and rows.dtype in native.DTYPES and wanted in ("", "native"):
         return "native" if native.library(fields, rows.dtype) is not None else "eager"
     if wanted == "compile" or (not wanted and rows.device.type in GPUS):
@@ -48,21 +49,38 @@ def kind_for(rows: Tensor, fields: Fields) -> Kind:
     return "eager"
 
 
-def fake_quantize(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+def fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
     """Return ``rows`` (…, rows, columns) rounded, contiguous, in their own dtype."""
+    if rows.device.type == "cpu" and (torch.compiler.is_compiling() or _is_traced(rows)):
+        rounded: Tensor = _fake_quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
+        return rounded
     if torch.compiler.is_compiling():
-        if rows.device.type == "cpu":
-            rounded: Tensor = _fake_quantize_op(rows, above, fields.key)
-            return rounded
-        return arithmetic.fake_quantize(rows, above, fields)
+        return arithmetic.fake_quantize(rows, arithmetic.tensor_scale(rows, fields), fields)
+    return _fake_quantize(rows, fields)
+
+
+def _fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
     if not rows.numel():
         return torch.empty_like(rows, memory_format=torch.contiguous_format)
-    return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, above, fields)
+    rows = rows.resolve_neg()
+    return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, arithmetic.tensor_scale(rows, fields), fields)
+
+
+def _is_traced(rows: Tensor) -> bool:
+    """Return whether ``rows`` is a stand-in whose memory says nothing: under a tracer, torch.func, or lazily zero."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.is_functorch_wrapped_tensor(rows)
+        or torch._is_functional_tensor(rows)
+        or rows._is_zerotensor()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
     """Return the packed codes (…, rows, bytes) of ``rows`` and the codes of the block scales (…, rows, blocks)."""
     data, scale = _empty_codes(rows, fields)
+    rows = rows.resolve_neg()
     if rows.numel() and kind_for(rows, fields) == "native":
         library = _library(rows, fields)
         library.quantize(_matrices(rows).contiguous(), data, scale, _scales_of_rows(above, rows), fields.seed)
@@ -203,7 +221,14 @@ def _compiled(rows: Tensor, above: Above, fields: Fields) -> Tensor:
 @cache
 def _whole(key: str) -> Callable[[Tensor, Above], Tensor]:
     fields = _fields(key)
-    run = torch.compile(lambda rows, above: arithmetic.fake_quantize(rows, above, fields))
+
+    def act(rows: Tensor, above: Above) -> Tensor:
+        return arithmetic.fake_quantize(rows, above, fields)
+
+    # torch.compile keeps what it learnt, and counts recompilations, by code object: each format needs one of its own.
+    act.__code__ = act.__code__.replace(co_name=f"fake_quantize_{len(_codes)}")
+    _codes.append(key)
+    run = torch.compile(act)
 
     def run_or_fall_back(rows: Tensor, above: Above) -> Tensor:
         if _no_compiler:
@@ -223,6 +248,7 @@ def _whole(key: str) -> Callable[[Tensor, Above], Tensor]:
     return run_or_fall_back
 
 
+_codes: list[str] = []  # the formats that were compiled so far
 _no_compiler: list[str] = []  # why torch.compile does not work here, once it was tried
 
 
@@ -237,19 +263,17 @@ _FAKE_QUANTIZE: dict[Kind, Callable[[Tensor, Above, Fields], Tensor]] = {
 
 
 @cache
-def _fields(key: str) -> Fields:
+def _fields(key: str, name: str = "compiled") -> Fields:
     values: dict[str, Any] = json.loads(key)
-    return Fields.from_dict("compiled", values)
+    return Fields.from_dict(name, values)
 
 
 @torch.library.custom_op("qsurgeon::fake_quantize", mutates_args=())
-def _fake_quantize_op(rows: Tensor, above: Tensor | None, key: str) -> Tensor:
-    fields = _fields(key)
-    if not rows.numel():
-        return torch.empty_like(rows, memory_format=torch.contiguous_format)
-    return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, above, fields)
+def _fake_quantize_op(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
+    fields = _fields(key, name)
+    return _fake_quantize(rows, fields if static_scale is None else replace(fields, static_scale=static_scale))
 
 
 @_fake_quantize_op.register_fake
-def _(rows: Tensor, above: Tensor | None, key: str) -> Tensor:
+def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,9 +109,9 @@ def _load(fields: Fields, dtype: torch.dtype) -> Library | None:
     defines = [f"-D{key}={value}" for key, value in constants(fields, dtype).items()]
     text = [file.read_text("utf-8") for file in (_SOURCE, _HEADER)]
     made_from = "\0".join([*text, name, *command, *defines, processor()])
-    folder = cache_folder()
-    file = folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
     try:
+        folder = cache_folder()
+        file = folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
         if not _is_whole(file):
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(file.with_suffix(".lock")):
@@ -131,7 +132,7 @@ def _digest(file: Path) -> str:
 def _is_whole(file: Path) -> bool:
     """Return whether ``file`` is as it was compiled: loading what a full disk or a crash cut short is fatal."""
     sum = file.with_suffix(".sha256")
-    return file.is_file() and sum.is_file() and sum.read_text("utf-8") == _digest(file)
+    return file.is_file() and sum.is_file() and sum.read_bytes() == _digest(file).encode()
 
 
 def _compile(command: list[str], file: Path) -> None:
@@ -154,30 +155,31 @@ def compiler() -> tuple[str, list[str] | None]:
 
     A command is tried on an empty program; the reason why none works is said once.
     """
-    known = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    found = next((path for path in map(shutil.which, known) if path), None)
+    known = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    found = next((words for words in known if words and shutil.which(words[0])), None)
     if found is None:
-        _fall_back(f"no C++ compiler is there ({', '.join(known)})")
+        _fall_back(f"no C++ compiler is there ({', '.join(map(shlex.join, known))})")
         return "", None
     reason = ""
     for tuning in _TUNINGS:
-        command = [found, *_FLAGS, *tuning]
+        command = [*found, *_FLAGS, *tuning]
         try:
             with tempfile.TemporaryDirectory() as folder:
                 trial = ["-x", "c++", os.devnull, "-o", str(Path(folder) / "trial.so")]
                 subprocess.run([*command, *trial], check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
-                version = subprocess.run([found, "--version"], check=True, capture_output=True, text=True)
+                version = subprocess.run([*found, "--version"], check=True, capture_output=True, text=True)
         except (OSError, subprocess.SubprocessError) as error:
             reason = reason or _reason(error)
         else:
-            return version.stdout.splitlines()[0] if version.stdout else found, command
+            return version.stdout.partition("\n")[0] or shlex.join(found), command
     _fall_back(reason)
     return "", None
 
 
 def _reason(error: Exception) -> str:
-    stderr = getattr(error, "stderr", None)
-    return next((line for line in (stderr or "").splitlines() if "error" in line), str(error))
+    told = getattr(error, "stderr", None) or ""
+    text = told.decode("utf-8", "replace") if isinstance(told, bytes) else told  # bytes after a timeout
+    return next((line for line in text.splitlines() if "error" in line), str(error))
 
 
 @cache
@@ -207,7 +209,10 @@ def cache_folder() -> Path:
     if os.environ.get("QSURGEON_CACHE"):
         return Path(os.environ["QSURGEON_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qsurgeon"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "qsurgeon"
+    except RuntimeError as error:  # a user without a home, in a container
+        raise OSError(f"{error} Set QSURGEON_CACHE to a folder that can be written.") from error
 
 
 def constants(fields: Fields, dtype: torch.dtype) -> dict[str, str]:

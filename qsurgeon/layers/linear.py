@@ -94,9 +94,9 @@ class QuantLinear(nn.Linear):
             # accelerate's hook calls the forward it found when it was attached.
             vars(linear)["_old_forward"] = cls.forward.__get__(linear)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return q(x) · q(W)ᵀ + b."""
-        how, weight, dtype = self.quantization, self.weight, x.dtype
+        how, x, weight, dtype = self.quantization, input, self.weight, input.dtype
         if how.rotation is not None:
             x, weight = rotated(x, how.rotation), rotated(weight, how.rotation)
         if how.weight is not None:

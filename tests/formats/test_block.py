@@ -683,6 +683,55 @@ def test_the_dtype_that_was_quantized_is_the_one_dequantized() -> None:
     assert replace(quantized, dtype=torch.float32).dequantize().dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("fmt", "change", "message"),
+    [
+        pytest.param(
+            MXFP4, lambda q: {"data": q.data.long()},
+            "data of torch.int64 cannot be packed codes; expected torch.uint8", id="data-dtype",
+        ),
+        pytest.param(
+            MXFP4, lambda q: {"data": q.data[:, 1:]}, "31 bytes a row cannot be 64 codes; expected 32", id="data-shape"
+        ),
+        pytest.param(
+            MXFP4, lambda q: {"scale": None},
+            "scale is None, which is not that of format 'mxfp4' here; expected (torch.uint8, (4, 2))", id="no-scale",
+        ),
+        pytest.param(
+            MXFP4, lambda q: {"scale": q.scale[:1]},
+            "scale is (torch.uint8, (1, 2)), which is not that of format 'mxfp4' here; expected (torch.uint8, (4, 2))",
+            id="scale-shape",
+        ),
+        pytest.param(
+            MXFP4, lambda q: {"scale": q.scale.int()},
+            "scale is (torch.int32, (4, 2)), which is not that of format 'mxfp4' here; expected (torch.uint8, (4, 2))",
+            id="scale-dtype",
+        ),
+        pytest.param(
+            MXFP4, lambda q: {"tensor_scale": torch.tensor(1.0)},
+            "tensor_scale is 1.0, which format 'mxfp4' does not go with", id="tensor-scale-too-many",
+        ),
+        pytest.param(
+            NV_ROW, lambda q: {"tensor_scale": q.tensor_scale[:3]},
+            "tensor_scale of torch.float32 with 3 values; expected torch.float32, one or one a row",
+            id="tensor-scale-shape",
+        ),
+        pytest.param(
+            NV_TENSOR, lambda q: {"tensor_scale": q.tensor_scale.double()},
+            "tensor_scale of torch.float64 with 1 values; expected torch.float32, one or one a row",
+            id="tensor-scale-dtype",
+        ),
+    ],
+)  # fmt: skip
+def test_bytes_that_are_not_the_formats_are_refused(
+    fmt: Format, change: Callable[[Any], dict[str, Any]], message: str
+) -> None:
+    quantized = fmt.quantize(gaussian(4, 64))
+    with pytest.raises(ShapeError) as caught:
+        replace(quantized, **change(quantized)).dequantize()
+    assert str(caught.value) == message
+
+
 # What rounding promises
 
 

@@ -88,14 +88,26 @@ def test_these_combine_and_come_back_from_their_fields(fields: dict[str, Any]) -
         pytest.param(
             NVFP4,
             {"tensor_scale": "static", "static_scale": -1},
-            "static_scale is -1.0; expected a number above 0",
+            "static_scale is -1.0; expected a number from 7.9e-31 to 3.4e+38",
             id="negative-static",
         ),
         pytest.param(
             NVFP4,
             {"tensor_scale": "static", "static_scale": "many"},
-            "static_scale is 'many'; expected a number, or none",
+            "static_scale is 'many'; expected a number (1.0e-3, not 1e-3, which YAML reads as text), or none",
             id="static-word",
+        ),
+        pytest.param(
+            NVFP4,
+            {"tensor_scale": "static", "static_scale": 10**400},
+            "static_scale is inf; expected a number from 7.9e-31 to 3.4e+38",
+            id="static-beyond-float32",
+        ),
+        pytest.param(
+            MXFP4,
+            {"block": 2**33},
+            "block is 8589934592; at most 1048576 values share a scale (block: none, for a whole row or tensor)",
+            id="block-of-more-than-fit",
         ),
         pytest.param(
             NVFP4, {"rounding": "nearst"}, "no rounding 'nearst'; did you mean 'nearest'?", id="misspelt-rounding"

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qsurgeon.errors import FormatError
 from qsurgeon.formats import CATALOG, Format, Quantized, get_format, kernels, native
@@ -192,6 +193,54 @@ def test_a_layer_compiles_to_one_graph_with_the_same_values_and_gradients(fmt: F
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", CATALOG)
+def test_a_layer_compiles_before_it_ever_ran(name: str) -> None:
+    torch._dynamo.reset()
+    fresh = get_format(name).with_fields("fresh")
+    layer = torch.nn.Linear(64, 48)
+    QuantLinear.wrap(layer, Quantization(fresh, None if fresh.is_two_dimensional else fresh))
+    x = torch.randn(5, 64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(compiled, layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_symbolic_shapes_compile_too() -> None:
+    torch._dynamo.reset()
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    for place in (0, 2):
+        QuantLinear.wrap(layers[place], Quantization(get_format("nvfp4"), get_format("nvfp4")))
+    x = torch.randn(5, 64, requires_grad=True)
+    y = torch.compile(layers, dynamic=True, backend="aot_eager")(x)
+    y.sum().backward()
+    assert torch.equal(y, layers(x))
+    assert x.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "through",
+    [
+        pytest.param(lambda act: torch.jit.trace(act, torch.ones(4, 64), check_trace=False), id="jit-trace"),
+        pytest.param(lambda act: make_fx(lambda x: act(x), tracing_mode="real")(torch.ones(4, 64)), id="make-fx"),
+        pytest.param(torch.func.functionalize, id="functionalize"),
+    ],
+)
+def test_a_tracer_is_never_shown_memory(through: Callable[[Callable[[Tensor], Tensor]], Any]) -> None:
+    x = torch.randn(4, 64)
+    assert torch.equal(through(MXFP4.fake_quantize)(x), MXFP4.fake_quantize(x))
+
+
+def test_tensors_that_are_lazily_negative_or_zero_are_what_they_say() -> None:
+    x = torch.randn(4, 64)
+    negative = torch._neg_view(x)
+    assert torch.equal(MXFP4.fake_quantize(negative), -MXFP4.fake_quantize(x))
+    assert torch.equal(MXFP4.quantize(negative).dequantize(), -MXFP4.fake_quantize(x))
+    assert torch.equal(MXFP4.fake_quantize(torch._efficientzerotensor((4, 64))), torch.zeros(4, 64))
+
+
 # Which one runs
 
 
@@ -317,6 +366,40 @@ def test_a_kernel_that_was_cut_short_is_compiled_anew(length: int, tmp_path: Pat
     out, err = run(ROUND, **environment)
     assert out == VALUES.format(kind="native")
     assert len(err.splitlines()) == 2
+
+
+def test_a_checksum_that_is_no_text_is_written_anew(tmp_path: Path) -> None:
+    environment = {"QSURGEON_CACHE": str(tmp_path), kernels.VARIABLE: ""}
+    run(ROUND, **environment)
+    for file in tmp_path.glob("*.sha256"):
+        file.write_bytes(b"\xff\xfe\x80")
+    assert run(ROUND, **environment)[0] == VALUES.format(kind="native")
+
+
+def test_a_compiler_may_be_a_command_of_several_words(tmp_path: Path) -> None:
+    out, _ = run(ROUND, QSURGEON_CACHE=str(tmp_path), CXX="env g++", **{kernels.VARIABLE: ""})
+    assert out == VALUES.format(kind="native")
+
+
+def test_a_compiler_that_hangs_is_given_up(tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\necho error: still thinking >&2\nexec sleep 30\n")
+    slow.chmod(0o755)
+    hurried = "from qsurgeon.formats import native\nnative._COMPILE_SECONDS = 0.5\n" + ROUND
+    out, err = run(hurried, QSURGEON_CACHE=str(tmp_path), CXX=str(slow), **{kernels.VARIABLE: ""})
+    assert out == VALUES.format(kind="eager")
+    assert err.splitlines()[-1].endswith("compute the same values: error: still thinking")
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("QSURGEON_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(OSError, match="Set QSURGEON_CACHE to a folder that can be written"):
+        native.cache_folder()
 
 
 def test_constants_are_written_exactly() -> None:
