@@ -8,9 +8,6 @@
 #include <cstddef>
 #include <utility>
 #include <vector>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 constexpr i64 COLUMNS = 2048;  // worked on at a time: they stay in the first cache
 
@@ -259,17 +256,6 @@ static void decode_tile(const Job& job, const Tile& t, Buffers& buffers) {
     }
 }
 
-// Fresh memory comes a page at a time, which costs more than the arithmetic; ask for large pages.
-static void advise(void* begin, i64 bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t PAGE = 4096;
-    if (bytes < (4 << 20)) return;
-    const auto first = (reinterpret_cast<std::uintptr_t>(begin) + PAGE - 1) & ~(PAGE - 1);
-    const auto last = (reinterpret_cast<std::uintptr_t>(begin) + bytes) & ~(PAGE - 1);
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: it may be refused
-#endif
-}
-
 template <class Act>
 static void run(Job job, int threads, Act&& act) {
     job.row_bytes = (job.columns * ELEMENT_BITS + 7) / 8;
@@ -306,21 +292,18 @@ extern "C" {
 
 void fake_quantize(const T* x, T* out, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,
                    u32 seed, int threads) {
-    advise(out, matrices * rows * columns * sizeof(T));
     const Job job{x, out, nullptr, nullptr, matrices, rows, columns, above, above_step, seed, 0, 0};
     round_all<false>(job, threads);
 }
 
 void quantize(const T* x, u8* data, S* scale, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,
               u32 seed, int threads) {
-    advise(data, matrices * rows * ((columns * ELEMENT_BITS + 7) / 8));
     const Job job{x, nullptr, data, scale, matrices, rows, columns, above, above_step, seed, 0, 0};
     round_all<true>(job, threads);
 }
 
 void dequantize(const u8* data, const S* scale, T* out, i64 matrices, i64 rows, i64 columns, const float* above,
                 i64 above_step, int threads) {
-    advise(out, matrices * rows * columns * sizeof(T));
     const Job job{nullptr, out, const_cast<u8*>(data), const_cast<S*>(scale), matrices, rows, columns, above,
                   above_step, 0, 0, 0};
     run(job, threads, decode_tile);
