@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qsurgeon.errors import FormatError
@@ -170,6 +172,23 @@ def test_torch_compile_of_the_same_operations_agrees_and_serves_all_shapes_with_
         monkeypatch.setenv(kernels.VARIABLE, "compile")
         assert torch.equal(bits(fmt.fake_quantize(x)), bits(eager))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_many_formats_in_one_process_compile_to_one_graph_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setenv(kernels.VARIABLE, "compile")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(kernels, "_codes", [])
+    kernels._whole.cache_clear()
+    x = torch.randn(8, 128)
+    formats = {fmt.as_weight.key: fmt.as_weight for fmt in CATALOG.values()}.values()
+    for place, fmt in enumerate(formats, 1):
+        rounded = fmt.fake_quantize(x)
+        assert counter.frame_count == place, fmt.name
+        assert torch.equal(bits(rounded), bits(fmt.quantize(x).dequantize()))
+    kernels._whole.cache_clear()
 
 
 @pytest.mark.parametrize("fmt", [NVFP4, VARIANTS[-3], get_format("int8")], ids=attrgetter("name"))
