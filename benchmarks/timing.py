@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def take_fresh_memory() -> None:
@@ -21,6 +21,7 @@ def take_fresh_memory() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, 1 << 20)
+            mallopt(M_TRIM_THRESHOLD, 1 << 24)  # what is small is used again, not given back and fetched anew
 
 
 def medians(acts: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
