@@ -1,7 +1,7 @@
 """Formats at work: quantize, dequantize, fake quantize. A format is data, see fields.py; kernels.py computes."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -158,10 +158,6 @@ class Quantized:
             raise ShapeError(
                 f"tensor_scale of {above.dtype} with {above.numel()} values; expected torch.float32, one or one a row"
             )
-
-    def to(self, dtype: torch.dtype) -> "Quantized":
-        """Return the same codes and scales, to be dequantized to another ``dtype``."""
-        return replace(self, dtype=dtype)
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:

@@ -83,12 +83,12 @@ def quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor
     rows = rows.resolve_neg()
     if rows.numel() and kind_for(rows, fields) == "native":
         library = _library(rows, fields)
-        library.quantize(_matrices(rows).contiguous(), data, scale, _scales_of_rows(above, rows), fields.seed)
+        library.quantize(_matrices(rows).contiguous(), data, scale, _per_row(above, rows), fields.seed)
         return data, scale
     flat, codes, height = _matrices(rows), _matrices(data), fields.block_shape[0]
-    scales = None if scale is None else _matrices(scale)
+    scales, per_row = None if scale is None else _matrices(scale), _per_row(above, rows)
     for m, r, c in _pieces(flat, fields):
-        one, piece = arithmetic.quantize(flat[m, r, c], _piece(above, rows, m, r), fields, _corner(flat, m, r, c))
+        one, piece = arithmetic.quantize(flat[m, r, c], _piece(per_row, flat, m, r), fields, _corner(flat, m, r, c))
         packed = pack(one, fields.element.bits)
         first = c.start * fields.element.bits // 8
         codes[m, r, first : first + packed.shape[-1]] = packed
@@ -103,10 +103,10 @@ def dequantize(data: Tensor, scale: Tensor | None, above: Above, fields: Fields,
     if out.numel() and not torch.compiler.is_compiling() and kind_for(out, fields) == "native":
         contiguous = None if scale is None else scale.contiguous()
         library = _library(out, fields)
-        library.dequantize(data.contiguous(), contiguous, _scales_of_rows(above, out), _matrices(out))
+        library.dequantize(data.contiguous(), contiguous, _per_row(above, out), _matrices(out))
         return out
     codes, into, (height, width) = _matrices(data), _matrices(out), fields.block_shape
-    scales = None if scale is None else _matrices(scale)
+    scales, per_row = None if scale is None else _matrices(scale), _per_row(above, out)
     bits = fields.element.bits
     for m, r, c in _pieces(into, fields):
         count = min(c.stop, out.shape[-1]) - c.start
@@ -115,7 +115,7 @@ def dequantize(data: Tensor, scale: Tensor | None, above: Above, fields: Fields,
         if scales is not None:
             last = -(-min(r.stop, into.shape[1]) // height), -(-(c.start + count) // width)
             piece = scales[m, r.start // height : last[0], c.start // width : last[1]]
-        values = arithmetic.dequantize(unpack(part, bits, count), piece, _piece(above, out, m, r), fields, out.dtype)
+        values = arithmetic.dequantize(unpack(part, bits, count), piece, _piece(per_row, into, m, r), fields, out.dtype)
         into[m, r, c] = values
     return out
 
@@ -135,10 +135,10 @@ def _empty_codes(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None]:
 
 def _eager(rows: Tensor, above: Above, fields: Fields) -> Tensor:
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    flat, into = _matrices(rows), _matrices(out)
+    flat, into, per_row = _matrices(rows), _matrices(out), _per_row(above, rows)
     for m, r, c in _pieces(flat, fields):
         piece = flat[m, r, c]
-        into[m, r, c] = arithmetic.fake_quantize(piece, _piece(above, rows, m, r), fields, _corner(flat, m, r, c))
+        into[m, r, c] = arithmetic.fake_quantize(piece, _piece(per_row, flat, m, r), fields, _corner(flat, m, r, c))
     return out
 
 
@@ -166,11 +166,18 @@ def _corner(flat: Tensor, matrix: int, rows: slice, columns: slice) -> arithmeti
     return matrix * flat.shape[1] + rows.start, columns.start
 
 
-def _piece(above: Above, rows: Tensor, matrix: int, part: slice) -> Above:
-    """Return the tensor scale of a piece's rows, (rows, 1) or (1, 1)."""
+def _per_row(above: Above, rows: Tensor) -> Above:
+    """Return the tensor scale as one number, (1,), or one a row of all matrices, contiguous."""
     if above is None or above.numel() == 1:
-        return None if above is None else above.reshape(1, 1)
-    return above.expand(*rows.shape[:-1], 1).reshape(-1, rows.shape[-2], 1)[matrix, part]
+        return None if above is None else above.reshape(1)
+    return above.expand(*rows.shape[:-1], 1).reshape(-1).contiguous()
+
+
+def _piece(per_row: Above, flat: Tensor, matrix: int, part: slice) -> Above:
+    """Return the tensor scale of a piece's rows, (rows, 1) or (1, 1)."""
+    if per_row is None or per_row.numel() == 1:
+        return None if per_row is None else per_row[:, None]
+    return per_row.view(flat.shape[:2])[matrix, part, None]
 
 
 # ---- native.cpp
@@ -179,7 +186,7 @@ def _piece(above: Above, rows: Tensor, matrix: int, part: slice) -> Above:
 def _native(rows: Tensor, above: Above, fields: Fields) -> Tensor:
     flat = _matrices(rows).contiguous()
     out = torch.empty_like(flat)
-    _library(rows, fields).fake_quantize(flat, out, _scales_of_rows(above, rows), fields.seed)
+    _library(rows, fields).fake_quantize(flat, out, _per_row(above, rows), fields.seed)
     return out.view(rows.shape)
 
 
@@ -188,12 +195,6 @@ def _library(rows: Tensor, fields: Fields) -> native.Library:
     if library is None:
         raise FormatError(f"no native kernel for format '{fields.name}' in {rows.dtype}")
     return library
-
-
-def _scales_of_rows(above: Above, rows: Tensor) -> Above:
-    if above is None or above.numel() == 1:
-        return None if above is None else above.reshape(1)
-    return above.expand(*rows.shape[:-1], 1).reshape(-1).contiguous()
 
 
 # ---- torch.compile
@@ -206,10 +207,11 @@ def _compiled(rows: Tensor, above: Above, fields: Fields) -> Tensor:
     if fields.rounding == "stochastic" or height > 1 or not width or rows.shape[-1] % width:
         return run(rows, above)
     blocks = rows.reshape(-1, width)
-    if above is not None and above.numel() > 1:
-        above = above.expand(*rows.shape[:-1], 1).reshape(-1, 1).repeat_interleave(rows.shape[-1] // width, 0)
-    elif above is not None:
-        above = above.reshape(1, 1)
+    per_row = _per_row(above, rows)
+    if per_row is not None:
+        above = (
+            per_row[:, None] if len(per_row) == 1 else per_row[:, None].repeat_interleave(rows.shape[-1] // width, 0)
+        )
     if len(blocks) < 2:  # torch.compile takes a size of 1 for a constant
         return _eager(rows, above, fields)
     torch._dynamo.maybe_mark_dynamic(blocks, 0)

@@ -70,12 +70,12 @@ static INLINE i64 width_of(const Tile& t, i64 block) {
 
 static INLINE float error_of(const Job& job, const Tile& t, i64 block, float scale, std::vector<float>& square) {
     const i64 count = width_of(t, block);
-    const float p = scale == 0.0f ? 1.0f : scale;
+    const float d = divisor(scale);
     for (i64 j = 0; j < HEIGHT * WIDTH; j++) square[j] = 0.0f;
     for (i64 r = 0; r < t.height; r++) {
         const T* x = job.x + (t.row + r) * job.columns + t.column + block * WIDTH;
         each(count, [&](i64 j) {
-            const float v = load(x[j]), difference = nearest(v / p) * scale - v;
+            const float v = load(x[j]), difference = nearest(divided(v, d)) * scale - v;
             square[r * WIDTH + j] = difference * difference;
         });
     }
@@ -222,7 +222,7 @@ static void round_tile(const Job& job, const Tile& t, Buffers& buffers) {
         prepare(job, t, row, buffers);
         const i64 width = t.width;
         for (i64 j = 0; j < width; j++) {
-            const float v = load(x[j]), s = each_scale[j], d = RECIPROCAL ? each_divisor[j] : s == 0.0f ? 1.0f : s;
+            const float v = load(x[j]), s = each_scale[j], d = RECIPROCAL ? each_divisor[j] : divisor(s);
             const float q = rounded(divided(v, d), v, key, column + u32(j));
             if (PACK) codes[j] = code(q);
             else out[j] = narrowed(q * s);
