@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qsurgeon.checkpoint import rewrite
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf import apply, load, plan
-    from qsurgeon.layers import QuantLinear
+    from qsurgeon.layers import QuantLinear, disabled, phase
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
 
@@ -32,10 +32,12 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "disabled",
     "get_format",
     "inspect",
     "load",
     "load_recipe",
+    "phase",
     "plan",
     "rewrite",
 ]
@@ -46,10 +48,12 @@ _HOME = {
     "Recipe": "recipe",
     "apply": "hf",
     "calibrate": "calibration",
+    "disabled": "layers",
     "get_format": "formats",
     "inspect": "report.inspection",
     "load": "hf",
     "load_recipe": "recipe",
+    "phase": "layers",
     "plan": "hf",
     "rewrite": "checkpoint",
 }

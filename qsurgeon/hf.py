@@ -4,6 +4,8 @@ Importing this module registers both; ``qsurgeon/__init__.py`` sees to it that i
 ``transformers.quantizers.auto`` is. Anything of transformers that this depends on and that is not public stands here.
 """
 
+from collections.abc import Iterable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
-from qsurgeon.layers import Quantization, quant_linears
+from qsurgeon.layers import Quantization, quant_linears, rollout_unless_told
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
     QUANT_METHOD,
@@ -65,6 +67,7 @@ class QSurgeonQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         quantizations = self.quantization_config.record.quantizations()
         operate(model, _as_named_in(model, quantizations))
+        _follow_rollouts(quantizations.values())
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in quant_linears(model).items():
@@ -110,6 +113,24 @@ def _as_named_in(model: Any, quantizations: dict[str, Quantization]) -> dict[str
 
 def _same(name: str) -> str | None:
     return name
+
+
+def _follow_rollouts(quantizations: Iterable[Quantization]) -> None:
+    """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase.
+
+    Trainers call ``generate`` on what they unwrapped themselves, so that only the class knows of all calls.
+    """
+    generate = transformers.GenerationMixin.generate
+    if all(how.phases == "both" for how in quantizations) or hasattr(generate, "enters_rollout"):
+        return
+
+    @wraps(generate)
+    def in_rollout(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with rollout_unless_told():
+            return generate(self, *args, **kwargs)
+
+    vars(in_rollout)["enters_rollout"] = True
+    transformers.GenerationMixin.generate = in_rollout  # type: ignore[method-assign]
 
 
 def register() -> None:
@@ -177,6 +198,7 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     record = QSurgeonConfig(**record_of(made, __version__).model_dump())
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     operate(model, chosen, untie=made.recipe.untie)
+    _follow_rollouts(chosen.values())
     if config is not None:
         config.quantization_config = record
     if hasattr(root, "add_model_tags"):

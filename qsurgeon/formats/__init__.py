@@ -1,7 +1,18 @@
 """Number formats: what values a tensor may take, and how to round to them. Knows tensors, nothing of models."""
 
-from qsurgeon.formats.block import Format, Gradient, Quantized
+from qsurgeon.formats.block import Format, Quantized
 from qsurgeon.formats.catalog import CATALOG, get_format
 from qsurgeon.formats.fields import check_operands
+from qsurgeon.formats.words import Gradient, Phase, Phases, SavedInputs
 
-__all__ = ["CATALOG", "Format", "Gradient", "Quantized", "check_operands", "get_format"]
+__all__ = [
+    "CATALOG",
+    "Format",
+    "Gradient",
+    "Phase",
+    "Phases",
+    "Quantized",
+    "SavedInputs",
+    "check_operands",
+    "get_format",
+]

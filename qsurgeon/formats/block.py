@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from qsurgeon.formats import arithmetic, kernels
 from qsurgeon.formats.fields import Fields
 from qsurgeon.formats.packing import packed_length, unpack
 from qsurgeon.formats.rotation import Rotation
-
-Gradient = Literal["ste", "clipped", "none"]  # how a gradient passes the rounding
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,8 @@ class Format(Fields):
         Raises: as ``fake_quantize``.
         """
         rows = self._rotated(_rows(x, dim))
-        above = self._tensor_scale(rows)
-        data, scale = kernels.quantize(rows, above, self)
+        self._check_number()
+        data, scale, above = kernels.quantize(rows, self)
         if above is not None:
             above = above.reshape(()) if above.numel() == 1 and self.tensor_scale != "row" else above.squeeze(-1)
             above = above.reshape(x.movedim(dim, -1).shape[:-1]) if above.dim() else above
@@ -127,8 +124,7 @@ class Quantized:
         rotation = self.format.rotation
         dtype = self.dtype if rotation is None else torch.float32
         rows = _at_least_rows(data)
-        values = torch.empty(*rows.shape[:-1], self.length, dtype=dtype, device=rows.device)
-        kernels.dequantize(rows, scale, above, self.format, values)
+        values = kernels.dequantize(rows, scale, above, self.format, self.length, dtype)
         if rotation is not None:
             values = arithmetic.narrowed(rotation.back(values), self.dtype)
         return (values if data.dim() > 1 else values.squeeze(0)).movedim(-1, self.dim)

@@ -77,8 +77,20 @@ def _is_traced(rows: Tensor) -> bool:
     )
 
 
-def quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
-    """Return the packed codes (…, rows, bytes) of ``rows`` and the codes of the block scales (…, rows, blocks)."""
+def quantize(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None, Above]:
+    """Return the packed codes (…, rows, bytes) of ``rows``, their block scales' (…, rows, blocks), the tensor scale."""
+    if not torch.compiler.is_compiling():
+        above = arithmetic.tensor_scale(rows, fields)
+        return *_quantize(rows, above, fields), above
+    if rows.device.type == "cpu":
+        data, scale, top = _quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
+        return data, scale if fields.scale else None, None if fields.tensor_scale == "none" else top
+    above = arithmetic.tensor_scale(rows, fields)
+    codes, block_scale = arithmetic.quantize(rows, above, fields)
+    return pack(codes, fields.element.bits), block_scale, above
+
+
+def _quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
     data, scale = _empty_codes(rows, fields)
     rows = rows.resolve_neg()
     if rows.numel() and kind_for(rows, fields) == "native":
@@ -98,9 +110,24 @@ def quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor
     return data, scale
 
 
-def dequantize(data: Tensor, scale: Tensor | None, above: Above, fields: Fields, out: Tensor) -> Tensor:
-    """Fill ``out`` (…, rows, columns), contiguous, with the values of what ``quantize`` returned, and return it."""
-    if out.numel() and not torch.compiler.is_compiling() and kind_for(out, fields) == "native":
+def dequantize(
+    data: Tensor, scale: Tensor | None, above: Above, fields: Fields, length: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the values (…, rows, length), contiguous, of what ``quantize`` returned, in ``dtype``."""
+    if not torch.compiler.is_compiling():
+        return _dequantize(data, scale, above, fields, length, dtype)
+    if data.device.type == "cpu":
+        name, key = fields.name, fields.without_number.key
+        values: Tensor = _dequantize_op(data, scale, above, name, key, length, dtype)
+        return values
+    return arithmetic.dequantize(unpack(data, fields.element.bits, length), scale, above, fields, dtype)
+
+
+def _dequantize(
+    data: Tensor, scale: Tensor | None, above: Above, fields: Fields, length: int, dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(*data.shape[:-1], length, dtype=dtype, device=data.device)
+    if out.numel() and kind_for(out, fields) == "native":
         contiguous = None if scale is None else scale.contiguous()
         library = _library(out, fields)
         library.dequantize(data.contiguous(), contiguous, _per_row(above, out), _matrices(out))
@@ -115,7 +142,7 @@ def dequantize(data: Tensor, scale: Tensor | None, above: Above, fields: Fields,
         if scales is not None:
             last = -(-min(r.stop, into.shape[1]) // height), -(-(c.start + count) // width)
             piece = scales[m, r.start // height : last[0], c.start // width : last[1]]
-        values = arithmetic.dequantize(unpack(part, bits, count), piece, _piece(per_row, into, m, r), fields, out.dtype)
+        values = arithmetic.dequantize(unpack(part, bits, count), piece, _piece(per_row, into, m, r), fields, dtype)
         into[m, r, c] = values
     return out
 
@@ -270,12 +297,47 @@ def _fields(key: str, name: str = "compiled") -> Fields:
     return Fields.from_dict(name, values)
 
 
+def _numbered(key: str, name: str, static_scale: float | None) -> Fields:
+    fields = _fields(key, name)
+    return fields if static_scale is None else replace(fields, static_scale=static_scale)
+
+
 @torch.library.custom_op("qsurgeon::fake_quantize", mutates_args=())
 def _fake_quantize_op(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
-    fields = _fields(key, name)
-    return _fake_quantize(rows, fields if static_scale is None else replace(fields, static_scale=static_scale))
+    return _fake_quantize(rows, _numbered(key, name, static_scale))
 
 
 @_fake_quantize_op.register_fake
 def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+# An operator returns tensors only: what a format does not have is an empty one.
+@torch.library.custom_op("qsurgeon::quantize", mutates_args=())
+def _quantize_op(rows: Tensor, name: str, key: str, static_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    fields = _numbered(key, name, static_scale)
+    above = arithmetic.tensor_scale(rows, fields)
+    data, scale = _quantize(rows, above, fields)
+    return data, rows.new_empty(0) if scale is None else scale, rows.new_empty(0) if above is None else above
+
+
+@_quantize_op.register_fake
+def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    fields = _numbered(key, name, static_scale)
+    data, scale = _empty_codes(rows, fields)
+    above = arithmetic.tensor_scale(rows, fields)
+    return data, rows.new_empty(0) if scale is None else scale, rows.new_empty(0) if above is None else above
+
+
+@torch.library.custom_op("qsurgeon::dequantize", mutates_args=())
+def _dequantize_op(
+    data: Tensor, scale: Tensor | None, above: Tensor | None, name: str, key: str, length: int, dtype: torch.dtype
+) -> Tensor:
+    return _dequantize(data, scale, above, _fields(key, name), length, dtype)
+
+
+@_dequantize_op.register_fake
+def _(
+    data: Tensor, scale: Tensor | None, above: Tensor | None, name: str, key: str, length: int, dtype: torch.dtype
+) -> Tensor:
+    return data.new_empty(*data.shape[:-1], length, dtype=dtype)

@@ -1,6 +1,17 @@
 """Modules that compute in a number format, and the gradient they pass on."""
 
-from qsurgeon.layers.linear import AS_IT_IS, Quantization, QuantLinear, quant_linears
+from qsurgeon.layers.linear import QuantLinear, disabled, quant_linears
+from qsurgeon.layers.phases import phase, rollout_unless_told
+from qsurgeon.layers.quantization import AS_IT_IS, Quantization
 from qsurgeon.layers.straight_through import straight_through
 
-__all__ = ["AS_IT_IS", "QuantLinear", "Quantization", "quant_linears", "straight_through"]
+__all__ = [
+    "AS_IT_IS",
+    "QuantLinear",
+    "Quantization",
+    "disabled",
+    "phase",
+    "quant_linears",
+    "rollout_unless_told",
+    "straight_through",
+]

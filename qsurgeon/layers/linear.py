@@ -1,55 +1,14 @@
 """QuantLinear: a Linear that multiplies rounded inputs with a rounded weight."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from qsurgeon.errors import SurgeryError
-from qsurgeon.formats import Format, Gradient, check_operands
-from qsurgeon.formats.rotation import Rotation
-from qsurgeon.layers.straight_through import rotated, straight_through
-
-AS_IT_IS = "-"
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """What a rule gives a module: formats (None leaves the tensor as it is), the gradient, the rule's name.
-
-    Raises: FormatError for two formats that cannot be a product's.
-    """
-
-    weight: Format | None
-    input: Format | None
-    gradient: Gradient = "ste"
-    rule: str = ""
-
-    def __post_init__(self) -> None:
-        check_operands(self.weight, self.input)
-        _ = self.rotation  # computed now: see Fields
-
-    @cached_property
-    def rotation(self) -> Rotation | None:
-        """How both operands are rotated, the one that stays in full precision too."""
-        rotations = (one.rotation for one in (self.weight, self.input) if one is not None)
-        return next(rotations, None)
-
-    @property
-    def static_scales(self) -> dict[str, float]:
-        """The numbers of static tensor scales, by operand (``weight``, ``input``)."""
-        formats = {"weight": self.weight, "input": self.input}
-        return {role: one.static_scale for role, one in formats.items() if one and one.static_scale is not None}
-
-    @property
-    def weight_name(self) -> str:
-        """The weight's format, as tables show it."""
-        return self.weight.name if self.weight else AS_IT_IS
-
-    @property
-    def input_name(self) -> str:
-        """The input's format, as tables show it."""
-        return self.input.name if self.input else AS_IT_IS
+from qsurgeon.errors import NothingWrappedError, SurgeryError
+from qsurgeon.layers.phases import is_active, without
+from qsurgeon.layers.product import quantized_linear
+from qsurgeon.layers.quantization import Quantization
 
 
 class QuantLinear(nn.Linear):
@@ -95,15 +54,11 @@ class QuantLinear(nn.Linear):
             vars(linear)["_old_forward"] = cls.forward.__get__(linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return q(x) · q(W)ᵀ + b."""
-        how, x, weight, dtype = self.quantization, input, self.weight, input.dtype
-        if how.rotation is not None:
-            x, weight = rotated(x, how.rotation), rotated(weight, how.rotation)
-        if how.weight is not None:
-            weight = straight_through(weight, how.weight.as_weight.without_rotation, how.gradient)
-        if how.input is not None:
-            x = straight_through(x, how.input.as_input.without_rotation, how.gradient)
-        return nn.functional.linear(x.to(dtype), weight.to(self.weight.dtype), self.bias)
+        """Return q(x) · q(W)ᵀ + b, or x · Wᵀ + b in a phase in which the layer does not round."""
+        how = self.quantization
+        if not is_active(self, how.phases):
+            return nn.functional.linear(input, self.weight, self.bias)
+        return quantized_linear(input, self.weight, self.bias, how)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
@@ -114,3 +69,20 @@ class QuantLinear(nn.Linear):
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """Return the QuantLinear modules of ``model`` by their names in it."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+@contextmanager
+def disabled(*models: nn.Module) -> Iterator[None]:
+    """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.
+
+    Only the thread that enters the block sees it. With gradient checkpointing, which computes the forward pass again
+    in the backward pass, call ``backward`` inside the block too.
+
+    Raises: NothingWrappedError for a model without a QuantLinear, which is in full precision everywhere.
+    """
+    found = [quant_linears(model) for model in models]
+    for model, layers in zip(models, found, strict=True):
+        if not layers:
+            raise NothingWrappedError(f"no module of {type(model).__name__} is wrapped: there is nothing to disable")
+    with without(layer for layers in found for layer in layers.values()):
+        yield

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qsurgeon.formats import Format, Gradient
-from qsurgeon.formats.rotation import Rotation
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -39,27 +38,4 @@ def straight_through(x: Tensor, format: Format, gradient: Gradient = "ste") -> T
     if gradient == "none" or not (torch.is_grad_enabled() and x.requires_grad):
         return format.fake_quantize(x.detach())
     result: Tensor = _StraightThrough.apply(x, format, gradient == "clipped")  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Rotated(torch.autograd.Function):
-    """Rotate; backward, rotate back: the transpose of a rotation is its inverse."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rotation: Rotation) -> Tensor:
-        ctx.rotation, ctx.dtype = rotation, x.dtype
-        return rotation(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, None]:
-        (grad,) = grads
-        return ctx.rotation.back(grad).to(ctx.dtype), None
-
-
-def rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """Return ``x`` (..., k) rotated, in float32: what is rounded next should not be rounded to a narrow dtype first.
-
-    Raises: ShapeError if the rotation does not fit k.
-    """
-    result: Tensor = _Rotated.apply(x, rotation)  # type: ignore[no-untyped-call]
     return result

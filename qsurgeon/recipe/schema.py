@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from qsurgeon.errors import FormatError, nearest
-from qsurgeon.formats import CATALOG, Format, Gradient
+from qsurgeon.formats import CATALOG, Format, Gradient, Phases, SavedInputs
 from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
 from qsurgeon.formats.scale import SCALES, ScaleRule
@@ -88,6 +88,7 @@ class Rule(Section):
     weight: str | None = Field(None, description="Format of the weight; without it the weight stays as it is.")
     input: str | None = Field(None, description="Format of the input; without it the input stays as it is.")
     gradient: Gradient = Field("ste", description="How the gradient passes the rounding.")
+    phases: Phases = Field("both", description="When modules round: in training, in rollouts, or in both.")
 
     @model_validator(mode="after")
     def _decides_something(self) -> "Rule":
@@ -113,6 +114,9 @@ class Recipe(Section):
     output: str | None = Field(None, description="Folder to write; --output wins.")
     storage: Literal["master"] = Field(
         "master", description="master: full-precision weights stay, rounded at every forward."
+    )
+    saved_inputs: SavedInputs = Field(
+        "packed", description="What a backward pass keeps of an input: packed codes, or full values; gradients agree."
     )
     untie: StrictBool = Field(False, description="Give a tied weight that a rule reaches a copy of its own.")
     formats: dict[str, FormatSpec] = Field({}, description="Formats of the recipe's own, by name.")

@@ -34,8 +34,8 @@ class Step:
     def why(self) -> str:
         """Return the reason in words; nothing for a module that only holds others."""
         match self.fate:
-            case Quantization(rule=rule):
-                return f"rule '{rule}'"
+            case Quantization(rule=rule, when=when):
+                return f"rule '{rule}'" + (f", {when}" if when else "")
             case Excluded(rule, pattern):
                 return f"excluded by '{pattern}' of rule '{rule}'"
         if self.module.adapter and self.module.parameters:
@@ -143,7 +143,14 @@ class _Planner:
                 self.report(str(error), "rules", place, role)
                 return None
         try:
-            return Quantization(formats["weight"], formats["input"], rule.gradient, self.recipe.rule_name(place))
+            return Quantization(
+                formats["weight"],
+                formats["input"],
+                rule.gradient,
+                self.recipe.rule_name(place),
+                rule.phases,
+                self.recipe.saved_inputs,
+            )
         except FormatError as error:
             self.report(f"rule '{self.recipe.rule_name(place)}': {error}", "rules", place)
             return None

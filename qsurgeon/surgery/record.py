@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qsurgeon.errors import CheckpointError, FormatError, nearest
-from qsurgeon.formats import CATALOG, Format, Gradient
+from qsurgeon.formats import CATALOG, Format, Gradient, Phases, SavedInputs
 from qsurgeon.layers import Quantization
 from qsurgeon.surgery.plan import Excluded, Plan
 
@@ -43,6 +43,7 @@ class RuleRecord(_Part):
     weight: str | None
     input: str | None
     gradient: Gradient
+    phases: Phases = "both"
     modules: tuple[str, ...]
     excluded: dict[str, tuple[str, ...]]
 
@@ -54,6 +55,7 @@ class Record(_Part):
     qsurgeon_version: str
     storage: Literal["master"]
     formats: dict[str, FormatRecord]
+    saved_inputs: SavedInputs = "packed"
     rules: tuple[RuleRecord, ...]
     # What calibration found, by module and operand; it wins over the format's own number.
     static_scales: dict[str, dict[Literal["weight", "input"], float]]
@@ -69,6 +71,8 @@ class Record(_Part):
                     _named(rule.input, formats, scales.get("input")),
                     rule.gradient,
                     rule.name,
+                    rule.phases,
+                    self.saved_inputs,
                 )
                 for rule in self.rules
                 for module in rule.modules
@@ -110,6 +114,7 @@ def record_of(plan: Plan, version: str) -> Record:
             weight=how.weight.name if how.weight else None,
             input=how.input.name if how.input else None,
             gradient=how.gradient,
+            phases=how.phases,
             modules=tuple(modules),
             excluded={pattern: tuple(names) for pattern, names in left[how.rule].items()},
         )
@@ -118,7 +123,13 @@ def record_of(plan: Plan, version: str) -> Record:
     used = {format.name: format for how in taken for format in (how.weight, how.input) if format}
     formats = {name: FormatRecord.model_validate(format.to_dict()) for name, format in used.items()}
     return Record(
-        version=1, qsurgeon_version=version, storage=plan.recipe.storage, formats=formats, rules=rules, static_scales={}
+        version=1,
+        qsurgeon_version=version,
+        storage=plan.recipe.storage,
+        saved_inputs=plan.recipe.saved_inputs,
+        formats=formats,
+        rules=rules,
+        static_scales={},
     )
 
 

@@ -30,6 +30,7 @@ def test_a_rule_takes_linears_and_excludes_none_unless_it_says_so() -> None:
         "weight": "mxfp4",
         "input": None,
         "gradient": "ste",
+        "phases": "both",
     }
 
 
@@ -40,6 +41,7 @@ def test_a_recipe_keeps_master_weights_and_ties_unless_it_says_so() -> None:
         "model": None,
         "output": None,
         "storage": "master",
+        "saved_inputs": "packed",
         "untie": False,
         "formats": {},
     }

@@ -113,7 +113,8 @@ def test_an_unknown_key_is_an_error_with_a_guess() -> None:
 
 def test_an_unknown_key_that_is_near_to_none_is_an_error_with_all_that_are_left() -> None:
     assert complaint(PLAIN + "zebra: 1\n") == (
-        "mine.yaml:5:1: unknown key 'zebra'; expected one of: extends, formats, model, output, storage, untie\n"
+        "mine.yaml:5:1: unknown key 'zebra'; expected one of: "
+        "extends, formats, model, output, saved_inputs, storage, untie\n"
         "    zebra: 1\n"
         "    ^^^^^"
     )
@@ -147,6 +148,7 @@ version: 1
 model: some/folder
 output: other/folder
 storage: master
+saved_inputs: full
 untie: true
 formats:
   mine: {like: mxfp4, element: e2m1, block: 16, scale: e4m3, scale_rule: nearest, tensor_scale: row}
@@ -158,11 +160,12 @@ rules:
     weight: nvfp4
     input: mxfp8
     gradient: clipped
+    phases: training
 """
 KEYS = [
-    *("version", "model", "output", "storage", "untie", "formats", "rules"),
+    *("version", "model", "output", "storage", "saved_inputs", "untie", "formats", "rules"),
     *("like", "element", "block", "scale", "scale_rule", "tensor_scale"),
-    *("name", "target", "types", "exclude", "weight", "input", "gradient"),
+    *("name", "target", "types", "exclude", "weight", "input", "gradient", "phases"),
 ]
 
 
@@ -215,7 +218,7 @@ def test_a_key_that_is_a_list_is_refused() -> None:
 def test_a_merge_key_is_an_unknown_key() -> None:
     text = "version: 1\nrules:\n  - &a\n    target: [layers]\n    weight: mxfp4\n  - <<: *a\n    target: [norm]\n"
     assert complaint(text).startswith(
-        "mine.yaml:6:5: unknown key '<<'; expected one of: exclude, gradient, input, name, types, weight\n"
+        "mine.yaml:6:5: unknown key '<<'; expected one of: exclude, gradient, input, name, phases, types, weight\n"
         "      - <<: *a\n"
         "        ^^"
     )
@@ -1017,7 +1020,8 @@ def test_recipes_cannot_extend_each_other() -> None:
 def test_mistakes_in_the_extended_recipe_name_its_file_and_come_last() -> None:
     write("base.yaml", PLAIN.replace("weight", "wieght"))
     assert complaint("version: 1\nextends: base.yaml\nzebra: 1\n") == (
-        "mine.yaml:3:1: unknown key 'zebra'; expected one of: formats, model, output, rules, storage, untie\n"
+        "mine.yaml:3:1: unknown key 'zebra'; expected one of: "
+        "formats, model, output, rules, saved_inputs, storage, untie\n"
         "    zebra: 1\n"
         "    ^^^^^\n"
         "base.yaml:4:5: unknown key 'wieght'; did you mean 'weight'?\n"

@@ -17,7 +17,7 @@ RECIPE = Recipe(
     formats={"g8": FormatSpec(like="mxfp4", block=8)},
     rules=(
         Rule(name="first", target=("layers.0",), exclude=("self_attn", "down_proj"), weight="nvfp4", input="g8"),
-        Rule(target=("layers.-1",), exclude=("mlp",), weight="g8", gradient="clipped"),
+        Rule(target=("layers.-1",), exclude=("mlp",), weight="g8", gradient="clipped", phases="rollout"),
     ),
 )
 
@@ -65,12 +65,14 @@ def test_a_record_holds_module_names_and_formats_in_full(data: dict[str, Any]) -
             },
         },
         "static_scales": {},
+        "saved_inputs": "packed",
         "rules": [
             {
                 "name": "first",
                 "weight": "nvfp4",
                 "input": "g8",
                 "gradient": "ste",
+                "phases": "both",
                 "modules": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"],
                 "excluded": {"self_attn": attention(0), "down_proj": ["model.layers.0.mlp.down_proj"]},
             },
@@ -79,6 +81,7 @@ def test_a_record_holds_module_names_and_formats_in_full(data: dict[str, Any]) -
                 "weight": "g8",
                 "input": None,
                 "gradient": "clipped",
+                "phases": "rollout",
                 "modules": attention(2),
                 "excluded": {"mlp": [f"model.layers.2.mlp.{one}_proj" for one in ("gate", "up", "down")]},
             },

@@ -1,0 +1,90 @@
+"""When a QuantLinear rounds: in training, in rollouts, or in both, and not at all inside ``without``.
+
+The state belongs to a thread. Dynamo guards on what it reads of a ``threading.local``, so that a compiled model
+follows a change of phase by compiling once more; a ``contextvars.ContextVar`` it cannot read at all.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import get_args
+
+import torch
+from torch import nn
+
+from qsurgeon.errors import UsageError, nearest
+from qsurgeon.formats import Phase, Phases
+
+_KEY = "qsurgeon.phase"  # of a copy that torch hands on to the threads that run a backward pass on a GPU
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        # Dynamo needs attributes of the instance: those of the class are not guarded.
+        self.phase: Phase | None = None
+        self.disabled: frozenset[int] = frozenset()
+
+
+_here = _Here()
+_State = tuple[Phase | None, frozenset[int]]
+
+
+def _state() -> _State:
+    if not torch.compiler.is_compiling() and torch._C._is_key_in_tls(_KEY):
+        state: _State = torch._C._get_obj_in_tls(_KEY)
+        return state
+    return _here.phase, _here.disabled
+
+
+@contextmanager
+def _entered(state: _State) -> Iterator[None]:
+    before = _here.phase, _here.disabled
+    try:
+        _set(state)
+        yield
+    finally:
+        _set(before)
+
+
+def _set(state: _State) -> None:
+    _here.phase, _here.disabled = state
+    torch._C._stash_obj_in_tls(_KEY, state)
+
+
+@contextmanager
+def phase(name: Phase) -> Iterator[None]:
+    """Say what the model is called for inside the block: ``training`` (the default outside) or ``rollout``.
+
+    A rule with ``phases: training`` does not round in rollouts, and the other way round. Inside
+    ``model.generate`` the phase is rollout by itself, unless a block says otherwise. Only the thread that enters the
+    block is in the phase. With gradient checkpointing, which computes the forward pass again in the backward pass,
+    call ``backward`` inside the block too.
+
+    Raises: UsageError for another name.
+    """
+    if name not in get_args(Phase):
+        raise UsageError(f"no phase '{name}'; {nearest(name, get_args(Phase))}")
+    with _entered((name, _state()[1])):
+        yield
+
+
+@contextmanager
+def rollout_unless_told() -> Iterator[None]:
+    """Enter the phase ``rollout``, where no block has said which phase it is."""
+    named, disabled = _state()
+    with _entered((named or "rollout", disabled)):
+        yield
+
+
+@contextmanager
+def without(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let ``layers`` not round inside the block."""
+    named, before = _state()
+    with _entered((named, before | {id(layer) for layer in layers})):
+        yield
+
+
+def is_active(layer: nn.Module, phases: Phases) -> bool:
+    """Return whether ``layer``, which rounds in ``phases``, rounds now."""
+    named, off = _state()
+    return (phases in ("both", named or "training")) and id(layer) not in off

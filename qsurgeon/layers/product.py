@@ -1,0 +1,172 @@
+"""The product of a rounded input with a rounded weight, and its gradient.
+
+y = q(x) · q(W)ᵀ + b. Backward, rounding counts as the identity (Bengio et al., arXiv 1308.3432, section 4):
+grad_x = g · q(W), grad_W = gᵀ · q(x). All that the second needs of x is q(x), which is kept as its packed codes and
+scales; q(W) is rounded once more from the weight, which is there anyhow.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsurgeon.errors import GradientError
+from qsurgeon.formats import Format, Quantized
+from qsurgeon.layers.quantization import Quantization
+
+
+def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization) -> Tensor:
+    """Return q(x) · q(W)ᵀ + b, (..., outputs), for ``x`` (..., inputs) and ``weight`` (outputs, inputs).
+
+    Raises: GradientError under the transforms of torch.func, and in a backward pass that is itself to be
+    differentiated; FormatError and ShapeError as the formats do.
+    """
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, weight))):
+        raise GradientError(
+            "a QuantLinear cannot be transformed by torch.func (grad, vmap, jvp, jacrev): rounding has only the "
+            "gradient of its backward pass; call backward() or torch.autograd.grad"
+        )
+    if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))):
+        return torch.nn.functional.linear(_input(x, how), _weight(weight, how), bias)
+    result: Tensor = _Product.apply(x, weight, bias, how, _Wanted.of(x, weight, bias, how))  # type: ignore[no-untyped-call]
+    return result
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which gradients there are to be, and what they take."""
+
+    input: bool
+    weight: bool
+    bias: bool
+    packs: bool  # keeps q(x) as codes
+    clips_input: bool
+    clips_weight: bool
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization) -> "_Wanted":
+        for_input = x.requires_grad and (how.input is None or how.gradient != "none")
+        for_weight = weight.requires_grad and (how.weight is None or how.gradient != "none")
+        clips = how.gradient == "clipped"
+        return cls(
+            for_input,
+            for_weight,
+            bias is not None and bias.requires_grad,
+            for_weight and how.input is not None and how.saved_inputs == "packed",
+            for_input and clips and how.input is not None,
+            for_weight and clips and how.weight is not None,
+        )
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the backward pass rounds the weight again."""
+        return self.input or self.clips_weight
+
+
+def _grid(format: Format) -> Format:
+    return format.without_rotation
+
+
+def _turned(operand: Tensor, how: Quantization) -> Tensor:
+    return operand if how.rotation is None else how.rotation(operand)
+
+
+def _input(x: Tensor, how: Quantization) -> Tensor:
+    """Return q(x) in the dtype of ``x``, rotated where the formats rotate."""
+    turned = _turned(x.detach(), how)
+    return (turned if how.input is None else _grid(how.input.as_input).fake_quantize(turned)).to(x.dtype)
+
+
+def _weight(weight: Tensor, how: Quantization) -> Tensor:
+    """Return q(W) in the dtype of ``weight``, rotated where the formats rotate."""
+    turned = _turned(weight.detach(), how)
+    return (turned if how.weight is None else _grid(how.weight.as_weight).fake_quantize(turned)).to(weight.dtype)
+
+
+def _back(grad: Tensor, how: Quantization, saturated: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of an operand from that of what it was rounded to; zero where it saturated."""
+    if saturated is not None:
+        grad = grad.masked_fill(saturated, 0)
+    return (grad if how.rotation is None else how.rotation.back(grad)).to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """What is saved: the weight itself, q(x), and where x saturated; nothing of what no gradient needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization, wanted: "_Wanted"
+    ) -> Tensor:
+        ctx.how, ctx.wanted, ctx.inputs = how, wanted, weight.shape[-1]
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        saved: list[Tensor] = []
+        if wanted.packs and how.input is not None:
+            codes = _grid(how.input.as_input).quantize(_turned(x.detach(), how))
+            saved = [one for one in (codes.data, codes.scale, codes.tensor_scale) if one is not None]
+            values = codes.dequantize().to(x.dtype)
+        else:
+            values = _input(x, how)
+            if wanted.weight:
+                # Where nothing was rounded it is the input itself, which autograd must know as such.
+                saved = [x if how.input is None and how.rotation is None else values]
+        if wanted.clips_input and how.input is not None:
+            saved.append(_bits(_grid(how.input.as_input).saturates(_turned(x.detach(), how))))
+        if wanted.reads_weight:
+            saved.append(weight)
+        ctx.save_for_backward(*saved)
+        return torch.nn.functional.linear(values, _weight(weight, how), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (grad,) = grads
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise GradientError(
+                "the gradient of a QuantLinear cannot be differentiated again: rounding has no second derivative "
+                "(backward was called with create_graph=True)"
+            )
+        how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        weight = saved.pop() if wanted.reads_weight else None
+        bits = saved.pop() if wanted.clips_input else None
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if wanted.input and weight is not None:
+            product = (flat @ _weight(weight, how).to(grad.dtype)).reshape(*grad.shape[:-1], ctx.inputs)
+            saturated = None if bits is None else _from_bits(bits, ctx.inputs)
+            grad_x = _back(product, how, saturated, x_dtype)
+        if wanted.weight:
+            values = _opened(saved, how.input, ctx.inputs, x_dtype) if wanted.packs else saved[0]
+            product = flat.T @ values.to(grad.dtype).reshape(-1, ctx.inputs)
+            saturated = None
+            if wanted.clips_weight and how.weight is not None and weight is not None:
+                saturated = _grid(how.weight.as_weight).saturates(_turned(weight.detach(), how))
+            grad_weight = _back(product, how, saturated, weight_dtype)
+        if wanted.bias:
+            grad_bias = flat.sum(0).to(bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _opened(saved: list[Tensor], input_format: Format, length: int, dtype: torch.dtype) -> Tensor:
+    """Return q(x) from the codes and scales that ``saved`` holds, in the order of Quantized's fields."""
+    format = _grid(input_format.as_input)
+    data, *scales = saved
+    scale = scales.pop(0) if format.scale is not None else None
+    above = scales.pop(0) if format.tensor_scale != "none" else None
+    return Quantized(data, scale, above, format, dtype, length).dequantize()
+
+
+_PLACES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def _bits(mask: Tensor) -> Tensor:
+    """Return ``mask`` (..., k), bool, as bytes (..., ceil(k / 8))."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8))
+    groups = padded.reshape(*padded.shape[:-1], padded.shape[-1] // 8, 8).to(torch.uint8)
+    return (groups * torch.tensor(_PLACES, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def _from_bits(data: Tensor, length: int) -> Tensor:
+    """Return the first ``length`` bits of each row of ``data``, as bool."""
+    places = torch.tensor(_PLACES, dtype=torch.uint8, device=data.device)
+    return ((data[..., None] & places) != 0).flatten(-2)[..., :length]

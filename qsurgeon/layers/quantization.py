@@ -1,0 +1,58 @@
+"""How one module computes: what a rule comes to."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from qsurgeon.formats import Format, Gradient, Phases, SavedInputs, check_operands
+from qsurgeon.formats.rotation import Rotation
+
+AS_IT_IS = "-"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a rule gives a module.
+
+    Formats (None leaves the tensor as it is), how the gradient passes the rounding, the rule's name, in which phases
+    the module rounds, and how it keeps what its backward pass needs of the input.
+
+    Raises: FormatError for two formats that cannot be a product's.
+    """
+
+    weight: Format | None
+    input: Format | None
+    gradient: Gradient = "ste"
+    rule: str = ""
+    phases: Phases = "both"
+    saved_inputs: SavedInputs = "packed"
+
+    def __post_init__(self) -> None:
+        check_operands(self.weight, self.input)
+        _ = self.rotation  # computed now: see Fields
+
+    @cached_property
+    def rotation(self) -> Rotation | None:
+        """How both operands are rotated, the one that stays in full precision too."""
+        rotations = (one.rotation for one in (self.weight, self.input) if one is not None)
+        return next(rotations, None)
+
+    @property
+    def static_scales(self) -> dict[str, float]:
+        """The numbers of static tensor scales, by operand (``weight``, ``input``)."""
+        formats = {"weight": self.weight, "input": self.input}
+        return {role: one.static_scale for role, one in formats.items() if one and one.static_scale is not None}
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's format, as tables show it."""
+        return self.weight.name if self.weight else AS_IT_IS
+
+    @property
+    def input_name(self) -> str:
+        """The input's format, as tables show it."""
+        return self.input.name if self.input else AS_IT_IS
+
+    @property
+    def when(self) -> str:
+        """In which phases the module rounds, as tables say it; nothing where it always does."""
+        return "" if self.phases == "both" else f"in {self.phases} only"
