@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
+from qsurgeon.launch.announce import announce
 from qsurgeon.layers import Quantization, quant_linears
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
@@ -181,6 +182,7 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
         config.quantization_config = record
     if hasattr(root, "add_model_tags"):
         root.add_model_tags([QUANT_METHOD])
+    announce(root)
     return model
 
 
