@@ -12,7 +12,7 @@ _said: set[str] = set()
 
 
 def announce(model: Any) -> None:
-    """Say how many modules of a transformers model are wrapped, and by which rules of the recipe.
+    """Say how many modules of a model are wrapped, and by which rules of the recipe.
 
     Nothing is said outside of ``qsurgeon run``, nor what this process has said before. A model in which nothing is
     wrapped is announced as well, and at once: at the end of a long run it would be too late to know.
@@ -29,10 +29,8 @@ def announce(model: Any) -> None:
         rules = ", ".join(dict.fromkeys(layer.quantization.rule for layer in wrapped))
         line = f"{who}: {name}: {len(wrapped)} of {linears} Linear modules wrapped (recipe rules: {rules})"
     else:
-        line = (
-            f"{who}: {name} from {model.config.name_or_path}: none of {linears} Linear modules wrapped; "
-            "its config has no quantization_config of qsurgeon"
-        )
+        origin = getattr(getattr(model, "config", None), "name_or_path", "")
+        line = f"{who}: {name}{f' from {origin}' if origin else ''}: none of {linears} Linear modules wrapped"
     if line not in _said:
         _said.add(line)
         say(line)
