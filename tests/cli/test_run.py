@@ -49,7 +49,8 @@ def below(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 def said(done: subprocess.CompletedProcess[str]) -> list[str]:
     """Return what was announced, the process ids left out."""
-    return [re.sub(r"pid \d+", "pid N", line) for line in re.findall(r"^qsurgeon: (.*)$", done.stderr, flags=re.M)]
+    # Not by the start of a line: another process's progress bar may stand before it.
+    return [re.sub(r"pid \d+", "pid N", line) for line in re.findall(r"qsurgeon: (pid .*)", done.stderr)]
 
 
 # --- what is loaded
