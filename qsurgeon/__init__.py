@@ -1,19 +1,21 @@
 """Rewrite a Hugging Face model as a recipe says: Linear layers that compute in 4 bits and still train.
 
 Importing the package has one side effect: as soon as transformers' quantizers are imported (at once, if they are
-already), ``quant_method: qsurgeon`` is registered with them. Nothing else is imported until it is used, so that
-``qsurgeon --help`` answers without torch.
+already), ``quant_method: qsurgeon`` is registered with them. Below ``qsurgeon run``, and only there, loaded models are
+announced too. Nothing else is imported until it is used, so that ``qsurgeon --help`` answers without torch.
 """
 
 import importlib
 import importlib.abc
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from qsurgeon.launch import VARIABLE
 from qsurgeon.version import __version__
 
 if TYPE_CHECKING:
@@ -69,31 +71,39 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_WATCHED = "transformers.quantizers.auto"
-
-
 class _Watch(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; imports ``qsurgeon.hf`` right after the watched module."""
+    """Finds nothing itself; imports a module of ours right after the watched one."""
+
+    def __init__(self, watched: str, ours: str) -> None:
+        self.watched = watched
+        self.ours = ours
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _WATCHED:
+        if fullname != self.watched:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
-            def load_and_register(module: ModuleType) -> None:
+            def load_and_follow(module: ModuleType) -> None:
                 load(module)
-                importlib.import_module("qsurgeon.hf")
+                importlib.import_module(self.ours)
 
-            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = load_and_follow  # type: ignore[method-assign]
         return spec
 
 
-if _WATCHED in sys.modules:
-    importlib.import_module("qsurgeon.hf")
-else:
-    sys.meta_path.insert(0, _Watch())
+def _follow(watched: str, ours: str) -> None:
+    """Import ``ours`` as soon as ``watched`` is imported, at once if it is already."""
+    if watched in sys.modules:
+        importlib.import_module(ours)
+    else:
+        sys.meta_path.insert(0, _Watch(watched, ours))
+
+
+_follow("transformers.quantizers.auto", "qsurgeon.hf")
+if VARIABLE in os.environ:
+    _follow("transformers.modeling_utils", "qsurgeon.launch.loading")

@@ -9,7 +9,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
 ├── CalibrationError      examples that do not say what a static scale should be
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
-├── UsageError            a command that lacks what neither its options nor its recipe say
+├── UsageError            a command that lacks something, or names a program that is not there
 └── NothingWrappedError   a model that should compute in another format and does not
 """
 
@@ -83,7 +83,7 @@ class CheckpointError(QSurgeonError):
 
 
 class UsageError(QSurgeonError):
-    """A command that lacks something that neither its options nor its recipe say."""
+    """A command that lacks something that neither its options nor its recipe say, or a program that is not there."""
 
 
 class NothingWrappedError(QSurgeonError):

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
+from qsurgeon.launch.announce import announce
 from qsurgeon.layers import Quantization, quant_linears, rollout_unless_told
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
@@ -203,6 +204,7 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
         config.quantization_config = record
     if hasattr(root, "add_model_tags"):
         root.add_model_tags([QUANT_METHOD])
+    announce(root)
     return model
 
 

@@ -9,6 +9,7 @@ import pytest
 import qsurgeon
 
 PACKAGE = Path(qsurgeon.__file__).parent
+STARTUP = "launch/startup/sitecustomize.py"  # lies in the package and is none of its modules: Python itself runs it
 
 # Who may import whom: each part those to its left, and nobody beside it. The package itself hands out names of all.
 ORDER = (
@@ -17,6 +18,7 @@ ORDER = (
     {"layers", "recipe"},
     {"surgery"},
     {"checkpoint"},
+    {"launch"},
     {"hf"},
     {"calibration", "noise", "scan", "export"},
     {"report"},
@@ -65,8 +67,14 @@ def test_imports_point_left_only() -> None:
 
 
 def test_parts_do_not_import_the_package_itself() -> None:
-    wrong = [f"{path}:{node.lineno}" for path, tree in files() for node in imports(tree) if "qsurgeon" in modules(node)]
-    assert wrong == []
+    found = {path for path, tree in files() for node in imports(tree) if "qsurgeon" in modules(node)}
+    assert found == {STARTUP}
+
+
+def test_what_python_runs_at_its_start_imports_nothing_but_the_package_and_the_standard_library() -> None:
+    (tree,) = (tree for path, tree in files() if path == STARTUP)
+    imported = {module.split(".")[0] for node in imports(tree) for module in modules(node)}
+    assert imported - sys.stdlib_module_names == {"qsurgeon"}
 
 
 def test_imports_are_absolute_and_name_what_they_import() -> None:

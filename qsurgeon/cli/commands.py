@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qsurgeon.errors import UsageError
+from qsurgeon.launch import run as become
 from qsurgeon.version import __version__
 
 if TYPE_CHECKING:
@@ -145,6 +146,17 @@ def schema() -> None:
     from qsurgeon.recipe import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+# Options behind the command's first word are the command's, also without `--`.
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND", help="The program to start, and its arguments.")
+    ] = None,
+) -> None:
+    """Start a program in which every Python process knows qsurgeon, and says what was wrapped in what it loads."""
+    become(command or [])
 
 
 def _model_of(recipe: "Recipe", model: str | None) -> str:

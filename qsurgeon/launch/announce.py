@@ -1,0 +1,36 @@
+"""Say on stderr what was wrapped in a model, below ``qsurgeon run``."""
+
+import os
+from typing import Any
+
+from qsurgeon.formats.native import say
+from qsurgeon.launch import VARIABLE
+from qsurgeon.layers import quant_linears
+from qsurgeon.surgery import inventory
+
+_said: set[str] = set()
+
+
+def announce(model: Any) -> None:
+    """Say how many modules of a model are wrapped, and by which rules of the recipe.
+
+    Nothing is said outside of ``qsurgeon run``, nor what this process has said before. A model in which nothing is
+    wrapped is announced as well, and at once: at the end of a long run it would be too late to know.
+    """
+    if VARIABLE not in os.environ:
+        return
+    rank = os.environ.get("RANK")
+    # With the process id in it, a forked child does not take for said what its parent said.
+    who = f"pid {os.getpid()}" if rank is None else f"pid {os.getpid()} (rank {rank})"
+    name = type(model).__name__
+    linears = sum(module.linear and not module.adapter for module in inventory(model))
+    wrapped = quant_linears(model).values()
+    if wrapped:
+        rules = ", ".join(dict.fromkeys(layer.quantization.rule for layer in wrapped))
+        line = f"{who}: {name}: {len(wrapped)} of {linears} Linear modules wrapped (recipe rules: {rules})"
+    else:
+        origin = getattr(getattr(model, "config", None), "name_or_path", "")
+        line = f"{who}: {name}{f' from {origin}' if origin else ''}: none of {linears} Linear modules wrapped"
+    if line not in _said:
+        _said.add(line)
+        say(line)
