@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf import apply, load, plan
     from qsurgeon.layers import QuantLinear
+    from qsurgeon.merging import merge
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
 
@@ -36,6 +37,7 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
+    "merge",
     "plan",
     "rewrite",
 ]
@@ -50,6 +52,7 @@ _HOME = {
     "inspect": "report.inspection",
     "load": "hf",
     "load_recipe": "recipe",
+    "merge": "merging",
     "plan": "hf",
     "rewrite": "checkpoint",
 }
