@@ -6,7 +6,7 @@ weight, W + ΔW, in the base's dtype.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,15 +129,16 @@ def merge(
     ``destination`` does not exist then.
     """
     adapter, destination = Path(adapter), Path(os.path.normpath(destination))
-    config = _config(adapter)
+    _config(adapter)
     base = base_of(adapter, model)
     for source in (adapter, base):
         refuse_inside(destination, source)
     with staged(destination) as folder:
-        loaded = _on_its_base(adapter, config, base)
-        root = loaded.get_base_model()
+        root = load(base, dtype="auto")
+        ties = {one.name: one.tied_to for one in inventory(root) if one.tied_to is not None}
+        loaded = _with_adapter(root, adapter, base)
         names = dict(_adapted(root))
-        _refuse_tied(loaded, names)
+        _refuse_tied(ties, names)
         changes = tuple(_fold(name, layer) for name, layer in names.items() if isinstance(layer, lora.LoraLayer))
         replaced = tuple(name for name, layer in names.items() if isinstance(layer, AuxiliaryTrainingWrapper))
         loaded.merge_and_unload()
@@ -181,9 +182,8 @@ def _config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def _on_its_base(adapter: Path, config: dict[str, Any], base: Path) -> Any:
-    """Return the adapter on its base. Raises: CheckpointError if it does not fit."""
-    model = load(base, dtype="auto")
+def _with_adapter(model: nn.Module, adapter: Path, base: Path) -> Any:
+    """Return ``model``, which is ``base``, with the adapter on it. Raises: CheckpointError if it does not fit."""
     # Only the modules that the config names are looked for: with a base of another kind, that is a ValueError.
     try:
         loaded = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(adapter)), NAME)
@@ -238,9 +238,8 @@ def _adapted(root: nn.Module) -> Iterator[tuple[str, Any]]:
         yield name, layer
 
 
-def _refuse_tied(loaded: Any, names: Iterable[str]) -> None:
-    """Do nothing if no module of ``names`` shares its weight. Raises: CheckpointError."""
-    ties = {one.name: one.tied_to for one in inventory(loaded) if one.tied_to is not None and not one.adapter}
+def _refuse_tied(ties: Mapping[str, str], names: Iterable[str]) -> None:
+    """Do nothing if no module of ``names`` is in ``ties`` (whose weight is whose). Raises: CheckpointError."""
     for name in names:
         for one, owner in ties.items():
             if name in (one, owner):
