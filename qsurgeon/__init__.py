@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf import apply, load, plan
     from qsurgeon.layers import QuantLinear, disabled, phase
+    from qsurgeon.merging import merge
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
 
@@ -39,6 +40,7 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
+    "merge",
     "phase",
     "plan",
     "rewrite",
@@ -55,6 +57,7 @@ _HOME = {
     "inspect": "report.inspection",
     "load": "hf",
     "load_recipe": "recipe",
+    "merge": "merging",
     "phase": "layers",
     "plan": "hf",
     "rewrite": "checkpoint",

@@ -29,6 +29,7 @@ from qsurgeon.surgery import (
     Record,
     architecture,
     build_plan,
+    bypassed,
     inventory,
     operate,
     plain_model,
@@ -214,13 +215,18 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     ``auto_class``: the class that a folder's config.json names, or AutoModelForCausalLM for a hub id, unless told
     otherwise. ``kwargs`` go to its ``from_pretrained``.
 
-    Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision.
+    Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision. SurgeryError for
+    an adapter that computes past them.
     """
     register()
     if auto_class is None:
         auto_class = _class_of(Path(path)) or transformers.AutoModelForCausalLM
     model = auto_class.from_pretrained(path, **kwargs)
     if quant_linears(model):
+        past = bypassed(model)
+        if past:
+            name, how = next(iter(past.items()))
+            raise SurgeryError(f"{path}: {len(past)} wrapped modules would have no effect, such as {name}: {how}")
         return model
     if (Path(path) / ADAPTER).is_file():
         base = model.config.name_or_path

@@ -20,7 +20,7 @@ ORDER = (
     {"checkpoint"},
     {"launch"},
     {"hf"},
-    {"calibration", "noise", "scan", "export"},
+    {"calibration", "noise", "scan", "export", "merging"},
     {"report"},
     {"cli"},
     {"__init__", "__main__"},

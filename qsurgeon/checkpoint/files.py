@@ -1,6 +1,7 @@
 """A checkpoint's files: which hold weights, what the headers of these say, and what belongs beside them."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON object as people read it."""
+    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -111,3 +117,10 @@ def companions(folder: Path) -> Iterator[Path]:
         weights = ours or file.suffix in FOREIGN_WEIGHTS
         if file.is_file() and not hidden and not weights:
             yield inside
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what belongs beside the weights in ``source`` to ``folder``."""
+    for inside in companions(source):
+        (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / inside, folder / inside)

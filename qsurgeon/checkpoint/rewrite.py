@@ -4,7 +4,6 @@ With ``storage: master`` no weight changes: config.json gets the record and the 
 hard links, because safetensors writes files in place: saving a trained model over a link would change the source.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,8 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qsurgeon.checkpoint.card import with_section
-from qsurgeon.checkpoint.files import INDEX, SINGLE, Tensor, companions, read_headers, read_json, weight_files
-from qsurgeon.checkpoint.staging import staged
+from qsurgeon.checkpoint.files import (
+    INDEX,
+    SINGLE,
+    Tensor,
+    copy_companions,
+    read_headers,
+    read_json,
+    weight_files,
+    write_json,
+)
+from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import QUANT_METHOD, Plan, build_plan, inventory, read_config, record_of, skeleton
@@ -46,19 +54,14 @@ def rewrite(
         recipe = load_recipe(recipe)
     if not source.is_dir():
         raise CheckpointError(f"{source}: {'is a file; expected a folder' if source.exists() else 'no such folder'}")
-    if destination.resolve() == source.resolve():
-        raise CheckpointError(f"{destination} is the source itself; write somewhere else")
-    if destination.resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(f"{destination} lies inside the source {source}; write somewhere else")
+    refuse_inside(destination, source)
     config = read_json(source / "config.json")
     _refuse_quantized(config, source)
     plan = build_plan(recipe, inventory(skeleton(read_config(source))))
     tensors = read_headers(source)
     _check_shapes(plan, tensors, source)
     with staged(destination) as folder:
-        for inside in companions(source):
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / inside, folder / inside)
+        copy_companions(source, folder)
         for file in weight_files(source):
             _copy(file, folder / file.name, advance)
         if (source / INDEX).is_file():
@@ -69,8 +72,8 @@ def rewrite(
             "quant_method": QUANT_METHOD,
             **record_of(plan, __version__).model_dump(mode="json"),
         }
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "qsurgeon-plan.json", _plan_json(plan, source))
+        write_json(folder / "config.json", config)
+        write_json(folder / "qsurgeon-plan.json", _plan_json(plan, source))
         (folder / "recipe.yaml").write_text(recipe.text, "utf-8")
         card = folder / "README.md"
         before = card.read_text("utf-8") if card.is_file() else ""
@@ -131,7 +134,7 @@ def _untie(plan: Plan, tensors: dict[str, Tensor], config: dict[str, Any], folde
     weight_map = {name: names.get(tensor.file.name, tensor.file.name) for name, tensor in tensors.items()}
     weight_map |= dict.fromkeys(copies, UNTIED)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     config["tie_word_embeddings"] = False
     if isinstance(config.get("text_config"), dict):
         config["text_config"]["tie_word_embeddings"] = False
@@ -141,7 +144,3 @@ def _plan_json(plan: Plan, source: Path) -> dict[str, Any]:
     versions = {"qsurgeon": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     steps = [{"module": step.module.name, "why": step.why} for step in plan.steps if step.why]
     return {"source": source.name, "versions": versions, "modules": steps}
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")

@@ -9,6 +9,14 @@ from pathlib import Path
 from qsurgeon.errors import CheckpointError
 
 
+def refuse_inside(final: Path, source: Path) -> None:
+    """Do nothing if ``final`` may be written. Raises: CheckpointError if it is ``source``, or lies inside of it."""
+    if final.resolve() == source.resolve():
+        raise CheckpointError(f"{final} is the source itself; write somewhere else")
+    if final.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{final} lies inside the source {source}; write somewhere else")
+
+
 @contextlib.contextmanager
 def staged(final: Path) -> Iterator[Path]:
     """Yield a folder that becomes ``final`` only if the block ends well; after an error neither exists.

@@ -92,6 +92,34 @@ def apply(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter that peft saved.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder of its wrapped base; wins over the one it names.")
+    ] = None,
+    as_json: Json = False,
+    every: All = False,
+) -> None:
+    """Fold an adapter into its wrapped base; show what rounding the sum anew changes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
+
+    from qsurgeon.checkpoint import weight_files
+    from qsurgeon.merging import base_of
+    from qsurgeon.merging import merge as fold
+    from qsurgeon.report.merging import merge_text
+
+    size = sum(file.stat().st_size for file in weight_files(base_of(adapter, model)))
+    columns = ("merging", BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=size)
+        done = fold(adapter, output, model, lambda count: bar.advance(task, count))
+    typer.echo(json.dumps(done.to_dict(), indent=2) if as_json else merge_text(done, fold=not every, width=_width()))
+    typer.echo(f"load it with: qsurgeon.load({output!r})", err=True)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or hub id.")],
     as_json: Json = False,
@@ -172,5 +200,9 @@ def _print_report(report: "Report", as_json: bool, every: bool) -> None:
     if as_json:
         typer.echo(report.to_json())
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(report_text(report, fold=not every, width=width))
+    typer.echo(report_text(report, fold=not every, width=_width()))
+
+
+def _width() -> int | None:
+    """Return the width of a terminal that is looked at, or None."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

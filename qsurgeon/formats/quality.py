@@ -15,8 +15,19 @@ _SEED = 0
 
 def sqnr(x: Tensor, rounded: Tensor) -> float:
     """Return 10 · log10(Σx² / Σ(rounded − x)²), in dB, summed in float64; infinity where nothing was lost."""
-    noise = (rounded.double() - x.double()).square().sum().item()
-    return 10 * math.log10(x.double().square().sum().item() / noise) if noise else math.inf
+    return decibels(energy(x), energy(rounded.double() - x.double()))
+
+
+def energy(x: Tensor) -> float:
+    """Return Σx², summed in float64."""
+    return x.double().square().sum().item()
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Return 10 · log10(signal / noise); infinity without noise, minus infinity where there is only noise."""
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def gaussian() -> Tensor:

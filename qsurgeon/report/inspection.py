@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from qsurgeon.hf import record_in, refuse_foreign
 from qsurgeon.layers import AS_IT_IS, Quantization, quant_linears
 from qsurgeon.report.rows import Report, Row
-from qsurgeon.surgery import Excluded, Plan, Step, inventory, plain_model, read_config, skeleton
+from qsurgeon.surgery import Excluded, Plan, Step, bypassed, inventory, plain_model, read_config, skeleton
 
 NOT_CALLED = "never called by the example: its parent computes past it"
 LARGE = 0.01  # of all parameters: a module that no rule names and that holds more is pointed out
@@ -26,7 +27,8 @@ def inspect(model: Any, example: Mapping[str, Any] | None = None) -> Report:
     """Return every module of a live model, a folder or a hub id: what it computes with, and why.
 
     ``example``: what to call a live model with (``{"input_ids": …}``). Then a layer that is wrapped and was not called
-    is said to be: its parent may read the weight itself and compute past it.
+    is said to be: its parent may read the weight itself and compute past it. Of peft's adapters that do that, it is
+    known without an example.
 
     A live model (inside peft, torch.compile or DDP too) is asked itself: what its layers will do, whatever its
     config says. A folder is read by its config.json alone.
@@ -52,7 +54,7 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
     wrapped = {path: layer.quantization for path, layer in quant_linears(model).items()}
     steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
     called = None if example is None else _called(model, example)
-    return _report(steps, record.storage if record else "", "", called)
+    return _report(steps, record.storage if record else "", "", called, bypassed(model))
 
 
 def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
@@ -69,13 +71,19 @@ def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
     return called
 
 
-def _report(steps: Iterable[Step], storage: str, source: str, called: set[str] | None = None) -> Report:
+def _report(
+    steps: Iterable[Step],
+    storage: str,
+    source: str,
+    called: set[str] | None = None,
+    past: Mapping[str, str] = MappingProxyType({}),
+) -> Report:
     steps = tuple(steps)
     everything = sum(step.module.parameters for step in steps) or 1
-    return Report(tuple(_row(step, everything, called) for step in steps if step.why), storage, source)
+    return Report(tuple(_row(step, everything, called, past) for step in steps if step.why), storage, source)
 
 
-def _row(step: Step, everything: int, called: set[str] | None) -> Row:
+def _row(step: Step, everything: int, called: set[str] | None, past: Mapping[str, str]) -> Row:
     module, how = step.module, step.quantization
     was_called = None if called is None or how is None else module.path in called
     stored = 8 * module.bytes / module.parameters if module.parameters else None
@@ -83,7 +91,9 @@ def _row(step: Step, everything: int, called: set[str] | None) -> Row:
     remarks = [step.why]
     if module.tied_to is not None:
         remarks.append(f"tied to {module.tied_to}")
-    if was_called is False:
+    if module.path in past:
+        remarks.append(past[module.path])
+    elif was_called is False:
         remarks.append(NOT_CALLED)
     return Row(
         module.name,
@@ -99,4 +109,5 @@ def _row(step: Step, everything: int, called: set[str] | None) -> Row:
         module.linear and not module.adapter,
         was_called,
         not named and not module.adapter and module.parameters >= LARGE * everything,
+        module.path in past,
     )

@@ -17,7 +17,7 @@ class Row:
     """One module: what it is, what it computes with, and why.
 
     bits: of one weight value as the layer computes with it. bytes: of the parameters it holds now.
-    called: by the example, where there was one to ask with.
+    called: by the example, where there was one to ask with. bypassed: by an adapter that computes past it.
     """
 
     module: str
@@ -33,6 +33,7 @@ class Row:
     linear: bool
     called: bool | None = None
     large: bool = False
+    bypassed: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class Report:
         parts = [f"{n} with weight {weight}, input {input_}" for (weight, input_), n in kinds.items()]
         share = sum(row.parameters for row in self.rows if row.gradient != AS_IT_IS) / self.parameters
         uncalled = sum(row.called is False for row in self.rows)
+        past = sum(row.bypassed for row in self.rows)
+        if past:
+            parts.append(f"past {past} of them adapters compute in full precision")
         if uncalled:
             parts.append(f"{uncalled} of them were never called")
         return (

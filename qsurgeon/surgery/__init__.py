@@ -1,5 +1,6 @@
 """From a recipe to a changed model: list its modules, decide each one's fate, operate."""
 
+from qsurgeon.surgery.adapters import bypassed
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
@@ -15,6 +16,7 @@ __all__ = [
     "Step",
     "architecture",
     "build_plan",
+    "bypassed",
     "inventory",
     "operate",
     "plain_model",

@@ -8,6 +8,7 @@ from torch import nn
 
 from qsurgeon.errors import SurgeryError
 from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.surgery.adapters import bypass
 from qsurgeon.surgery.inventory import inventory, plain_model
 
 
@@ -17,7 +18,8 @@ def operate(model: nn.Module, quantizations: Mapping[str, Quantization], *, unti
     Nothing is changed unless all of them can be. ``untie`` gives a wrapped module whose weight is tied to another's
     a copy of its own.
 
-    Raises: SurgeryError if the model is wrapped already, or a module is missing or cannot be wrapped.
+    Raises: SurgeryError if the model is wrapped already, or a module is missing or cannot be wrapped, or has an adapter
+    that would compute past it.
     """
     wrapped = quant_linears(model)
     if wrapped:
@@ -35,6 +37,9 @@ def operate(model: nn.Module, quantizations: Mapping[str, Quantization], *, unti
             QuantLinear.check(linear)
         except SurgeryError as error:
             raise SurgeryError(f"{name} cannot be wrapped: {error}") from error
+        past = bypass(model, modules[name].path)
+        if past is not None:
+            raise SurgeryError(f"{name} cannot be wrapped: {past}")
     times = Counter(map(id, linears.values()))
     twice = [name for name, linear in linears.items() if times[id(linear)] > 1]
     if twice:

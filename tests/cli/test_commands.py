@@ -140,6 +140,7 @@ def test_plan_prints_json(run: Run) -> None:
         "linear": True,
         "called": None,
         "large": False,
+        "bypassed": False,
     }
 
 

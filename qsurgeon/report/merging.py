@@ -1,0 +1,51 @@
+"""What a merge changed, as a table."""
+
+from collections import defaultdict
+
+from rich.table import Table
+
+from qsurgeon.merging import Change, Merged, total
+from qsurgeon.report.tables import rendered, shared_name, without_numbers
+
+
+def merge_text(merged: Merged, *, fold: bool = True, width: int | None = None) -> str:
+    """Return the changes as a table and its totals; ``fold`` makes one line of modules that differ in a number."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("module", overflow="fold", no_wrap=True)
+    table.add_column("n", justify="right")
+    for name in ("shape", "weight"):
+        table.add_column(name)
+    for name in ("ΔW/W", "codes changed", "dB"):
+        table.add_column(name, justify="right")
+    groups = _folded(merged.changes) if fold else [(one.module, [one]) for one in merged.changes]
+    for name, alike in groups:
+        one = total(alike, name)
+        table.add_row(name, str(len(alike)), "×".join(map(str, one.shape)), one.weight, *_numbers(one))
+    return f"{rendered(table, width)}\n\n{_totals(merged)}"
+
+
+def _numbers(one: Change) -> tuple[str, str, str]:
+    relative = "" if one.relative is None else f"{one.relative:.2%}"
+    return relative, "" if one.share is None else f"{one.share:.1%}", f"{one.sqnr:.1f}"
+
+
+def _totals(merged: Merged) -> str:
+    rounded = [one for one in merged.changes if one.codes]
+    lines = [f"{len(merged.changes)} modules are merged, {len(rounded)} of them in another format"]
+    if rounded:
+        relative, share, sqnr = _numbers(total(rounded))
+        lines[0] += f": ΔW/W {relative or '-'}, {share} of their codes changed, {sqnr} dB"
+    if merged.replaced:
+        lines.append(f"replaced as the adapter has them: {', '.join(merged.replaced)}")
+    lines.append(
+        "dB: q(W + ΔW), which the merged layer computes with, against q(W) + ΔW, which the adapter trained with"
+    )
+    return "\n".join(lines)
+
+
+def _folded(changes: tuple[Change, ...]) -> list[tuple[str, list[Change]]]:
+    """Return (name, changes) of the modules that are alike but for the numbers in their names."""
+    groups: dict[tuple[object, ...], list[Change]] = defaultdict(list)
+    for one in changes:
+        groups[without_numbers(one.module), one.shape, one.weight].append(one)
+    return [(shared_name([one.module for one in group]), group) for group in groups.values()]

@@ -1,0 +1,403 @@
+"""Every adapter method of peft on wrapped layers: it calls them, or it is refused."""
+
+import pkgutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import peft.tuners
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+import qsurgeon
+from qsurgeon.errors import SurgeryError
+from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.surgery import bypassed
+
+# FRoD's own.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+
+TOKENS = torch.arange(1, 13).reshape(2, 6)
+TARGETS = ["q_proj", "down_proj"]
+Q = "model.layers.0.self_attn.q_proj"
+
+Maker = Callable[..., Any]
+Make = Callable[[], Any]
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep BOFT from building its CUDA extension, which no CPU can load; without it, it computes in torch."""
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: None)
+
+
+@pytest.fixture
+def model(make_qwen2: Maker) -> Maker:
+    """Return a maker of models of one layer, whose output head is its own."""
+    return lambda **fields: make_qwen2(**{"num_hidden_layers": 1, "tie_word_embeddings": False, **fields})
+
+
+def made(kind: str, **fields: Any) -> Make:
+    return lambda: getattr(peft, kind)(**{"target_modules": TARGETS, **fields})
+
+
+def lora(**fields: Any) -> Make:
+    return made("LoraConfig", **{"r": 4, **fields})
+
+
+CALL = {
+    "lora": lora(),
+    "lora with dropout": lora(lora_dropout=0.5),
+    "lora with bias": lora(target_modules=["q_proj"], lora_bias=True),
+    "rslora": lora(use_rslora=True),
+    "dora": lora(use_dora=True),
+    "pissa": lora(init_lora_weights="pissa"),
+    "olora": lora(init_lora_weights="olora"),
+    "mica": lora(init_lora_weights="mica"),
+    "target_parameters": lora(target_modules=[], target_parameters=["q_proj.weight", "down_proj.weight"]),
+    "trainable_token_indices": lora(trainable_token_indices=[1, 2]),
+    "qalora": lora(use_qalora=True, qalora_group_size=16),
+    "alora": lora(alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
+    "velora": lora(velora_config=peft.VeloraConfig(num_groups=8)),
+    "kasa": lora(kasa_config=peft.KasaConfig()),
+    "monteclora": lora(monteclora_config=peft.MontecloraConfig()),
+    "bdlora": lora(
+        use_bdlora=peft.BdLoraConfig(nblocks=2, target_modules_bd_a=["down_proj"], target_modules_bd_b=["q_proj"])
+    ),
+    "adalora": made("AdaLoraConfig", init_r=4, target_r=2, total_step=100),
+    "adamss": made("AdamssConfig"),
+    "beft": made("BeftConfig", target_modules=["q_proj"]),  # a bias, and q_proj alone has one
+    "boft": made("BOFTConfig", boft_block_size=8),
+    "c3a": made("C3AConfig", block_size=8),
+    "deft": made("DeftConfig"),
+    "delora": made("DeloraConfig", r=4),
+    "fourierft": made("FourierFTConfig", n_frequency=10),
+    "gralora": made("GraloraConfig", r=4, gralora_k=2),
+    "hira": made("HiraConfig", r=4),
+    "ia3": made("IA3Config", feedforward_modules=["down_proj"]),
+    "lily": made("LilyConfig"),
+    "loha": made("LoHaConfig", r=4),
+    "lokr": made("LoKrConfig", r=4),
+    "miss": made("MissConfig", r=4),
+    "oft": made("OFTConfig", r=0, oft_block_size=8),
+    "osf": made("OSFConfig", effective_rank=4),
+    "peanut": made("PeanutConfig"),
+    "psoft": made("PsoftConfig"),
+    "pvera": made("PveraConfig", r=4),
+    "randlora": made("RandLoraConfig", r=4),
+    "road": made("RoadConfig"),
+    "tinylora": made("TinyLoraConfig"),
+    "unilora": made("UniLoraConfig"),
+    "vblora": made("VBLoRAConfig", num_vectors=8, vector_length=8, r=4, topk=2),
+    "vera": made("VeraConfig", r=4),
+    "waveft": made("WaveFTConfig", n_frequency=10),
+}
+
+ITSELF = "the adapter on it ({}) multiplies with its weight itself and never calls it"
+PAST = {
+    "frod": (made("FrodConfig"), ITSELF.format("Linear of peft's frod")),
+    "hra": (made("HRAConfig", r=4), ITSELF.format("HRALinear of peft's hra")),
+    "miss, bat": (made("MissConfig", r=4, init_weights="bat"), ITSELF.format("MissLinear, init_weights='bat'")),
+    "shira": (made("ShiraConfig", r=4), ITSELF.format("Linear of peft's shira")),
+    "supertuning": (made("SupertuningConfig"), ITSELF.format("Linear of peft's supertuning")),
+}
+DORA = lora(use_dora=True, lora_dropout=0.5)
+DORA_PAST = (
+    "the adapter on it (DoRA with lora_dropout) multiplies with its weight itself while it trains; set lora_dropout=0"
+)
+
+# Those that put no layer around a Linear; and poly and xlora, whose forward wants to be told of tasks or experts, and
+# which are made of LoRA layers.
+NO_LAYER = {
+    "adaption_prompt", "cartridge", "cpt", "ln_tuning", "lora", "mixed", "multitask_prompt_tuning", "p_tuning", "poly",
+    "prefix_tuning", "prompt_tuning", "shadow", "trainable_tokens", "xlora",
+}  # fmt: skip
+
+
+def test_every_method_of_peft_is_tried() -> None:
+    methods = {found.name for found in pkgutil.iter_modules(peft.tuners.__path__) if found.ispkg}
+    tried = {name.split(",")[0] for name in [*CALL, *PAST]} | {"glora"}
+    assert methods - NO_LAYER - tried == set()
+
+
+def trained(model: Any) -> Any:
+    """Give what the adapters train other values than those they start with."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def on(model: Any, config: Any) -> Any:
+    return trained(peft.get_peft_model(model, config))
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[Any, QuantLinear]]:
+    """Yield the layers of peft that hold a wrapped one, and that."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), QuantLinear):
+            yield layer, layer.get_base_layer()
+
+
+def output(layer: Any, x: Tensor) -> Tensor:
+    torch.manual_seed(3)  # of dropout
+    result: Tensor = layer(x)
+    return result
+
+
+def unrounded(layer: Any, held: QuantLinear, x: Tensor) -> Tensor:
+    """Return what ``layer`` computes if the layer it holds rounds nothing."""
+    how, held.quantization = held.quantization, Quantization(None, None)
+    try:
+        return output(layer, x)
+    finally:
+        held.quantization = how
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("before", [True, False], ids=["adapter first", "surgery first"])
+@pytest.mark.parametrize("name", CALL)
+def test_an_adapter_calls_the_layer_it_sits_on(model: Maker, name: str, before: bool, training: bool) -> None:
+    if before:
+        adapted = qsurgeon.apply("w4a4-mxfp4", on(model(), CALL[name]()))
+    else:
+        adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL[name]())
+    adapted.train(training)
+    report = qsurgeon.inspect(adapted, {"input_ids": TOKENS})
+    assert [row.module for row in report.rows if row.called is False or row.bypassed] == []
+    assert report.wrapped == 7
+    pairs = list(layers_of(adapted))
+    assert pairs
+    for layer, held in pairs:
+        torch.manual_seed(2)
+        x = torch.randn(3, 4, held.in_features)
+        assert not torch.equal(output(layer, x), unrounded(layer, held, x))
+    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(held.weight.grad is None for _, held in pairs)
+
+
+ADDS = (
+    "lora", "lora with dropout", "rslora", "pissa", "olora", "adalora", "fourierft", "hira", "loha", "lokr", "miss",
+    "vblora", "vera",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADDS)
+def test_what_an_adapter_adds_sees_the_unrounded_input(model: Maker, name: str) -> None:
+    adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL[name]()).train()
+    for layer, held in layers_of(adapted):
+        torch.manual_seed(2)
+        x = torch.randn(3, 4, held.in_features)
+        with_rounding = output(layer, x) - held(x)
+        without = unrounded(layer, held, x) - unrounded(held, held, x)
+        torch.testing.assert_close(with_rounding, without, rtol=1e-5, atol=1e-5)
+        assert without.norm() > 0
+
+
+def test_dora_scales_what_was_rounded(model: Maker) -> None:
+    adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL["dora"]())
+    for layer, held in layers_of(adapted):
+        x = torch.randn(3, 4, held.in_features)
+        added = layer.get_delta_weight("default")
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        scale = magnitude / (held.weight + added).norm(dim=1)
+        bias = 0 if held.bias is None else held.bias
+        expected = scale * (held(x) - bias) + bias + scale * nn.functional.linear(x, added)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_target_parameters_are_added_before_rounding(model: Maker) -> None:
+    adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL["target_parameters"]())
+    layer, held = next(layers_of(adapted))
+    x = torch.randn(3, 4, held.in_features)
+    added = layer.get_delta_weight("default")
+    mxfp4 = held.quantization.weight
+    assert mxfp4 is not None
+    weight = mxfp4.fake_quantize((held.weight + added).detach())
+    expected = nn.functional.linear(mxfp4.fake_quantize(x), weight, held.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAST)
+def test_an_adapter_that_computes_past_its_layer_is_refused_by_surgery(model: Maker, name: str) -> None:
+    config, how = PAST[name]
+    adapted = peft.get_peft_model(model(), config())
+    with pytest.raises(SurgeryError) as caught:
+        qsurgeon.apply("w4a4-mxfp4", adapted)
+    assert str(caught.value) == f"{Q} cannot be wrapped: {how}"
+    assert quant_linears(adapted) == {}
+
+
+@pytest.mark.parametrize("name", PAST)
+def test_on_a_wrapped_model_it_computes_past_it_indeed_and_inspect_says_so(model: Maker, name: str) -> None:
+    config, how = PAST[name]
+    adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), config())
+    for layer, held in layers_of(adapted):
+        x = torch.randn(3, 4, held.in_features)
+        assert torch.equal(output(layer, x), unrounded(layer, held, x))
+    report = qsurgeon.inspect(adapted)
+    past = {row.module: row.why for row in report.rows if row.bypassed}
+    assert past == dict.fromkeys((Q, "model.layers.0.mlp.down_proj"), f"rule 'linears'; {how}")
+    assert report.summary.endswith("; past 2 of them adapters compute in full precision")
+
+
+def test_glora_is_refused_by_surgery_and_refuses_wrapped_layers_itself(model: Maker) -> None:
+    config = made("GloraConfig")
+    with pytest.raises(SurgeryError) as caught:
+        qsurgeon.apply("w4a4-mxfp4", peft.get_peft_model(model(), config()))
+    assert str(caught.value) == f"{Q} cannot be wrapped: " + ITSELF.format("GloraLinear of peft's glora")
+    with pytest.raises(ValueError, match=r"is not a plain torch\.nn\.Linear"):
+        peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), config())
+
+
+def test_dora_with_dropout_computes_past_its_layer_while_it_trains(model: Maker) -> None:
+    with pytest.raises(SurgeryError) as caught:
+        qsurgeon.apply("w4a4-mxfp4", peft.get_peft_model(model(), DORA()))
+    assert str(caught.value) == f"{Q} cannot be wrapped: {DORA_PAST}"
+    adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), DORA()).train()
+    assert set(bypassed(adapted).values()) == {DORA_PAST}
+    layer, held = next(layers_of(adapted))
+    x = torch.randn(3, 4, held.in_features)
+    # Of the two products with the weight only one was rounded: the difference is the layer's alone, not scaled.
+    difference = output(layer, x) - unrounded(layer, held, x)
+    torch.testing.assert_close(difference, held(x) - unrounded(held, held, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_tuner_of_a_linear_trains_a_copy_and_is_refused_if_that_stays_in_full_precision(model: Maker) -> None:
+    config = made("LNTuningConfig")
+    with pytest.raises(SurgeryError) as caught:
+        qsurgeon.apply("w4a4-mxfp4", peft.get_peft_model(model(), config()))
+    assert str(caught.value) == (
+        f"{Q} cannot be wrapped: the adapter on it (LNTuningLayer) trains a copy of it in full precision, "
+        "and calls that instead"
+    )
+    adapted = peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), config())
+    assert bypassed(adapted) == {}
+    assert sorted(name.rsplit(".", 1)[1] for name in quant_linears(adapted) if "ln_tuning" in name) == ["default"] * 2
+
+
+def test_load_refuses_an_adapter_that_computes_past_its_base(model: Maker, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    qsurgeon.apply("w4a4-mxfp4", model()).save_pretrained(base)
+    peft.get_peft_model(qsurgeon.load(base), PAST["hra"][0]()).save_pretrained(adapter)
+    with pytest.raises(SurgeryError) as caught:
+        qsurgeon.load(adapter)
+    assert str(caught.value) == (
+        f"{adapter}: 2 wrapped modules would have no effect, such as {Q}.base_layer: {PAST['hra'][1]}"
+    )
+
+
+# --- LoRA before and after surgery, and trained
+
+
+EVERY = {"r": 4, "target_modules": "all-linear", "lora_alpha": 8}
+
+
+def both_orders(model: Maker) -> tuple[Any, Any]:
+    torch.manual_seed(4)
+    first = qsurgeon.apply("w4a4-mxfp4", on(model(), peft.LoraConfig(**EVERY)))
+    torch.manual_seed(4)
+    return first, on(qsurgeon.apply("w4a4-mxfp4", model()), peft.LoraConfig(**EVERY))
+
+
+def test_lora_before_and_after_surgery_are_the_same_to_the_bit(model: Maker) -> None:
+    first, second = both_orders(model)
+    assert list(quant_linears(first)) == list(quant_linears(second))
+    losses = [one(input_ids=TOKENS, labels=TOKENS).loss for one in (first, second)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    grads = [{name: p.grad for name, p in one.named_parameters() if p.requires_grad} for one in (first, second)]
+    assert grads[0].keys() == grads[1].keys()
+    assert len(grads[0]) == 2 * 7
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name])
+        assert grad.norm() > 0
+
+
+def test_all_linear_takes_the_wrapped_layers_and_not_the_head(model: Maker) -> None:
+    adapted = peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), peft.LoraConfig(**EVERY))
+    assert len(list(layers_of(adapted))) == len(quant_linears(adapted)) == 7
+    assert type(adapted.base_model.model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=str)
+def test_adapters_of_a_bf16_model_keep_their_dtype_and_learn(model: Maker, autocast: bool, dtype: torch.dtype) -> None:
+    wrapped = qsurgeon.apply("w4a4-mxfp4", model().bfloat16())
+    adapted = trained(peft.get_peft_model(wrapped, peft.LoraConfig(**EVERY), autocast_adapter_dtype=autocast))
+    adapters = {name: one for name, one in adapted.named_parameters() if "lora_" in name}
+    assert {one.dtype for one in adapters.values()} == {dtype}
+    logits = adapted(input_ids=TOKENS, labels=TOKENS)
+    assert logits.logits.dtype == torch.bfloat16
+    logits.loss.backward()
+    assert all(one.grad is not None and one.grad.norm() > 0 for one in adapters.values())
+    assert not [name for name in quant_linears(adapted) if "lora_" in name]
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        tokens = torch.randint(0, 96, (2, 8), generator=torch.Generator().manual_seed(step))
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("autocast", [True, False], ids=["fp32", "bf16"])
+def test_resumed_training_is_uninterrupted_training_to_the_bit(
+    model: Maker, tmp_path: Path, autocast: bool, fields: dict[str, Any]
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    qsurgeon.apply("w4a4-mxfp4", model().bfloat16()).save_pretrained(base)
+
+    def fresh() -> Any:
+        torch.manual_seed(5)
+        config = peft.LoraConfig(**EVERY, **fields)
+        return peft.get_peft_model(qsurgeon.load(base, dtype="auto"), config, autocast_adapter_dtype=autocast).train()
+
+    whole = fresh()
+    expected = train(whole, adam(whole), range(6))
+    assert expected[0] != expected[-1]
+    first = fresh()
+    optimizer = adam(first)
+    losses = train(first, optimizer, range(3))
+    first.save_pretrained(adapter)
+    again = peft.PeftModel.from_pretrained(
+        qsurgeon.load(base, dtype="auto"), adapter, is_trainable=True, autocast_adapter_dtype=autocast
+    ).train()
+    resumed = adam(again)
+    resumed.load_state_dict(optimizer.state_dict())
+    losses += train(again, resumed, range(3, 6))
+    assert losses == expected
+    ends = [dict(one.named_parameters()) for one in (whole, again)]
+    assert [name for name, one in ends[0].items() if not torch.equal(one, ends[1][name])] == []
+
+
+def test_modules_to_save_of_a_wrapped_model_are_wrapped_copies(model: Maker) -> None:
+    wrapped = qsurgeon.apply("w4a4-mxfp4", model())
+    adapted = peft.get_peft_model(wrapped, lora(target_modules=["q_proj"], modules_to_save=["down_proj"])())
+    copy = adapted.base_model.model.model.layers[0].mlp.down_proj.modules_to_save["default"]
+    assert type(copy) is QuantLinear
+    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert copy.weight.grad.norm() > 0
+
+
+def test_switching_an_adapter_off_leaves_the_wrapped_model(model: Maker) -> None:
+    plain = qsurgeon.apply("w4a4-mxfp4", model())
+    expected = plain(TOKENS).logits
+    adapted = on(plain, peft.LoraConfig(**EVERY))
+    assert not torch.equal(adapted(TOKENS).logits, expected)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(TOKENS).logits, expected)
