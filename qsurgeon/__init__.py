@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qsurgeon.calibration import calibrate
     from qsurgeon.checkpoint import rewrite
     from qsurgeon.formats import Format, get_format
-    from qsurgeon.hf import apply, load, plan
+    from qsurgeon.hf import apply, load, plan, reference
     from qsurgeon.layers import QuantLinear
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "load_recipe",
     "plan",
+    "reference",
     "rewrite",
 ]
 
@@ -51,6 +52,7 @@ _HOME = {
     "load": "hf",
     "load_recipe": "recipe",
     "plan": "hf",
+    "reference": "hf",
     "rewrite": "checkpoint",
 }
 
