@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qsurgeon.calibration import calibrate
     from qsurgeon.checkpoint import rewrite
     from qsurgeon.formats import Format, get_format
-    from qsurgeon.hf import apply, load, plan
+    from qsurgeon.hf import apply, load, plan, reference
     from qsurgeon.layers import QuantLinear, disabled, phase
     from qsurgeon.merging import merge
     from qsurgeon.recipe import Recipe, load_recipe
@@ -43,6 +43,7 @@ __all__ = [
     "merge",
     "phase",
     "plan",
+    "reference",
     "rewrite",
 ]
 
@@ -60,6 +61,7 @@ _HOME = {
     "merge": "merging",
     "phase": "layers",
     "plan": "hf",
+    "reference": "hf",
     "rewrite": "checkpoint",
 }
 

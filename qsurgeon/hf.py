@@ -187,6 +187,8 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     """Wrap the modules of a live model as ``recipe`` says, in place, and return it.
 
     Its config keeps the record, so that ``save_pretrained`` writes a folder that ``from_pretrained`` rebuilds.
+    ``config.name_or_path`` no longer names what the model was loaded from, which is not what it is now: a trainer
+    that would reload it as its reference fails instead, until ``reference`` says what it shall load.
 
     Raises: RecipeError, PlanError, and SurgeryError (also for a model that is wrapped already).
     """
@@ -203,10 +205,34 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     _follow_rollouts(chosen.values())
     if config is not None:
         config.quantization_config = record
+        if config.name_or_path:
+            config.name_or_path = f"{config.name_or_path} rewritten in memory by qsurgeon: see qsurgeon.reference"
     if hasattr(root, "add_model_tags"):
         root.add_model_tags([QUANT_METHOD])
     announce(root)
     return model
+
+
+def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
+    """Say what a trainer loads as the reference of ``model``: ``source``, which is ``wrapped`` or in full precision.
+
+    TRL's trainers load their reference from ``model.config.name_or_path``, unless they are given one or train an
+    adapter, which they switch off instead. No weight is read here. ``source``: a folder or a hub id, with the weights
+    that the reference shall have; ``qsurgeon.load`` leaves its own folder there, which is wrapped.
+
+    Raises: NothingWrappedError if ``source`` shall be wrapped and is not; CheckpointError if it shall not and is, or
+    if there is no model; SurgeryError for a model without a config to say it in.
+    """
+    config = getattr(plain_model(model)[1], "config", None)
+    if not isinstance(config, transformers.PreTrainedConfig):
+        raise SurgeryError(f"{type(model).__name__} has no config that could name its reference")
+    there = read_config(source)
+    refuse_foreign(there, str(source))
+    if wrapped and record_in(there) is None:
+        raise NothingWrappedError(_nothing(source))
+    if not wrapped and record_in(there) is not None:
+        raise CheckpointError(f"{source} was rewritten by qsurgeon; expected a checkpoint in full precision")
+    config.name_or_path = str(source)
 
 
 def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
