@@ -1,0 +1,115 @@
+"""Phases in models: what a recipe says, what a checkpoint keeps, what generate does; a teacher in the same weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qsurgeon
+from qsurgeon.formats import kernels
+from qsurgeon.layers import quant_linears
+from qsurgeon.recipe import Recipe, Rule
+
+ROOT = Path(__file__).parent.parent
+IDS = torch.arange(1, 9).reshape(1, 8)
+
+
+def recipe(phases: str, **fields: Any) -> Recipe:
+    rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)  # type: ignore[arg-type]
+    return Recipe(version=1, rules=(rule,), **fields)
+
+
+@pytest.fixture
+def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with each tensor that is rounded."""
+    found: list[int] = []
+    real = kernels.fake_quantize
+
+    def count(*args: Any) -> Any:
+        found.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(kernels, "fake_quantize", count)
+    return found
+
+
+def generate(model: Any) -> Any:
+    return model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize(("phases", "forward", "rollout"), [("both", 1, 1), ("training", 1, 0), ("rollout", 0, 1)])
+@pytest.mark.parametrize("peft", [False, True], ids=["plain", "peft"])
+def test_generate_is_a_rollout_and_a_call_is_training(
+    make_qwen2: Callable[..., Any], roundings: list[int], phases: str, forward: int, rollout: int, peft: bool
+) -> None:
+    model = qsurgeon.apply(recipe(phases), make_qwen2())
+    if peft:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    model(input_ids=IDS)
+    assert bool(roundings) == bool(forward)
+    roundings.clear()
+    generate(model)
+    assert bool(roundings) == bool(rollout)
+    roundings.clear()
+    with qsurgeon.phase("training"):
+        generate(model)
+    assert bool(roundings) == bool(forward)
+    roundings.clear()
+    model(input_ids=IDS)
+    assert bool(roundings) == bool(forward)
+
+
+def test_a_checkpoint_keeps_the_phases_and_what_is_saved_of_inputs(
+    make_qwen2: Callable[..., Any], tmp_path: Path, roundings: list[int]
+) -> None:
+    qsurgeon.apply(recipe("training", saved_inputs="full"), make_qwen2()).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    hows = {layer.quantization for layer in quant_linears(model).values()}
+    assert {(how.phases, how.saved_inputs) for how in hows} == {("training", "full")}
+    generate(model)
+    assert roundings == []
+
+
+def test_inspect_and_plan_say_in_which_phase_a_module_rounds(tiny_qwen2: Any) -> None:
+    plan = qsurgeon.plan(recipe("rollout"), tiny_qwen2)
+    assert {step.why for step in plan.wrapped} == {"rule 'decoder', in rollout only"}
+    report = qsurgeon.inspect(qsurgeon.apply(recipe("rollout"), tiny_qwen2))
+    assert {row.why for row in report.rows if row.gradient == "ste"} == {"rule 'decoder', in rollout only"}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_teacher_in_the_same_weights_changes_nothing_of_the_students_step(
+    make_qwen2: Callable[..., Any], reentrant: bool
+) -> None:
+    def gradients(with_teacher: bool) -> dict[str, Any]:
+        model = qsurgeon.apply(recipe("both"), make_qwen2()).train()
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        if with_teacher:
+            with qsurgeon.disabled(model), torch.no_grad():
+                teacher = model(input_ids=IDS, use_cache=False).logits
+            assert torch.equal(teacher, make_qwen2()(input_ids=IDS).logits)
+        loss.backward()
+        return {name: one.grad for name, one in model.named_parameters()}
+
+    alone, beside = gradients(False), gradients(True)
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
+
+
+def test_the_distillation_example_nears_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import distill
+    from tiny_math import encode, make_problems
+
+    model = AutoModelForCausalLM.from_pretrained(distill.TINY_MATH, dtype=torch.float32)
+    batch = encode(AutoTokenizer.from_pretrained(distill.TINY_MATH), make_problems(64, "test"))
+    before = distill.distance(qsurgeon.apply("w4a4-mxfp4", model), batch).item()
+    assert len(distill.main(["--steps", "12", "--output", str(tmp_path)])) == 12
+    after = distill.distance(qsurgeon.load(tmp_path), batch).item()
+    print(before, after)
+    assert after < 0.8 * before
