@@ -129,7 +129,6 @@ def merge(
     ``destination`` does not exist then.
     """
     adapter, destination = Path(adapter), Path(os.path.normpath(destination))
-    _config(adapter)
     base = base_of(adapter, model)
     for source in (adapter, base):
         refuse_inside(destination, source)
@@ -154,9 +153,10 @@ def merge(
 def base_of(adapter: str | Path, model: str | Path | None = None) -> Path:
     """Return the folder of the base: ``model``, or what the adapter names.
 
-    Raises: CheckpointError if that is not the folder of a model.
+    Raises: CheckpointError if that is not the folder of a model, or if ``adapter`` is none that can be merged.
     """
-    named = model if model is not None else _config(Path(adapter)).get("base_model_name_or_path")
+    config = _config(Path(adapter))
+    named = model if model is not None else config.get("base_model_name_or_path")
     if not named:
         raise CheckpointError(f"{adapter}: names no base; say which: --model FOLDER")
     if not Path(named).is_dir():

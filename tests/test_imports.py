@@ -132,7 +132,7 @@ def fresh(code: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("option", ["--help", "--version", "plan --help"])
+@pytest.mark.parametrize("option", ["--help", "--version", "plan --help", "merge --help"])
 def test_the_command_line_answers_without_torch_and_transformers(option: str) -> None:
     code = f"""
 import sys

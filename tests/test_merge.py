@@ -130,6 +130,29 @@ def test_the_sum_is_made_in_float32_and_kept_in_the_dtype_of_the_base(make_qwen2
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[f"{UP}.weight"], expected)
 
 
+@pytest.mark.parametrize("recipe", ["w4a4-mxfp4-hadamard", "w4a4-nvfp4-square", "w8a8-int8", "w8a8-fp8", "w4a16-nvfp4"])
+def test_a_base_in_any_format_is_merged(plain: Path, tmp_path: Path, recipe: str) -> None:
+    base = tmp_path / "base"
+    qsurgeon.rewrite(recipe, plain, base)
+    adapter_of(base, tmp_path / "adapter")
+    done = qsurgeon.merge(tmp_path / "adapter", tmp_path / "out")
+    by_hand = peft.PeftModel.from_pretrained(qsurgeon.load(base), tmp_path / "adapter").merge_and_unload()
+    merged = qsurgeon.load(tmp_path / "out")
+    assert merged.config.quantization_config.to_dict() == qsurgeon.load(base).config.quantization_config.to_dict()
+    assert torch.equal(merged(TOKENS).logits, by_hand(TOKENS).logits)
+    assert 0 < total(done.changes).changed < total(done.changes).codes
+    assert total(done.changes).sqnr > 10
+
+
+def test_a_weight_that_is_not_rounded_has_no_codes(plain: Path, tmp_path: Path) -> None:
+    rules = {"version": 1, "rules": [{"target": ["layers"], "input": "mxfp8"}]}
+    qsurgeon.rewrite(qsurgeon.Recipe.model_validate(rules), plain, tmp_path / "base")
+    adapter_of(tmp_path / "base", tmp_path / "adapter")
+    done = qsurgeon.merge(tmp_path / "adapter", tmp_path / "out")
+    assert {(one.weight, one.share) for one in done.changes} == {("-", None)}
+    assert len(quant_linears(qsurgeon.load(tmp_path / "out"))) == 14
+
+
 @pytest.mark.parametrize(
     "fields",
     [
