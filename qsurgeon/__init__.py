@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from qsurgeon.layers import QuantLinear
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
+    from qsurgeon.watch import Watch, WatchCallback
 
 __all__ = [
     "Format",
     "QuantLinear",
     "Recipe",
+    "Watch",
+    "WatchCallback",
     "__version__",
     "apply",
     "calibrate",
@@ -44,6 +47,8 @@ _HOME = {
     "Format": "formats",
     "QuantLinear": "layers",
     "Recipe": "recipe",
+    "Watch": "watch",
+    "WatchCallback": "watch",
     "apply": "hf",
     "calibrate": "calibration",
     "get_format": "formats",

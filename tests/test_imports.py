@@ -18,7 +18,7 @@ ORDER = (
     {"surgery"},
     {"checkpoint"},
     {"hf"},
-    {"calibration", "noise", "scan", "export"},
+    {"calibration", "noise", "scan", "export", "watch"},
     {"report"},
     {"cli"},
     {"__init__", "__main__"},

@@ -1,0 +1,81 @@
+"""What watching costs a training step of a Qwen2 model, as ratios to one that nobody watches, in one run.
+
+python benchmarks/watching.py                                                           # a CPU
+python benchmarks/watching.py --device cuda --hidden 2048 --tokens 4096
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from timing import medians
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import qsurgeon
+
+PLAIN = "unwatched"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=("w4a4-mxfp4", "w4a4-nvfp4"))
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rows", type=int, nargs="+", default=(16,))
+    parser.add_argument("--steps", type=int, default=10, help="training steps that are timed as one")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 128,
+    )
+    ids = torch.randint(1024, (1, args.tokens), device=args.device)
+    print(
+        f"{args.layers} layers, hidden {args.hidden}, {args.tokens} tokens, {args.device}, torch {torch.__version__}; "
+        f"a time is that of {args.steps} steps"
+    )
+    for recipe in args.recipes:
+        acts: dict[str, Callable[[], None]] = {}
+        watched = {f"every={every} rows={rows}": (every, rows) for rows in args.rows for every in (1, args.steps)}
+        # One model for all: only the watching differs. Each has hooks only while it runs.
+        model = qsurgeon.apply(recipe, Qwen2ForCausalLM(config).to(args.device)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+
+        def steps(every: int | None, rows: int = 1) -> Callable[[], None]:
+            def train(step: Callable[[], object]) -> None:
+                for _ in range(args.steps):
+                    model(input_ids=ids, labels=ids).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    step()
+
+            def run() -> None:
+                if every is None:
+                    train(lambda: None)
+                    return
+                with qsurgeon.Watch(model, every=every, rows=rows) as watch:
+                    train(watch.step)
+
+            return run
+
+        acts[PLAIN] = steps(None)
+        acts |= {name: steps(*options) for name, options in watched.items()}
+        seconds = medians(acts, args.rounds, args.device)
+        print(f"\n{recipe}")
+        for name, taken in seconds.items():
+            print(f"{name:18s} {taken * 1e3:9.1f} ms {taken / seconds[PLAIN]:7.3f} x {PLAIN}")
+
+
+if __name__ == "__main__":
+    main()
