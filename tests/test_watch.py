@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -420,6 +424,31 @@ def test_peft_adapters_train_over_frozen_layers_that_act(model: Any) -> None:
     assert numbers["qsurgeon/active"] == 1.0
     assert "qsurgeon/weight_sqnr_db/q_proj" in numbers
     assert not [key for key in numbers if "flip_rate" in key or "base_layer" in key]
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # so does nn.Linear
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("each_layer", [False, True])
+def test_a_sharded_weight_is_watched_by_its_shard(make_qwen2: Callable[..., Any], each_layer: bool) -> None:
+    def numbers(shard: bool) -> dict[str, float]:
+        model = qsurgeon.apply(recipe(weight="nvfp4", input="mxfp4"), make_qwen2(num_hidden_layers=2)).train()
+        if shard:
+            mesh = init_device_mesh("cpu", (1,))
+            for one in (*(quant_linears(model).values() if each_layer else ()), *model.model.layers, model):
+                fully_shard(one, mesh=mesh)
+            assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor)
+        with qsurgeon.Watch(model, every=1) as watch:
+            train(model)
+            return watch.step()
+
+    assert numbers(shard=True) == pytest.approx(numbers(shard=False), rel=1e-5)
 
 
 def test_autocast_is_seen_through(model: Any) -> None:
