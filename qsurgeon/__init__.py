@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from qsurgeon.merging import merge
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
+    from qsurgeon.watch import Watch, WatchCallback
 
 __all__ = [
     "Format",
     "QuantLinear",
     "Recipe",
+    "Watch",
+    "WatchCallback",
     "__version__",
     "apply",
     "calibrate",
@@ -51,6 +54,8 @@ _HOME = {
     "Format": "formats",
     "QuantLinear": "layers",
     "Recipe": "recipe",
+    "Watch": "watch",
+    "WatchCallback": "watch",
     "apply": "hf",
     "calibrate": "calibration",
     "disabled": "layers",

@@ -20,7 +20,7 @@ ORDER = (
     {"checkpoint"},
     {"launch"},
     {"hf"},
-    {"calibration", "noise", "scan", "export", "merging"},
+    {"calibration", "noise", "scan", "export", "merging", "watch"},
     {"report"},
     {"cli"},
     {"__init__", "__main__"},

@@ -111,5 +111,4 @@ def test_the_distillation_example_nears_the_teacher(tmp_path: Path, monkeypatch:
     before = distill.distance(qsurgeon.apply("w4a4-mxfp4", model), batch).item()
     assert len(distill.main(["--steps", "12", "--output", str(tmp_path)])) == 12
     after = distill.distance(qsurgeon.load(tmp_path), batch).item()
-    print(before, after)
     assert after < 0.8 * before

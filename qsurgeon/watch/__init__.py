@@ -1,0 +1,6 @@
+"""Numbers about the quantizers while a model trains: for any loop, and for transformers' Trainer."""
+
+from qsurgeon.watch.trainer import WatchCallback
+from qsurgeon.watch.training import Watch
+
+__all__ = ["Watch", "WatchCallback"]
