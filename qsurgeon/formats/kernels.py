@@ -81,7 +81,7 @@ def quantize(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None, Above
     """Return the packed codes (…, rows, bytes) of ``rows``, their block scales' (…, rows, blocks), the tensor scale."""
     if not torch.compiler.is_compiling():
         above = arithmetic.tensor_scale(rows, fields)
-        return *_quantize(rows, above, fields), above
+        return *quantize_under(rows, above, fields), above
     if rows.device.type == "cpu":
         data, scale, top = _quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
         return data, scale if fields.scale else None, None if fields.tensor_scale == "none" else top
@@ -90,7 +90,8 @@ def quantize(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None, Above
     return pack(codes, fields.element.bits), block_scale, above
 
 
-def _quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
+def quantize_under(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
+    """Return the codes of ``rows`` and of their block scales, below a tensor scale that is given; not compiled."""
     data, scale = _empty_codes(rows, fields)
     rows = rows.resolve_neg()
     if rows.numel() and kind_for(rows, fields) == "native":
@@ -317,7 +318,7 @@ def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
 def _quantize_op(rows: Tensor, name: str, key: str, static_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     fields = _numbered(key, name, static_scale)
     above = arithmetic.tensor_scale(rows, fields)
-    data, scale = _quantize(rows, above, fields)
+    data, scale = quantize_under(rows, above, fields)
     return data, rows.new_empty(0) if scale is None else scale, rows.new_empty(0) if above is None else above
 
 

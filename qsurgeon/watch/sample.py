@@ -32,7 +32,7 @@ class Sample:
             return _stochastic(rows, self.at, self.above, format)
         if self.above is None:
             return format.quantize(rows)
-        data, scale = kernels.quantize(rows, self.above, format)
+        data, scale = kernels.quantize_under(rows, self.above, format)
         return Quantized(data, scale, self.above.reshape(()), format, rows.dtype, rows.shape[-1])
 
     @property
