@@ -1,10 +1,11 @@
 """Train the bundled model under a recipe with accelerate, in one process or several.
 
     python examples/train_accelerate.py --steps 60 --output out/trained
-    accelerate launch --cpu --num_processes 2 examples/train_accelerate.py --steps 60 --output out/trained
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_accelerate.py --output out/trained
     python examples/train_accelerate.py --steps 80 --output out/trained --resume
 
-The last one goes on where the output folder stopped, to the bit as if it had never stopped.
+The last one goes on where the output folder stopped, to the bit as if it had never stopped. The other configs,
+for FSDP2 and DeepSpeed, are beside ddp.yaml.
 """
 
 import argparse
@@ -22,6 +23,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qsurgeon
 
 TINY_MATH = Path(__file__).parent / "models" / "tiny-math"
+
+
+class Progress:
+    """The steps done, kept with the state that accelerate saves."""
+
+    done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.done = state["done"]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -53,23 +66,27 @@ def train(args: argparse.Namespace) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     model.train()
-    done = 0
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
     if args.resume:
         accelerator.load_state(f"{args.output}/state")
-        done = optimizer.state[next(iter(model.parameters()))]["step"].int().item()
 
     losses = []
-    for step, batch in enumerate(accelerator.skip_first_batches(batches, done), start=done + 1):
+    for batch in accelerator.skip_first_batches(batches, progress.done):
         loss = model(**batch).loss
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.gather(loss.detach()).mean().item())
+        step = progress.done = progress.done + 1
         if step % 10 == 0 or step in (1, args.steps):
             accelerator.print(f"step {step:4d}  loss {losses[-1]:.4f}")
 
     accelerator.save_state(f"{args.output}/state")
-    accelerator.unwrap_model(model).save_pretrained(args.output, is_main_process=accelerator.is_main_process)
+    # Under FSDP each process holds a part of each tensor: all of them gather, the first one writes.
+    whole = accelerator.get_state_dict(model)
+    kept = accelerator.unwrap_model(model)
+    kept.save_pretrained(args.output, state_dict=whole, is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
         tokenizer.save_pretrained(args.output)
     accelerator.end_training()

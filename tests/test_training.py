@@ -1,5 +1,6 @@
 """examples/train_accelerate.py, as a user runs it: in one process, and in two."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import qsurgeon
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "train_accelerate.py"
+DDP = ROOT / "examples" / "accelerate" / "ddp.yaml"
 TINY_MATH = ROOT / "examples" / "models" / "tiny-math"
 
 
@@ -33,12 +35,13 @@ def train(processes: int, output: Path, steps: int, *options: str) -> tuple[str,
     """Run the example; return what it says it trains with, and the losses it prints (first, each tenth, last)."""
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+        launch += ["-m", "accelerate.commands.launch", "--config_file", str(DDP), "--num_processes", str(processes)]
     command = [*launch, str(SCRIPT), "--output", str(output), "--steps", str(steps), "--batch-size", "8", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # With --cpu, accelerate launch would start one process, whatever --num_processes says.
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((output / "state").glob("random_states_*.pkl"))) == processes
     first, *rest = done.stdout.splitlines()
     return first, [float(found[1]) for line in rest if (found := re.search(r"loss ([\d.]+)", line))]
 

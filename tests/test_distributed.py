@@ -1,0 +1,157 @@
+"""Wrapped models in two processes over gloo: DDP, FSDP2, its state dicts, LoRA under it."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+
+import qsurgeon
+from qsurgeon.layers import QuantLinear, quant_linears
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch was built without gloo",
+)
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+PROCESSES = 2
+RECIPES = ("w4a4-mxfp4", "w4a4-nvfp4")
+LINEARS = 14
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Run(NamedTuple):
+    """The model that the processes began with, what they wrote, and the batch they shared."""
+
+    folder: Path
+    output: Path
+    tokens: torch.Tensor
+
+    def read(self, name: str) -> Any:
+        return torch.load(self.output / name, weights_only=name != "bfloat16-0.pt")
+
+
+@pytest.fixture(scope="module")
+def worker() -> Any:
+    """The worker as a module: what it does to a model in each process, a reference does in one."""
+    spec = importlib.util.spec_from_file_location("distributed_worker", WORKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def base(make_qwen2: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the worker in two processes, on a model of each recipe."""
+    base = tmp_path_factory.mktemp("distributed")
+    for recipe in RECIPES:
+        (base / recipe / "output").mkdir(parents=True)
+        qsurgeon.apply(recipe, make_qwen2(num_hidden_layers=2)).save_pretrained(base / recipe / "model")
+        tokens = torch.randint(96, (4, 12), generator=torch.Generator().manual_seed(0))
+        torch.save(tokens, base / recipe / "tokens.pt")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+    done = subprocess.run([*launch, str(WORKER), str(base)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return base
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def run(request: pytest.FixtureRequest, base: Path) -> Run:
+    folder = base / request.param
+    return Run(folder / "model", folder / "output", torch.load(folder / "tokens.pt"))
+
+
+def mean_gradients(model: Any, tokens: torch.Tensor, worker: Any) -> Tensors:
+    """Return the mean of what each process' rows give, computed in this process; the model steps along it."""
+    for rows in tokens.chunk(PROCESSES):
+        (model(input_ids=rows, labels=rows).loss / PROCESSES).backward()
+    torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=worker.LEARNING_RATE).step()
+    return worker.gradients(model)
+
+
+@pytest.fixture(scope="module")
+def reference(run: Run, worker: Any) -> tuple[Tensors, Tensors]:
+    """The gradients of one process, and the parameters after its step."""
+    model = qsurgeon.load(run.folder)
+    found = mean_gradients(model, run.tokens, worker)
+    return found, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def different(one: Tensors, other: Tensors) -> list[str]:
+    """Return the names whose tensors are not the same to the bit."""
+    assert sorted(one) == sorted(other)
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_gradients_are_bit_identical_to_those_of_one_process(how: str, run: Run, reference: Any) -> None:
+    expected, _ = reference
+    assert sum(grad.abs().max() > 0 for grad in expected.values()) == len(expected)
+    for rank in range(PROCESSES):
+        assert different(run.read(f"{how}-{rank}.pt"), expected) == []
+
+
+def test_gradients_are_those_of_the_whole_batch_in_one_process(run: Run, worker: Any) -> None:
+    model = qsurgeon.load(run.folder)
+    worker.step(model, run.tokens)
+    expected, found = worker.gradients(model), run.read("ddp-0.pt")
+    apart = max(((found[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected)
+    assert apart < 1e-5  # the rows are summed in another order, in float32
+
+
+def test_a_full_state_dict_saves_and_reloads_wrapped(run: Run, reference: Any) -> None:
+    _, expected = reference
+    for load in (qsurgeon.load, type(qsurgeon.load(run.folder)).from_pretrained):
+        model = load(run.output / "full")
+        assert len(quant_linears(model)) == LINEARS
+        assert type(model.model.layers[1].mlp.down_proj) is QuantLinear
+        assert different(model.state_dict(), expected) == []
+
+
+def test_a_sharded_state_dict_loads_into_a_fresh_sharded_model(run: Run, reference: Any) -> None:
+    assert different(run.read("fresh.pt"), reference[1]) == []
+
+
+def test_a_sharded_state_dict_converts_to_one_that_reloads_wrapped(run: Run, reference: Any, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(run.output / "sharded", tmp_path / "whole.pt")
+    qsurgeon.load(run.folder).save_pretrained(tmp_path / "model", state_dict=torch.load(tmp_path / "whole.pt"))
+    model = qsurgeon.load(tmp_path / "model")
+    assert len(quant_linears(model)) == LINEARS
+    assert different(model.state_dict(), reference[1]) == []
+
+
+def test_lora_under_fsdp2_trains_the_adapter_alone(run: Run, worker: Any) -> None:
+    model = worker.adapted(qsurgeon.load(run.folder))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = mean_gradients(model, run.tokens, worker)
+    assert len(expected) == 2 * LINEARS
+    for rank in range(PROCESSES):
+        assert different(run.read(f"lora-{rank}.pt"), expected) == []
+    state = run.read("lora-state.pt")
+    assert different(state, model.state_dict()) == []
+    assert sorted(different(state, before)) == sorted(expected)
+
+    again = peft.PeftModel.from_pretrained(qsurgeon.load(run.folder), run.output / "adapter")
+    assert len(quant_linears(again)) == LINEARS
+    assert torch.equal(again(run.tokens).logits, model.eval()(run.tokens).logits)
+
+
+def test_bfloat16_parameters_compute_what_a_bfloat16_model_computes(run: Run) -> None:
+    found = run.read("bfloat16-0.pt")
+    assert found["seen"] == {(torch.bfloat16, torch.bfloat16)}
+    model = qsurgeon.load(run.folder, dtype=torch.bfloat16)
+    rows = run.tokens.chunk(PROCESSES)[0]
+    assert torch.equal(found["logits"], model(rows).logits)
+    assert {grad.dtype for grad in found["gradients"].values()} == {torch.float32}
+    assert [name for name, grad in found["gradients"].items() if not (grad.isfinite().all() and grad.any())] == []
