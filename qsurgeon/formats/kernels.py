@@ -51,7 +51,7 @@ def kind_for(rows: Tensor, fields: Fields) -> Kind:
 
 def fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
     """Return ``rows`` (…, rows, columns) rounded, contiguous, in their own dtype."""
-    if rows.device.type == "cpu" and (torch.compiler.is_compiling() or _is_traced(rows)):
+    if _is_opaque(rows):
         rounded: Tensor = _fake_quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
         return rounded
     if torch.compiler.is_compiling():
@@ -64,6 +64,11 @@ def _fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
         return torch.empty_like(rows, memory_format=torch.contiguous_format)
     rows = rows.resolve_neg()
     return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, arithmetic.tensor_scale(rows, fields), fields)
+
+
+def _is_opaque(rows: Tensor) -> bool:
+    """Return whether what watches torch operations is to see one of ours instead of those that it is made of."""
+    return rows.device.type == "cpu" and (torch.compiler.is_compiling() or _is_traced(rows))
 
 
 def _is_traced(rows: Tensor) -> bool:
@@ -79,7 +84,7 @@ def _is_traced(rows: Tensor) -> bool:
 
 def quantize(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None, Above]:
     """Return the packed codes (…, rows, bytes) of ``rows``, their block scales' (…, rows, blocks), the tensor scale."""
-    if not torch.compiler.is_compiling():
+    if not (_is_opaque(rows) or torch.compiler.is_compiling()):
         above = arithmetic.tensor_scale(rows, fields)
         return *quantize_under(rows, above, fields), above
     if rows.device.type == "cpu":
@@ -115,7 +120,7 @@ def dequantize(
     data: Tensor, scale: Tensor | None, above: Above, fields: Fields, length: int, dtype: torch.dtype
 ) -> Tensor:
     """Return the values (…, rows, length), contiguous, of what ``quantize`` returned, in ``dtype``."""
-    if not torch.compiler.is_compiling():
+    if not (_is_opaque(data) or torch.compiler.is_compiling()):
         return _dequantize(data, scale, above, fields, length, dtype)
     if data.device.type == "cpu":
         name, key = fields.name, fields.without_number.key
