@@ -28,7 +28,9 @@ def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Quanti
             "gradient of its backward pass; call backward() or torch.autograd.grad"
         )
     if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))):
-        return torch.nn.functional.linear(_input(x, how), _weight(weight, how), bias)
+        return torch.nn.functional.linear(
+            _rounded(_turned(x.detach(), how), _input_grid(how), x.dtype), _weight(weight, how), bias
+        )
     result: Tensor = _Product.apply(x, weight, bias, how, _Wanted.of(x, weight, bias, how))  # type: ignore[no-untyped-call]
     return result
 
@@ -64,24 +66,27 @@ class _Wanted:
         return self.input or self.clips_weight
 
 
-def _grid(format: Format) -> Format:
-    return format.without_rotation
-
-
 def _turned(operand: Tensor, how: Quantization) -> Tensor:
     return operand if how.rotation is None else how.rotation(operand)
 
 
-def _input(x: Tensor, how: Quantization) -> Tensor:
-    """Return q(x) in the dtype of ``x``, rotated where the formats rotate."""
-    turned = _turned(x.detach(), how)
-    return (turned if how.input is None else _grid(how.input.as_input).fake_quantize(turned)).to(x.dtype)
+def _input_grid(how: Quantization) -> Format | None:
+    """Return how an input is rounded once it is rotated."""
+    return None if how.input is None else how.input.as_input.without_rotation
+
+
+def _weight_grid(how: Quantization) -> Format | None:
+    """Return how a weight is rounded once it is rotated."""
+    return None if how.weight is None else how.weight.as_weight.without_rotation
+
+
+def _rounded(turned: Tensor, grid: Format | None, dtype: torch.dtype) -> Tensor:
+    return (turned if grid is None else grid.fake_quantize(turned)).to(dtype)
 
 
 def _weight(weight: Tensor, how: Quantization) -> Tensor:
     """Return q(W) in the dtype of ``weight``, rotated where the formats rotate."""
-    turned = _turned(weight.detach(), how)
-    return (turned if how.weight is None else _grid(how.weight.as_weight).fake_quantize(turned)).to(weight.dtype)
+    return _rounded(_turned(weight.detach(), how), _weight_grid(how), weight.dtype)
 
 
 def _back(grad: Tensor, how: Quantization, saturated: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -101,17 +106,18 @@ class _Product(torch.autograd.Function):
         ctx.how, ctx.wanted, ctx.inputs = how, wanted, weight.shape[-1]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         saved: list[Tensor] = []
-        if wanted.packs and how.input is not None:
-            codes = _grid(how.input.as_input).quantize(_turned(x.detach(), how))
+        turned, grid = _turned(x.detach(), how), _input_grid(how)
+        if wanted.packs and grid is not None:
+            codes = grid.quantize(turned)
             saved = [one for one in (codes.data, codes.scale, codes.tensor_scale) if one is not None]
             values = codes.dequantize().to(x.dtype)
         else:
-            values = _input(x, how)
+            values = _rounded(turned, grid, x.dtype)
             if wanted.weight:
                 # Where nothing was rounded it is the input itself, which autograd must know as such.
                 saved = [x if how.input is None and how.rotation is None else values]
-        if wanted.clips_input and how.input is not None:
-            saved.append(_bits(_grid(how.input.as_input).saturates(_turned(x.detach(), how))))
+        if wanted.clips_input and grid is not None:
+            saved.append(_bits(grid.saturates(turned)))
         if wanted.reads_weight:
             saved.append(weight)
         ctx.save_for_backward(*saved)
@@ -136,20 +142,20 @@ class _Product(torch.autograd.Function):
             saturated = None if bits is None else _from_bits(bits, ctx.inputs)
             grad_x = _back(product, how, saturated, x_dtype)
         if wanted.weight:
-            values = _opened(saved, how.input, ctx.inputs, x_dtype) if wanted.packs else saved[0]
+            grid = _input_grid(how)
+            values = _opened(saved, grid, ctx.inputs, x_dtype) if wanted.packs and grid is not None else saved[0]
             product = flat.T @ values.to(grad.dtype).reshape(-1, ctx.inputs)
-            saturated = None
-            if wanted.clips_weight and how.weight is not None and weight is not None:
-                saturated = _grid(how.weight.as_weight).saturates(_turned(weight.detach(), how))
+            saturated, grid = None, _weight_grid(how)
+            if wanted.clips_weight and grid is not None and weight is not None:
+                saturated = grid.saturates(_turned(weight.detach(), how))
             grad_weight = _back(product, how, saturated, weight_dtype)
         if wanted.bias:
             grad_bias = flat.sum(0).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _opened(saved: list[Tensor], input_format: Format, length: int, dtype: torch.dtype) -> Tensor:
+def _opened(saved: list[Tensor], format: Format, length: int, dtype: torch.dtype) -> Tensor:
     """Return q(x) from the codes and scales that ``saved`` holds, in the order of Quantized's fields."""
-    format = _grid(input_format.as_input)
     data, *scales = saved
     scale = scales.pop(0) if format.scale is not None else None
     above = scales.pop(0) if format.tensor_scale != "none" else None
