@@ -1,11 +1,9 @@
 """What a merge changed, as a table."""
 
-from collections import defaultdict
-
 from rich.table import Table
 
 from qsurgeon.merging import Change, Merged, total
-from qsurgeon.report.tables import rendered, shared_name, without_numbers
+from qsurgeon.report.tables import folded, rendered
 
 
 def merge_text(merged: Merged, *, fold: bool = True, width: int | None = None) -> str:
@@ -44,8 +42,4 @@ def _totals(merged: Merged) -> str:
 
 
 def _folded(changes: tuple[Change, ...]) -> list[tuple[str, list[Change]]]:
-    """Return (name, changes) of the modules that are alike but for the numbers in their names."""
-    groups: dict[tuple[object, ...], list[Change]] = defaultdict(list)
-    for one in changes:
-        groups[without_numbers(one.module), one.shape, one.weight].append(one)
-    return [(shared_name([one.module for one in group]), group) for group in groups.values()]
+    return folded(changes, lambda one: one.module, lambda one: (one.shape, one.weight))

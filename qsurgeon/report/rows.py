@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from qsurgeon.layers import AS_IT_IS
-from qsurgeon.report.tables import rendered, shared_name, without_numbers
+from qsurgeon.report.tables import folded, rendered
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,8 @@ def totals_text(report: Report) -> str:
 
 
 def _folded(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Return (name, rows) of the modules that are alike but for the numbers in their names."""
-    groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        alike = (row.kind, row.shape, row.weight, row.input, row.gradient, row.why, row.bits)
-        groups[(without_numbers(row.module), *alike)].append(row)
-    return [(shared_name([row.module for row in group]), group) for group in groups.values()]
+    return folded(
+        rows,
+        lambda row: row.module,
+        lambda row: (row.kind, row.shape, row.weight, row.input, row.gradient, row.why, row.bits),
+    )

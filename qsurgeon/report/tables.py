@@ -1,12 +1,16 @@
 """Tables as text, and the names of modules that differ only in a number as one name."""
 
 import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from io import StringIO
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 WIDTH = 200  # of a table that nobody looks at in a terminal: wide enough to cut nothing
+Item = TypeVar("Item")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -18,12 +22,17 @@ def rendered(table: Table, width: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def without_numbers(name: str) -> str:
-    """Return ``name`` with each component that is a number as ``#``: what names must share to be one."""
-    return _NUMBER.sub("#", name)
+def folded(
+    items: Iterable[Item], name: Callable[[Item], str], alike: Callable[[Item], object]
+) -> list[tuple[str, list[Item]]]:
+    """Return (name, items) of those that are alike, and whose names are but for the numbers in them."""
+    groups: dict[tuple[str, object], list[Item]] = defaultdict(list)
+    for one in items:
+        groups[_NUMBER.sub("#", name(one)), alike(one)].append(one)
+    return [(_shared_name([name(one) for one in group]), group) for group in groups.values()]
 
 
-def shared_name(names: list[str]) -> str:
+def _shared_name(names: list[str]) -> str:
     """Return the one pattern for names that differ only in their numbers: ``layers.{0..27}.mlp``."""
     columns = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)
     spans = iter([_spans(sorted(set(column))) for column in columns])
