@@ -3,7 +3,7 @@
 from qsurgeon.formats.block import Format, Quantized
 from qsurgeon.formats.catalog import CATALOG, get_format
 from qsurgeon.formats.fields import check_operands
-from qsurgeon.formats.words import Gradient, Phase, Phases, SavedInputs
+from qsurgeon.formats.words import Gradient, Phase, Phases, SavedInputs, Storage
 
 __all__ = [
     "CATALOG",
@@ -13,6 +13,7 @@ __all__ = [
     "Phases",
     "Quantized",
     "SavedInputs",
+    "Storage",
     "check_operands",
     "get_format",
 ]

@@ -1,0 +1,58 @@
+"""A packed weight as tensors of bytes."""
+
+import pytest
+import torch
+
+from qsurgeon.errors import ShapeError
+from qsurgeon.formats import CATALOG, Format, get_format
+from qsurgeon.formats.stored import from_stored, stored_bytes, stored_shapes, to_stored
+
+FORMATS = [
+    *(format.as_weight for format in CATALOG.values()),
+    get_format("nvfp4").with_fields("by-row", tensor_scale="row"),
+    get_format("mxfp4").with_fields("rotated", hadamard=16),
+    get_format("mxfp4").with_fields("square", block=[16, 16]),
+]
+
+
+def named(format: Format) -> str:
+    return format.name
+
+
+def weight(rows: int = 48, columns: int = 80) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=named)
+def test_what_was_stored_opens_to_what_fake_quantizing_gives(format: Format) -> None:
+    stored = to_stored(format.quantize(weight()))
+    assert {tensor.dtype for tensor in stored.values()} == {torch.uint8}
+    opened = from_stored(stored, format, 80, torch.float32).dequantize()
+    assert torch.equal(opened, format.fake_quantize(weight()))
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (1, 33), (7, 1)], ids=str)
+@pytest.mark.parametrize("format", [one for one in FORMATS if one.hadamard is None], ids=named)
+def test_shapes_and_bytes_are_known_before_anything_is_quantized(format: Format, shape: tuple[int, int]) -> None:
+    stored = to_stored(format.quantize(weight(*shape)))
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == stored_shapes(format, *shape)
+    assert sum(tensor.nbytes for tensor in stored.values()) == stored_bytes(format, *shape)
+
+
+def test_bytes_may_begin_anywhere() -> None:
+    format = get_format("nvfp4").as_weight
+    stored = to_stored(format.quantize(weight()))
+    shifted = {
+        name: torch.cat([torch.zeros(1, dtype=torch.uint8), tensor.flatten()])[1:].view(tensor.shape)
+        for name, tensor in stored.items()
+    }
+    assert torch.equal(
+        from_stored(shifted, format, 80, torch.float32).dequantize(),
+        from_stored(stored, format, 80, torch.float32).dequantize(),
+    )
+
+
+def test_tensors_of_another_format_are_refused() -> None:
+    stored = to_stored(get_format("nvfp4").as_weight.quantize(weight()))
+    with pytest.raises(ShapeError, match="a weight in format 'mxfp4' is"):
+        from_stored(stored, get_format("mxfp4"), 80, torch.float32)
