@@ -48,23 +48,28 @@ def tensor_scale(rows: Tensor, fields: Fields) -> Tensor | None:
     (..., rows, 1) where each row has its own, (1, …, 1) where the tensor has one, None where there is none. Without
     blocks, it is NaN wherever what shares it is not finite: nothing else would say so.
     """
-    kind = fields.tensor_scale
-    if kind == "none":
+    if fields.tensor_scale == "none":
         return None
-    by_row = kind == "row" or (kind == "static" and fields.block is None)
-    shape = [*rows.shape[:-1], 1] if by_row else [1] * rows.dim()
-    if kind == "static" and not by_row:
-        return rows.new_full(shape, fields.static_scale or 0.0, dtype=torch.float32)
+    return scale_of(largest(rows, fields), fields)
+
+
+def largest(rows: Tensor, fields: Fields) -> Tensor:
+    """Return the largest magnitudes (float32) among what shares a tensor scale, in the shape that these have."""
+    shape = [*rows.shape[:-1], 1] if fields.has_row_scales else [1] * rows.dim()
     if not rows.numel():
-        top = rows.new_zeros(shape)
-    elif by_row:
-        top = torch.maximum(rows.amax(-1), -rows.amin(-1)).reshape(shape)
-    else:
-        low, high = torch.aminmax(rows)
-        top = torch.maximum(high, -low).reshape(shape)
-    top = top.to(torch.float32)
+        return rows.new_zeros(shape, dtype=torch.float32)
+    if fields.has_row_scales:
+        return torch.maximum(rows.amax(-1), -rows.amin(-1)).reshape(shape).to(torch.float32)
+    if fields.tensor_scale == "static":  # it depends on no value
+        return rows.new_zeros(shape, dtype=torch.float32)
+    low, high = torch.aminmax(rows)
+    return torch.maximum(high, -low).reshape(shape).to(torch.float32)
+
+
+def scale_of(top: Tensor, fields: Fields) -> Tensor:
+    """Return the tensor scales of what has the largest magnitudes ``top`` (float32), in the same shape."""
     scale = (top / fields.top).clamp_min(SMALLEST_TENSOR_SCALE)
-    if kind == "static":
+    if fields.tensor_scale == "static":
         scale = torch.full_like(scale, fields.static_scale or 0.0)
     return scale if fields.scale else torch.where(top.isfinite(), scale, torch.nan)
 

@@ -45,20 +45,37 @@ class Format(Fields):
             values = arithmetic.narrowed(self.rotation.back(values), x.dtype)
         return _shaped(values, x, dim)
 
-    def quantize(self, x: Tensor, dim: int = -1) -> "Quantized":
+    def quantize(self, x: Tensor, dim: int = -1, *, top: Tensor | None = None) -> "Quantized":
         """Return the packed codes and scales of ``x``; their ``dequantize()`` equals ``fake_quantize(x)``.
+
+        ``top``: what ``peak`` says of the whole tensor, where ``x`` is a slab of it and all of it shares one tensor
+        scale. Slabs of whole rows (and whole blocks) then have the codes and scales that they have in the whole, unless
+        rounding is stochastic, which depends on the place.
 
         Raises: as ``fake_quantize``.
         """
         rows = self._rotated(_rows(x, dim))
         self._check_number()
-        data, scale, above = kernels.quantize(rows, self)
+        if top is None:
+            data, scale, above = kernels.quantize(rows, self)
+        else:
+            above = arithmetic.scale_of(top.reshape([1] * rows.dim()), self)
+            data, scale = kernels.quantize_under(rows, above, self)
         if above is not None:
             above = above.reshape(()) if above.numel() == 1 and self.tensor_scale != "row" else above.squeeze(-1)
             above = above.reshape(x.movedim(dim, -1).shape[:-1]) if above.dim() else above
         if scale is not None:
             scale = _shaped(scale, x, dim)
         return Quantized(_shaped(data, x, dim), scale, above, self, x.dtype, x.shape[dim], dim)
+
+    def peak(self, x: Tensor, dim: int = -1) -> Tensor | None:
+        """Return the largest magnitude (float32, ()) of ``x``, NaN if it has one, as the format rotates it.
+
+        None where no tensor scale depends on all values. Raises: ShapeError as ``fake_quantize``.
+        """
+        if self.tensor_scale != "tensor":
+            return None
+        return arithmetic.largest(self._rotated(_rows(x, dim)), self).reshape(())
 
     def saturates(self, x: Tensor, dim: int = -1) -> Tensor:
         """Return where (bool, the shape of ``x``) a value exceeds the largest its block can hold.

@@ -77,6 +77,11 @@ class Fields:
         return self.block_shape[0] > 1
 
     @property
+    def has_row_scales(self) -> bool:
+        """Whether the tensor scale is one a row; a static one without blocks is, so that NaN stays in its row."""
+        return self.tensor_scale == "row" or (self.tensor_scale == "static" and self.block is None)
+
+    @property
     def bits(self) -> float:
         """Bits per value: the element's, and its share of the block's scale."""
         return self.element.bits + (self.scale.bits / math.prod(self.block_shape) if self.scale else 0)

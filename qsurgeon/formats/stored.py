@@ -26,7 +26,7 @@ def stored_shapes(format: Format, rows: int, columns: int) -> Shapes:
         height, width = format.block_shape
         shapes[SCALE] = (-(-rows // height), -(-columns // width) * format.scale.dtype.itemsize)
     if format.tensor_scale != "none":
-        shapes[TENSOR_SCALE] = (rows if format.tensor_scale == "row" else 1, torch.float32.itemsize)
+        shapes[TENSOR_SCALE] = (rows if format.has_row_scales else 1, torch.float32.itemsize)
     return shapes
 
 
@@ -59,7 +59,7 @@ def from_stored(stored: Mapping[str, Tensor], format: Format, columns: int, dtyp
     above = None
     if format.tensor_scale != "none":
         above = _as(stored[TENSOR_SCALE], torch.float32).reshape(-1)
-        above = above if format.tensor_scale == "row" else above.reshape(())
+        above = above if format.has_row_scales else above.reshape(())
     return Quantized(data, scale, above, format, dtype, columns)
 
 

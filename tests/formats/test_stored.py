@@ -10,6 +10,8 @@ from qsurgeon.formats.stored import from_stored, stored_bytes, stored_shapes, to
 FORMATS = [
     *(format.as_weight for format in CATALOG.values()),
     get_format("nvfp4").with_fields("by-row", tensor_scale="row"),
+    get_format("nvfp4").with_fields("static", tensor_scale="static", static_scale=0.01),
+    get_format("fp8_e4m3").with_fields("static-rows", tensor_scale="static", static_scale=0.01),
     get_format("mxfp4").with_fields("rotated", hadamard=16),
     get_format("mxfp4").with_fields("square", block=[16, 16]),
 ]
@@ -56,3 +58,25 @@ def test_tensors_of_another_format_are_refused() -> None:
     stored = to_stored(get_format("nvfp4").as_weight.quantize(weight()))
     with pytest.raises(ShapeError, match="a weight in format 'mxfp4' is"):
         from_stored(stored, get_format("mxfp4"), 80, torch.float32)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=named)
+def test_slabs_of_rows_have_the_codes_and_scales_of_the_whole(format: Format) -> None:
+    height = max(16, format.block_shape[0])
+    matrix = weight(2 * height + 5)
+    whole, slabs = to_stored(format.quantize(matrix)), matrix.split(height)
+    tops = [format.peak(slab) for slab in slabs]
+    top = None if tops[0] is None else torch.stack([one for one in tops if one is not None]).max()
+    stored = [to_stored(format.quantize(slab, top=top)) for slab in slabs]
+    for name, tensor in whole.items():
+        parts = [one[name] for one in stored]
+        shared = len(tensor) == 1
+        assert torch.equal(parts[0] if shared else torch.cat(parts), tensor)
+
+
+def test_one_nan_is_the_peak_of_its_tensor() -> None:
+    broken = weight()
+    broken[3, 4] = torch.nan
+    top = get_format("nvfp4").as_weight.peak(broken)
+    assert top is not None
+    assert top.isnan()
