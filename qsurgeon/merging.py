@@ -20,12 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qsurgeon.checkpoint.files import INDEX, copy_companions, read_headers, read_json, weight_files, write_json
+from qsurgeon.checkpoint.files import INDEX, copy_companions, write_json
+from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.quality import decibels, energy
 from qsurgeon.hf import ADAPTER, load
 from qsurgeon.layers import AS_IT_IS, QuantLinear
+from qsurgeon.reading import read_json
 from qsurgeon.surgery import inventory
 
 WEIGHTS = "adapter_model.safetensors"

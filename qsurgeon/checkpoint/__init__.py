@@ -1,6 +1,7 @@
 """Checkpoints on disk: their files, and rewriting one folder into another."""
 
-from qsurgeon.checkpoint.files import read_headers, weight_files
+from qsurgeon.checkpoint.headers import Header, Tensor, read_header
+from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.rewrite import rewrite
 
-__all__ = ["read_headers", "rewrite", "weight_files"]
+__all__ = ["Header", "Tensor", "read_header", "read_headers", "rewrite", "weight_files"]

@@ -16,18 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qsurgeon.checkpoint.card import with_section
-from qsurgeon.checkpoint.files import (
-    INDEX,
-    SINGLE,
-    Tensor,
-    copy_companions,
-    read_headers,
-    read_json,
-    weight_files,
-    write_json,
-)
+from qsurgeon.checkpoint.files import INDEX, SINGLE, copy_companions, write_json
+from qsurgeon.checkpoint.headers import Tensor
+from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
+from qsurgeon.reading import read_json
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import QUANT_METHOD, Plan, build_plan, inventory, read_config, record_of, skeleton
 from qsurgeon.version import __version__
