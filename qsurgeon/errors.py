@@ -9,6 +9,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
 ├── CalibrationError      examples that do not say what a static scale should be
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
+├── OtherRankError        a process that was launched with this one has failed, and says why itself
 ├── UsageError            a command that lacks something, or names a program that is not there
 └── NothingWrappedError   a model that should compute in another format and does not
 """
@@ -82,6 +83,10 @@ class CheckpointError(QSurgeonError):
     """A checkpoint's files are missing, of the wrong kind, or in the way."""
 
 
+class OtherRankError(QSurgeonError):
+    """A process that was launched together with this one has failed; it says why itself."""
+
+
 class UsageError(QSurgeonError):
     """A command that lacks something that neither its options nor its recipe say, or a program that is not there."""
 
@@ -95,3 +100,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     guess = difflib.get_close_matches(word, names, n=1)
     return f"did you mean '{guess[0]}'?" if guess else f"expected one of: {', '.join(names)}"
+
+
+def in_words(error: OSError) -> str:
+    """Return what an error of the machine says, without its number."""
+    what = error.strerror or str(error)
+    return what if error.filename is None else f"{error.filename}: {what}"

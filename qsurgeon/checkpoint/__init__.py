@@ -2,6 +2,17 @@
 
 from qsurgeon.checkpoint.headers import Header, Tensor, read_header
 from qsurgeon.checkpoint.index import read_headers, weight_files
-from qsurgeon.checkpoint.rewrite import rewrite
+from qsurgeon.checkpoint.progress import Estimate, Events
+from qsurgeon.checkpoint.rewrite import Options, rewrite
 
-__all__ = ["Header", "Tensor", "read_header", "read_headers", "rewrite", "weight_files"]
+__all__ = [
+    "Estimate",
+    "Events",
+    "Header",
+    "Options",
+    "Tensor",
+    "read_header",
+    "read_headers",
+    "rewrite",
+    "weight_files",
+]

@@ -1,78 +1,262 @@
 """From a folder to a folder: the only place that changes stored tensors.
 
-With ``storage: master`` no weight changes: config.json gets the record and the weights are copied. They are not
-hard links, because safetensors writes files in place: saving a trained model over a link would change the source.
+With ``storage: master`` no weight changes: config.json gets the record and the files are copied. They are not hard
+links, because safetensors writes files in place: saving a trained model over a link would change the source. With
+``storage: packed`` the weights that the plan wraps become codes and scales.
 """
 
+import datetime
+import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from qsurgeon.checkpoint import journal
 from qsurgeon.checkpoint.card import with_section
-from qsurgeon.checkpoint.files import INDEX, SINGLE, copy_companions, write_json
+from qsurgeon.checkpoint.files import INDEX, copy_companions, write_json
 from qsurgeon.checkpoint.headers import Tensor
-from qsurgeon.checkpoint.index import read_headers, weight_files
-from qsurgeon.checkpoint.staging import refuse_inside, staged
-from qsurgeon.errors import CheckpointError
+from qsurgeon.checkpoint.index import read_headers
+from qsurgeon.checkpoint.jobs import layout_of
+from qsurgeon.checkpoint.layout import Layout
+from qsurgeon.checkpoint.naming import names_in
+from qsurgeon.checkpoint.progress import Estimate, Events
+from qsurgeon.checkpoint.ranks import Ranks, ranks
+from qsurgeon.checkpoint.staging import partial_of, refuse_inside, refuse_taken, staged
+from qsurgeon.checkpoint.stream import SLAB, Stream
+from qsurgeon.errors import CheckpointError, OtherRankError, in_words
 from qsurgeon.reading import read_json
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import QUANT_METHOD, Plan, build_plan, inventory, read_config, record_of, skeleton
 from qsurgeon.version import __version__
 
-CHUNK = 16 * 2**20
-WAS_SINGLE = "model-tied.safetensors"
-UNTIED = "model-untied.safetensors"
+SLABS = 8  # that a thread holds at once, with what is made of one in between
 
-Advance = Callable[[int], None]  # called with the bytes done since the last call
+
+@dataclass(frozen=True)
+class Options:
+    """How a rewrite is done; the output depends on ``max_shard_size`` alone.
+
+    workers: threads, None for one a core. max_shard_size: of each file, in bytes or as "5GB"; None keeps files that do
+    not change, and means 5GB for others. resume: there must be an unfinished output to go on with; without it one is
+    gone on with too, where there is one. allow_nonfinite: write NaN and infinity as well.
+    shared: this is one of the processes that torchrun or accelerate launch started, all of which call ``rewrite``.
+    """
+
+    workers: int | None = None
+    max_shard_size: int | str | None = None
+    resume: bool = False
+    allow_nonfinite: bool = False
+    shared: bool = False
 
 
 def rewrite(
-    recipe: Recipe | str | Path, source: str | Path, destination: str | Path, advance: Advance | None = None
+    recipe: Recipe | str | Path,
+    source: str | Path,
+    destination: str | Path,
+    events: Events | None = None,
+    options: Options = Options(),
 ) -> Plan:
     """Write ``destination``, a folder that ``from_pretrained`` opens as ``source`` with ``recipe`` applied.
 
     Beside the weights lie recipe.yaml, qsurgeon-plan.json (every module's fate, and the versions) and a model
-    card. ``advance`` hears of every chunk of weights that was copied.
+    card. Memory is bounded, whatever the size of the checkpoint. What is interrupted leaves
+    ``destination.partial``, from which the same call goes on to the same bytes.
 
-    Raises: RecipeError, PlanError, CheckpointError; ``destination`` does not exist then, and ``source`` is as it was.
+    Raises: RecipeError, PlanError, CheckpointError; and OSError for what the machine does not give. ``destination``
+    does not exist then, and ``source`` is as it was.
     """
-    source, destination = Path(source), Path(os.path.normpath(destination))
+    events = events or Events()
+    here = ranks() if options.shared else Ranks()
+    destination = Path(os.path.normpath(destination))
+    try:
+        work = _prepare(recipe, Path(source), destination, options) if here.rank == 0 else None
+    except BaseException:
+        here.share(False)
+        raise
+    if not here.share(True):
+        raise OtherRankError("rank 0 could not begin")
+    if work is None:
+        work = _prepare(recipe, Path(source), destination, options)
+    try:
+        if here.rank:
+            _join(work, here, events, options)
+        else:
+            _lead(work, here, events, options)
+    except OSError as error:
+        raise OSError(error.errno, f"{in_words(error)}{_kept(destination)}") from error
+    return work.plan
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What there is to do, and what of: enough to tell another run from this one."""
+
+    plan: Plan
+    source: Path
+    destination: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    unknown: tuple[str, ...]
+    run: dict[str, Any]
+
+
+def _prepare(recipe: Recipe | str | Path, source: Path, destination: Path, options: Options) -> _Work:
+    """Find out all that can be wrong before anything is written."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     if not source.is_dir():
         raise CheckpointError(f"{source}: {'is a file; expected a folder' if source.exists() else 'no such folder'}")
     refuse_inside(destination, source)
+    refuse_taken(destination)
+    if options.resume and not partial_of(destination).is_dir():
+        raise CheckpointError(f"there is nothing to resume: no {partial_of(destination)}")
     config = read_json(source / "config.json")
     _refuse_quantized(config, source)
-    plan = build_plan(recipe, inventory(skeleton(read_config(source))))
+    model = skeleton(read_config(source))
+    plan = build_plan(recipe, inventory(model))
     tensors = read_headers(source)
-    _check_shapes(plan, tensors, source)
-    with staged(destination) as folder:
-        copy_companions(source, folder)
-        for file in weight_files(source):
-            _copy(file, folder / file.name, advance)
-        if (source / INDEX).is_file():
-            shutil.copyfile(source / INDEX, folder / INDEX)
-        if recipe.untie:
-            _untie(plan, tensors, config, folder)
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            **record_of(plan, __version__).model_dump(mode="json"),
-        }
-        write_json(folder / "config.json", config)
-        write_json(folder / "qsurgeon-plan.json", _plan_json(plan, source))
-        (folder / "recipe.yaml").write_text(recipe.text, "utf-8")
-        card = folder / "README.md"
-        before = card.read_text("utf-8") if card.is_file() else ""
-        card.write_text(with_section(before, plan, __version__), "utf-8")
-    return plan
+    names = names_in(model, tensors)
+    layout = layout_of(plan, tensors, names, source, options.max_shard_size)
+    return _Work(
+        plan, source, destination, config, tensors, layout, names.unknown, _run(plan, tensors, source, options)
+    )
+
+
+def _run(plan: Plan, tensors: Mapping[str, Tensor], source: Path, options: Options) -> dict[str, Any]:
+    """Return what the bytes of an output depend on."""
+    return {
+        "qsurgeon": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "the recipe": plan.recipe.text,
+        "the plan": _hash(record_of(plan, __version__).model_dump_json().encode()),
+        "--max-shard-size": options.max_shard_size,
+        "the source's": {
+            "config.json": _hash((source / "config.json").read_bytes()),
+            **{file.name: _identity(file) for file in {tensor.file for tensor in tensors.values()}},
+        },
+    }
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    found = file.stat()
+    when = datetime.datetime.fromtimestamp(found.st_mtime_ns // 10**9, datetime.UTC)
+    return {"size": found.st_size, "date": f"{when:%Y-%m-%d %H:%M:%S}.{found.st_mtime_ns % 10**9:09} UTC"}
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
+    """Do rank 0's part: its own files, and all that there is one of."""
+    with staged(work.destination, resumable=True) as folder:
+        resumed = journal.begin(folder, work.run)
+        done = journal.entries(folder)
+        _check_space(work, folder)
+        if resumed:
+            events.note(
+                f"{folder} is an unfinished run of this: {len(done)} of {len(work.layout.jobs)} tensors are done"
+            )
+        for name in work.unknown[:1]:
+            events.note(f"{len(work.unknown)} tensors that the model has no place for are copied, such as {name}")
+        here.wait()
+        _fill(work, here, folder, events, options)
+        here.wait()
+        _finish(work, folder, options)
+
+
+def _join(work: _Work, here: Ranks, events: Events, options: Options) -> None:
+    """Do another rank's part: its own files."""
+    here.wait()
+    _fill(work, here, partial_of(work.destination), events, options)
+    here.wait()
+
+
+def _fill(work: _Work, here: Ranks, folder: Path, events: Events, options: Options) -> None:
+    """Write this process's files."""
+    shards = here.mine(work.layout.shards)
+    workers = options.workers or _cores()
+    done = journal.entries(folder)
+    layout = Layout(shards)
+    events.begin(Estimate(layout.read, layout.written, len(shards), _memory(layout, workers)))
+    own = journal.Journal(folder, here.rank)
+    try:
+        Stream(folder, own, events, workers).run(shards, done)
+    finally:
+        own.close()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory(layout: Layout, workers: int) -> int:
+    whole = [job.source.size for job in layout.jobs.values() if job.format and job.format.rounding == "stochastic"]
+    return workers * (SLABS * SLAB + max(whole, default=0))
+
+
+def _check_space(work: _Work, folder: Path) -> None:
+    there = sum(file.stat().st_blocks * 512 for file in folder.iterdir() if file.is_file())
+    needed, free = work.layout.written - there, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{folder}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")
+
+
+def _finish(work: _Work, folder: Path, options: Options) -> None:
+    """Write all but the weights, which are there. Raises: CheckpointError if they should not be."""
+    entries = journal.entries(folder)
+    missing = [name for name in work.layout.jobs if name not in entries]
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors were not written, such as {missing[0]}")
+    broken = [job.source.name for name, job in work.layout.jobs.items() if not entries[name].finite]
+    if broken and not options.allow_nonfinite:
+        names = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+        raise CheckpointError(
+            f"{work.source} has NaN or infinity in {names}. With --allow-nonfinite they are written all the same"
+            f"{_kept(work.destination)}"
+        )
+    if _run(work.plan, work.tensors, work.source, options) != work.run:
+        raise CheckpointError(f"{work.source} changed while it was read")
+    copy_companions(work.source, folder)
+    _write_index(work, folder)
+    plan, config = work.plan, dict(work.config)
+    if any(job.name != job.source.name for job in work.layout.jobs.values()):
+        _untie(config)
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        **record_of(plan, __version__).model_dump(mode="json"),
+    }
+    write_json(folder / "qsurgeon-plan.json", _plan_json(plan, work.source))
+    (folder / "recipe.yaml").write_text(plan.recipe.text, "utf-8")
+    card = folder / "README.md"
+    before = card.read_text("utf-8") if card.is_file() else ""
+    card.write_text(with_section(before, plan, __version__), "utf-8")
+    write_json(folder / "config.json", config)
+
+
+def _write_index(work: _Work, folder: Path) -> None:
+    weight_map = work.layout.weight_map
+    there = work.source / INDEX
+    if there.is_file() and read_json(there).get("weight_map") == weight_map:
+        shutil.copyfile(there, folder / INDEX)
+    elif len(work.layout.shards) > 1:
+        size = sum(job.size for job in work.layout.jobs.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _untie(config: dict[str, Any]) -> None:
+    config["tie_word_embeddings"] = False
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
 
 
 def _refuse_quantized(config: dict[str, Any], source: Path) -> None:
@@ -85,56 +269,13 @@ def _refuse_quantized(config: dict[str, Any], source: Path) -> None:
     raise CheckpointError(f"{source} is quantized already, by {method}; expected a checkpoint in full precision")
 
 
-def _check_shapes(plan: Plan, tensors: dict[str, Tensor], source: Path) -> None:
-    """Refuse a checkpoint whose tensors are not of the shapes that its config.json says."""
-    for step in plan.wrapped:
-        tensor = tensors.get(f"{step.module.name}.weight")
-        if tensor is not None and tensor.shape != step.module.shape:
-            raise CheckpointError(
-                f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
-                f"config.json says {list(step.module.shape)}"
-            )
-
-
-def _copy(source: Path, destination: Path, advance: Advance | None) -> None:
-    buffer = memoryview(bytearray(CHUNK))
-    with source.open("rb") as read, destination.open("wb") as write:
-        while count := read.readinto(buffer):
-            write.write(buffer[:count])
-            if advance is not None:
-                advance(count)
-
-
-def _untie(plan: Plan, tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> None:
-    """Give each wrapped module whose weight is tied a tensor of its own, and config.json no reason to tie it."""
-    copies: dict[str, torch.Tensor] = {}
-    for step in plan.wrapped:
-        name = f"{step.module.name}.weight"
-        if step.module.tied_to is not None and name not in tensors:
-            owner = tensors.get(f"{step.module.tied_to}.weight")
-            if owner is None:
-                raise CheckpointError(
-                    f"no file has a tensor {step.module.tied_to}.weight to untie {name} from: its tensors go by other "
-                    "names than its modules. Load the model, apply the recipe to it, and save it"
-                )
-            with safe_open(owner.file, framework="pt") as opened:
-                copies[name] = opened.get_tensor(owner.name)
-    if not copies:
-        return
-    save_file(copies, folder / UNTIED, metadata={"format": "pt"})
-    if (folder / SINGLE).is_file():  # a loader that finds this name looks no further
-        (folder / SINGLE).rename(folder / WAS_SINGLE)
-    names = {SINGLE: WAS_SINGLE}
-    weight_map = {name: names.get(tensor.file.name, tensor.file.name) for name, tensor in tensors.items()}
-    weight_map |= dict.fromkeys(copies, UNTIED)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    config["tie_word_embeddings"] = False
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"]["tie_word_embeddings"] = False
-
-
 def _plan_json(plan: Plan, source: Path) -> dict[str, Any]:
     versions = {"qsurgeon": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     steps = [{"module": step.module.name, "why": step.why} for step in plan.steps if step.why]
     return {"source": source.name, "versions": versions, "modules": steps}
+
+
+def _kept(destination: Path) -> str:
+    """Return the end of an error message: that another run need not do everything again."""
+    partial = partial_of(destination)
+    return f"; what is done is kept in {partial}, and the same command goes on with it" if partial.is_dir() else ""

@@ -1,4 +1,4 @@
-"""Output appears whole or not at all."""
+"""Output appears whole or not at all: it is made in a folder beside its place, which gets its name in the end."""
 
 import contextlib
 import os
@@ -6,6 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from qsurgeon.checkpoint.journal import HIDDEN, entries, forget
 from qsurgeon.errors import CheckpointError
 
 
@@ -17,33 +20,60 @@ def refuse_inside(final: Path, source: Path) -> None:
         raise CheckpointError(f"{final} lies inside the source {source}; write somewhere else")
 
 
-@contextlib.contextmanager
-def staged(final: Path) -> Iterator[Path]:
-    """Yield a folder that becomes ``final`` only if the block ends well; after an error neither exists.
-
-    Raises: CheckpointError if ``final`` is there already, or if its parent is not a folder that can be written.
-    """
+def refuse_taken(final: Path) -> None:
+    """Do nothing if ``final`` is not there. Raises: CheckpointError if it is."""
     if final.exists() or final.is_symlink():
         raise CheckpointError(f"{final} exists; name another folder, or remove it first")
-    partial = final.with_name(f"{final.name}.partial")
-    if partial.exists():
+
+
+def partial_of(final: Path) -> Path:
+    """Return where ``final`` is made."""
+    return final.with_name(f"{final.name}.partial")
+
+
+@contextlib.contextmanager
+def staged(final: Path, *, resumable: bool = False) -> Iterator[Path]:
+    """Yield a folder that becomes ``final`` only if the block ends well; no other process is in it meanwhile.
+
+    After an error neither exists, unless the output is ``resumable`` and its journal says that something is done. Then
+    the unfinished folder stays, and the next call yields it again.
+
+    Raises: CheckpointError if ``final`` is there already, if another process is making it, or if its parent is not a
+    folder that can be written.
+    """
+    refuse_taken(final)
+    partial = partial_of(final)
+    if partial.exists() and not (resumable and _is_unfinished(partial)):
         raise CheckpointError(
             f"{partial} exists: another run is writing it, or one was killed; remove it if none is running"
         )
+    lock = FileLock(partial / HIDDEN / "lock")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        (partial / HIDDEN).mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
     except OSError as error:
         raise CheckpointError(f"{final} cannot be written: {error.strerror}") from error
+    except Timeout as error:
+        raise CheckpointError(f"{final} is being written by another run, in {partial}") from error
     try:
+        refuse_taken(final)  # the run that had the lock may have ended well
         yield partial
+        forget(partial)
         for path in (*partial.rglob("*"), partial):
             _flush(path)
         partial.rename(final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not (resumable and entries(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        lock.release()
     _flush(final.parent)
+
+
+def _is_unfinished(partial: Path) -> bool:
+    """Return whether a folder is one that ``staged`` made, or might have: an empty one."""
+    return partial.is_dir() and ((partial / HIDDEN).is_dir() or not any(partial.iterdir()))
 
 
 def _flush(path: Path) -> None:

@@ -7,13 +7,15 @@ import os
 import sys
 
 from qsurgeon.cli.commands import app
-from qsurgeon.errors import QSurgeonError
+from qsurgeon.errors import OtherRankError, QSurgeonError, in_words
 
 
 def main() -> None:
     """Run the command line."""
     try:
         app(prog_name="qsurgeon")
+    except OtherRankError:
+        sys.exit(1)
     except QSurgeonError as error:
         sys.exit(_complain(str(error), 2))
     except BrokenPipeError:
@@ -21,7 +23,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        sys.exit(_complain(str(error), 1))
+        sys.exit(_complain(in_words(error), 1))
 
 
 def _complain(message: str, code: int) -> int:

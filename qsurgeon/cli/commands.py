@@ -68,12 +68,28 @@ def apply(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder to write; wins over the recipe's.")
     ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; one a core without it.")] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Of each file of weights, like 5GB; without it files that do not change stay."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished run, and fail if there is none.")
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Write weights with NaN or infinity too.")
+    ] = False,
 ) -> None:
-    """Write a folder that from_pretrained opens as the model with the recipe applied."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    """Write a folder that from_pretrained opens as the model with the recipe applied.
 
-    from qsurgeon.checkpoint import rewrite, weight_files
+    Interrupted, it leaves FOLDER.partial, and the same command goes on from there. Below torchrun or accelerate launch
+    the processes share the work.
+    """
+    from qsurgeon.checkpoint import Options, rewrite
+    from qsurgeon.checkpoint.ranks import launched
+    from qsurgeon.cli.progress import Bar
     from qsurgeon.recipe import load_recipe
     from qsurgeon.report.inspection import report_of
 
@@ -82,13 +98,12 @@ def apply(
     destination = output or loaded.output
     if destination is None:
         raise UsageError("no folder to write: say --output FOLDER, or 'output:' in the recipe")
-    columns = ("copying weights", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        total = sum(file.stat().st_size for file in weight_files(source)) if source.is_dir() else None
-        task = bar.add_task("", total=total)
-        done = rewrite(loaded, source, destination, lambda count: bar.advance(task, count))
-    typer.echo(f"{destination}: {report_of(done).summary}")
-    typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
+    options = Options(workers, max_shard_size, resume, allow_nonfinite, launched())
+    with Bar("writing weights") as bar:
+        done = rewrite(loaded, source, destination, bar, options)
+    if bar.leads:
+        typer.echo(f"{destination}: {report_of(done).summary}")
+        typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import qsurgeon
-from qsurgeon.checkpoint import read_headers, rewrite, weight_files
+from qsurgeon.checkpoint import Estimate, Events, read_headers, rewrite, weight_files
 from qsurgeon.errors import CheckpointError, PlanError
 from qsurgeon.recipe import Recipe
 
@@ -20,6 +20,24 @@ TOKENS = torch.arange(1, 13).reshape(2, 6)
 
 
 Maker = Callable[..., Any]
+
+
+class Heard(Events):
+    """What a rewrite told."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.estimates: list[Estimate] = []
+        self.notes: list[str] = []
+
+    def begin(self, estimate: Estimate) -> None:
+        self.estimates.append(estimate)
+
+    def advance(self, count: int) -> None:
+        self.bytes += count
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.fixture(scope="session")
@@ -142,9 +160,11 @@ def test_pickles_and_other_engines_weights_stay_behind(source: Path, tmp_path: P
 
 
 def test_progress_hears_of_every_byte_of_the_weights(sharded: Path, tmp_path: Path) -> None:
-    heard: list[int] = []
-    rewrite("w4a4-mxfp4", sharded, tmp_path / "out", heard.append)
-    assert sum(heard) == sum(file.stat().st_size for file in weight_files(sharded))
+    heard = Heard()
+    rewrite("w4a4-mxfp4", sharded, tmp_path / "out", heard)
+    assert heard.bytes == sum(tensor.size for tensor in read_headers(sharded).values())
+    assert heard.estimates[0].read == heard.bytes
+    assert heard.estimates[0].written == sum(file.stat().st_size for file in weight_files(sharded))
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "50kB"], ids=["whole", "sharded"])
@@ -185,17 +205,18 @@ def test_an_output_that_exists_is_left_alone(source: Path, tmp_path: Path) -> No
 
 def test_an_output_that_another_run_is_writing_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model.safetensors").write_text("mine")
     with pytest.raises(CheckpointError) as caught:
         rewrite("w4a4-mxfp4", source, tmp_path / "out")
     assert str(caught.value) == (
         f"{tmp_path}/out.partial exists: another run is writing it, or one was killed; remove it if none is running"
     )
-    assert (tmp_path / "out.partial").is_dir()
+    assert contents(tmp_path / "out.partial") == {"model.safetensors": b"mine"}
 
 
 def test_an_output_below_a_file_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    assert fails(source, tmp_path / "file" / "out") == f"{tmp_path}/file/out cannot be written: File exists"
+    assert fails(source, tmp_path / "file" / "out") == f"{tmp_path}/file/out cannot be written: Not a directory"
 
 
 def test_a_second_rewrite_is_refused(source: Path, tmp_path: Path) -> None:
@@ -286,11 +307,12 @@ def test_a_config_that_is_not_json_is_refused(source: Path, tmp_path: Path) -> N
 
 
 def test_an_error_while_writing_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
+    def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(OSError, match="No space left on device"):
-        rewrite("w4a4-mxfp4", source, tmp_path / "out", full)
+        rewrite("w4a4-mxfp4", source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

@@ -1,0 +1,31 @@
+"""What a long run tells whoever started it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take, known before its first byte.
+
+    read, written: bytes of weights. files: how many are written. memory: bytes held at once beyond what the process
+    holds anyhow. done: bytes of ``read`` that an earlier run has dealt with.
+    """
+
+    read: int
+    written: int
+    files: int
+    memory: int
+    done: int = 0
+
+
+class Events:
+    """A listener that ignores everything; override what is of interest. No two methods run at the same time."""
+
+    def begin(self, estimate: Estimate) -> None:
+        """Hear what the run will take."""
+
+    def advance(self, count: int) -> None:
+        """Hear that ``count`` more bytes of the source have been dealt with."""
+
+    def note(self, text: str) -> None:
+        """Hear what the user should know, and what no result depends on."""

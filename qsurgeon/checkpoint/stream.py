@@ -1,0 +1,238 @@
+"""Do the jobs of a layout: read a slab, round it where it is to be, write it where it belongs; several at a time.
+
+A tensor passes through in slabs of whole rows, so that the memory a run takes depends on no tensor's size. Files are
+read and written at given places by ordinary calls: what fails is an error, where a mapped file would kill the process.
+"""
+
+import os
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor as Values
+
+from qsurgeon.checkpoint.headers import Tensor
+from qsurgeon.checkpoint.journal import Entry, Journal
+from qsurgeon.checkpoint.layout import Job, Piece, Shard
+from qsurgeon.checkpoint.progress import Events
+from qsurgeon.errors import CheckpointError
+from qsurgeon.formats import Format
+from qsurgeon.formats.stored import TENSOR_SCALE, to_stored
+
+SLAB = 4 * 2**20  # bytes: small enough for a CPU's cache, large enough to make calls few
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class _StoppedError(Exception):
+    """Another thread failed, or the user did not want to wait: leave the job."""
+
+
+@dataclass
+class Stream:
+    """Fills the files of ``folder`` with ``workers`` threads, and writes down in ``journal`` what is done."""
+
+    folder: Path
+    journal: Journal
+    events: Events
+    workers: int
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _handles: dict[Path, int] = field(default_factory=dict)
+    _left: dict[str, int] = field(default_factory=dict)
+
+    def run(self, shards: Sequence[Shard], done: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Do every job that ``done`` does not name, or whose bytes are not what it says; return all entries.
+
+        Raises: OSError, and CheckpointError for a source that changes meanwhile.
+        """
+        before = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for shard in shards:
+                self._left[shard.file] = len(shard.jobs)
+            tasks = [
+                pool.submit(self._do, shard, job, done.get(job.name))
+                for shard in shards
+                # The longest first, so that no thread is left alone with it in the end.
+                for job in sorted(shard.jobs, key=lambda one: -one.source.size)
+            ]
+            # Those that were told to stop do not say why.
+            failed = (task for task in as_completed(tasks) if task.exception() is not None)
+            for task in sorted(failed, key=lambda one: isinstance(one.exception(), _StoppedError)):
+                task.result()
+            return dict(task.result() for task in tasks)
+        finally:
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+            for handle in self._handles.values():
+                os.close(handle)
+
+    def _do(self, shard: Shard, job: Job, before: Entry | None) -> tuple[str, Entry]:
+        if self._stop.is_set():
+            raise _StoppedError
+        try:
+            output = self._output(shard)
+            if before is not None and self._is_written(job, output, before):
+                entry = before
+            else:
+                entry = self._written(job, output)
+                self.journal.add(job.name, entry)
+        except OSError as error:
+            self._stop.set()
+            raise OSError(error.errno, error.strerror, error.filename or str(self.folder / shard.file)) from error
+        except BaseException:
+            self._stop.set()
+            raise
+        if not entry.finite:
+            with self._lock:
+                self.events.note(f"{job.source.name} has values that are not finite")
+        with self._lock:
+            self._left[shard.file] -= 1
+            is_whole = not self._left[shard.file]
+        if is_whole:
+            os.fsync(output)
+        return job.name, entry
+
+    def _output(self, shard: Shard) -> int:
+        path = self.folder / shard.file
+        with self._lock:
+            if path not in self._handles:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._handles[path] = handle
+                os.ftruncate(handle, shard.size)
+                _write(handle, memoryview(shard.header), 0)
+            return self._handles[path]
+
+    def _input(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY)
+            return self._handles[file]
+
+    def _advance(self, count: int) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
+        with self._lock:
+            self.events.advance(count)
+
+    def _is_written(self, job: Job, output: int, entry: Entry) -> bool:
+        """Return whether the bytes that are there are those that an earlier process wrote."""
+        crcs = []
+        for piece in job.pieces:
+            crc = 0
+            for start in range(0, piece.size, SLAB):
+                count = min(SLAB, piece.size - start)
+                data = os.pread(output, count, piece.start + start)
+                crc = zlib.crc32(data, crc)
+            crcs.append(crc)
+        if tuple(crcs) != entry.crcs:
+            return False
+        self._advance(job.source.size)
+        return True
+
+    def _written(self, job: Job, output: int) -> Entry:
+        return self._copied(job, output) if job.format is None else self._packed(job, job.format, output)
+
+    def _copied(self, job: Job, output: int) -> Entry:
+        (piece,) = job.pieces
+        handle, crc, finite = self._input(job.source.file), 0, True
+        buffer = _buffer(min(SLAB, job.source.size))
+        for start in range(0, job.source.size, SLAB):
+            data = buffer[: min(SLAB, job.source.size - start)]
+            _read(handle, job.source, start, data)
+            finite = finite and _is_finite(data, job.source.dtype)
+            crc = zlib.crc32(_bytes(data), crc)
+            _write(output, _bytes(data), piece.start + start)
+            self._advance(len(data))
+        return Entry((crc,), finite)
+
+    def _packed(self, job: Job, format: Format, output: int) -> Entry:
+        slabs = _Slabs(self._input(job.source.file), job.source, format)
+        finite = True
+        tops = [format.peak(slab) for slab in slabs] if format.tensor_scale == "tensor" else []
+        top = torch.stack([one for one in tops if one is not None]).max() if tops else None
+        crcs, places = [0] * len(job.pieces), [piece.start for piece in job.pieces]
+        for slab in slabs:
+            finite = finite and _is_finite(slab, job.source.dtype)
+            stored = to_stored(format.quantize(slab, top=top))
+            for at, (piece, part) in enumerate(zip(job.pieces, stored, strict=True)):
+                data = _fresh(part, stored[part], places[at] > piece.start, piece)
+                crcs[at] = zlib.crc32(data, crcs[at])
+                _write(output, data, places[at])
+                places[at] += len(data)
+            self._advance(slab.nbytes)
+        return Entry(tuple(crcs), finite)
+
+
+def _fresh(part: str, values: Values, begun: bool, piece: Piece) -> memoryview:
+    """Return the bytes of a slab's part; nothing of a tensor scale that all slabs share and the first one wrote."""
+    if part == TENSOR_SCALE and begun and piece.shape[0] == 1:
+        return memoryview(b"")
+    return _bytes(values.contiguous())
+
+
+@dataclass(frozen=True)
+class _Slabs:
+    """A matrix in slabs of whole rows, and of whole blocks; each is valid until the next."""
+
+    handle: int
+    tensor: Tensor
+    format: Format
+
+    def __iter__(self) -> Iterator[Values]:
+        rows, columns = self.tensor.shape
+        dtype = FLOATS[self.tensor.dtype]
+        row = columns * dtype.itemsize
+        height = self.format.block_shape[0]
+        # Stochastic rounding depends on a value's place in the whole.
+        most = rows if self.format.rounding == "stochastic" else max(1, SLAB // (row * height)) * height
+        buffer = _buffer(min(most, rows) * row)
+        for start in range(0, rows, most):
+            data = buffer[: min(most, rows - start) * row]
+            _read(self.handle, self.tensor, start * row, data)
+            yield data.view(dtype).view(-1, columns)
+
+
+def _buffer(size: int) -> Values:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _bytes(data: Values) -> memoryview:
+    """Return the memory of ``data``, uint8 and contiguous."""
+    return memoryview(data.numpy()).cast("B")  # type: ignore[arg-type]  # an array is a buffer
+
+
+def _read(handle: int, tensor: Tensor, start: int, data: Values) -> None:
+    """Fill ``data`` with the tensor's bytes from ``start`` on."""
+    view, place = _bytes(data), tensor.start + start
+    while view:
+        try:
+            count = os.preadv(handle, [view], place)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, reading {tensor.name}", str(tensor.file)) from error
+        if not count:
+            raise CheckpointError(f"{tensor.file}: ends inside of {tensor.name}; it was cut short while it was read")
+        view, place = view[count:], place + count
+
+
+def _write(handle: int, view: memoryview, place: int) -> None:
+    while view:
+        count = os.pwrite(handle, view, place)
+        view, place = view[count:], place + count
+
+
+def _is_finite(data: Values, dtype: str) -> bool:
+    """Return whether all values are finite; those of dtypes that are not ordinary floats are taken to be."""
+    if dtype not in FLOATS or not data.numel():
+        return True
+    values = data.view(FLOATS[dtype])
+    # One pass tells it, but for values so large that their sum is not finite though they are.
+    wide = torch.float64 if dtype == "F64" else torch.float32
+    if values.sum(dtype=wide).isfinite():
+        return True
+    return bool(values.isfinite().all())

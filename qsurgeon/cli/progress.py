@@ -1,0 +1,50 @@
+"""How far a long run is, on stderr."""
+
+import os
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from qsurgeon.checkpoint import Estimate, Events
+from qsurgeon.formats.native import say
+
+
+class Bar(Events):
+    """A bar of bytes, with their rate and the time that is left. Of several processes only rank 0 shows one."""
+
+    def __init__(self, what: str) -> None:
+        self.leads = os.environ.get("RANK", "0") == "0"
+        columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=not self.leads)
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def begin(self, estimate: Estimate) -> None:
+        """Say what it will take."""
+        if self.leads:
+            files = "1 file" if estimate.files == 1 else f"{estimate.files} files"
+            say(
+                f"reads {_size(estimate.read)}, writes {_size(estimate.written)} in {files}, "
+                f"in about {_size(estimate.memory)} of memory"
+            )
+        self._progress.update(self._task, total=estimate.read)
+
+    def advance(self, count: int) -> None:
+        """Move the bar."""
+        self._progress.advance(self._task, count)
+
+    def note(self, text: str) -> None:
+        """Say it above the bar."""
+        say(text)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
