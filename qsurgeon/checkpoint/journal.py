@@ -1,13 +1,12 @@
 """What of an unfinished output is done, and of what run: so that the same run can go on after anything stopped it.
 
-Beside the unfinished files lies ``.qsurgeon/``: ``run.json`` says what is being made of what, and each process adds a
-line to a journal of its own for every job that it has written, with a checksum of the bytes. What a crash of the
-machine tore or never wrote does not have its checksum, and is written again.
+Beside the unfinished output lies ``run.json``, which says what is being made of what, and each process adds a line to
+a journal of its own for every job that it has written, with a checksum of the bytes. What a crash of the machine tore
+or never wrote does not have its checksum, and is written again.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import Any
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import read_json
 
-HIDDEN = ".qsurgeon"
-_RUN = "run.json"
+RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,10 @@ class Entry:
 
 
 class Journal:
-    """The journal that this process writes, in the unfinished ``folder``."""
+    """The journal that this process writes into ``folder``."""
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
-        self.folder = folder
-        self._handle = os.open(folder / HIDDEN / f"journal-{rank}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._handle = os.open(folder / f"journal-{rank}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.write(self._handle, b"\n")  # a line that a crash cut off ends here, and spoils no other
 
     def add(self, job: str, entry: Entry) -> None:
@@ -51,36 +48,30 @@ def begin(folder: Path, run: Mapping[str, Any]) -> bool:
 
     Raises: CheckpointError, telling what differs, if it is of another run.
     """
-    hidden = folder / HIDDEN
-    hidden.mkdir(exist_ok=True)
-    if (hidden / _RUN).is_file():
-        difference = _difference(read_json(hidden / _RUN), json.loads(json.dumps(run)))
+    file = folder / RUN
+    if file.is_file():
+        difference = _difference(read_json(file), json.loads(json.dumps(run)))
         if difference:
             raise CheckpointError(
                 f"{folder} is an unfinished run that this one cannot go on with: {difference}. "
                 "Remove it to begin anew, or repeat the run that began it"
             )
         return True
-    whole = hidden / f"{_RUN}.new"
+    whole = file.with_suffix(".new")
     whole.write_text(json.dumps(run), "utf-8")
-    whole.replace(hidden / _RUN)
+    whole.replace(file)
     return False
 
 
 def entries(folder: Path) -> dict[str, Entry]:
     """Return the jobs that are done, by name, whichever process did them. Lines that a crash cut off are none."""
     found: dict[str, Entry] = {}
-    for file in sorted((folder / HIDDEN).glob("journal-*.jsonl")):
+    for file in sorted(folder.glob("journal-*.jsonl")):
         for line in file.read_bytes().split(b"\n"):
             entry = _entry(line)
             if entry is not None:
                 found[entry[0]] = entry[1]
     return found
-
-
-def forget(folder: Path) -> None:
-    """Remove all that only an unfinished output has."""
-    shutil.rmtree(folder / HIDDEN)
 
 
 def _entry(line: bytes) -> tuple[str, Entry] | None:

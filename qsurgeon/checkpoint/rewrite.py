@@ -141,7 +141,7 @@ def _run(plan: Plan, tensors: Mapping[str, Tensor], source: Path, options: Optio
         "--max-shard-size": options.max_shard_size,
         "the source's": {
             "config.json": _hash((source / "config.json").read_bytes()),
-            **{file.name: _identity(file) for file in {tensor.file for tensor in tensors.values()}},
+            **{file.name: _identity(file) for file in sorted({tensor.file for tensor in tensors.values()})},
         },
     }
 
@@ -159,17 +159,18 @@ def _hash(data: bytes) -> str:
 def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
     """Do rank 0's part: its own files, and all that there is one of."""
     with staged(work.destination, resumable=True) as folder:
-        resumed = journal.begin(folder, work.run)
-        done = journal.entries(folder)
+        partial = partial_of(work.destination)
+        resumed = journal.begin(partial, work.run)
+        done = journal.entries(partial)
         _check_space(work, folder)
         if resumed:
             events.note(
-                f"{folder} is an unfinished run of this: {len(done)} of {len(work.layout.jobs)} tensors are done"
+                f"{partial} is an unfinished run of this: {len(done)} of {len(work.layout.jobs)} tensors are done"
             )
         for name in work.unknown[:1]:
             events.note(f"{len(work.unknown)} tensors that the model has no place for are copied, such as {name}")
         here.wait()
-        _fill(work, here, folder, events, options)
+        _fill(work, here, events, options)
         here.wait()
         _finish(work, folder, options)
 
@@ -177,20 +178,21 @@ def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
 def _join(work: _Work, here: Ranks, events: Events, options: Options) -> None:
     """Do another rank's part: its own files."""
     here.wait()
-    _fill(work, here, partial_of(work.destination), events, options)
+    _fill(work, here, events, options)
     here.wait()
 
 
-def _fill(work: _Work, here: Ranks, folder: Path, events: Events, options: Options) -> None:
+def _fill(work: _Work, here: Ranks, events: Events, options: Options) -> None:
     """Write this process's files."""
     shards = here.mine(work.layout.shards)
     workers = options.workers or _cores()
-    done = journal.entries(folder)
+    partial = partial_of(work.destination)
+    done = journal.entries(partial)
     layout = Layout(shards)
     events.begin(Estimate(layout.read, layout.written, len(shards), _memory(layout, workers)))
-    own = journal.Journal(folder, here.rank)
+    own = journal.Journal(partial, here.rank)
     try:
-        Stream(folder, own, events, workers).run(shards, done)
+        Stream(partial / work.destination.name, own, events, workers).run(shards, done)
     finally:
         own.close()
 
@@ -213,7 +215,7 @@ def _check_space(work: _Work, folder: Path) -> None:
 
 def _finish(work: _Work, folder: Path, options: Options) -> None:
     """Write all but the weights, which are there. Raises: CheckpointError if they should not be."""
-    entries = journal.entries(folder)
+    entries = journal.entries(partial_of(work.destination))
     missing = [name for name in work.layout.jobs if name not in entries]
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors were not written, such as {missing[0]}")
@@ -240,7 +242,7 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
     card = folder / "README.md"
     before = card.read_text("utf-8") if card.is_file() else ""
     card.write_text(with_section(before, plan, __version__), "utf-8")
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)  # the last, so that nothing before looks like a model
 
 
 def _write_index(work: _Work, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Output appears whole or not at all: it is made in a folder beside its place, which gets its name in the end."""
+"""Output appears whole or not at all: it is made in a folder beside its place, and moved there in the end."""
 
 import contextlib
 import os
@@ -8,8 +8,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qsurgeon.checkpoint.journal import HIDDEN, entries, forget
+from qsurgeon.checkpoint.journal import entries
 from qsurgeon.errors import CheckpointError
+
+LOCK = "lock"
 
 
 def refuse_inside(final: Path, source: Path) -> None:
@@ -27,7 +29,7 @@ def refuse_taken(final: Path) -> None:
 
 
 def partial_of(final: Path) -> Path:
-    """Return where ``final`` is made."""
+    """Return the folder that ``final`` is made in, under its own name; what is known of the work lies there too."""
     return final.with_name(f"{final.name}.partial")
 
 
@@ -47,33 +49,34 @@ def staged(final: Path, *, resumable: bool = False) -> Iterator[Path]:
         raise CheckpointError(
             f"{partial} exists: another run is writing it, or one was killed; remove it if none is running"
         )
-    lock = FileLock(partial / HIDDEN / "lock")
+    lock, folder = FileLock(partial / LOCK), partial / final.name
     try:
-        (partial / HIDDEN).mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
+    except Timeout as error:  # an OSError too
+        raise CheckpointError(f"{final} is being written by another run, in {partial}") from error
     except OSError as error:
         raise CheckpointError(f"{final} cannot be written: {error.strerror}") from error
-    except Timeout as error:
-        raise CheckpointError(f"{final} is being written by another run, in {partial}") from error
     try:
         refuse_taken(final)  # the run that had the lock may have ended well
-        yield partial
-        forget(partial)
-        for path in (*partial.rglob("*"), partial):
+        folder.mkdir(exist_ok=True)
+        yield folder
+        for path in (*folder.rglob("*"), folder):
             _flush(path)
-        partial.rename(final)
+        folder.rename(final)
+        _flush(final.parent)
+        shutil.rmtree(partial)
     except BaseException:
         if not (resumable and entries(partial)):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         lock.release()
-    _flush(final.parent)
 
 
 def _is_unfinished(partial: Path) -> bool:
     """Return whether a folder is one that ``staged`` made, or might have: an empty one."""
-    return partial.is_dir() and ((partial / HIDDEN).is_dir() or not any(partial.iterdir()))
+    return partial.is_dir() and ((partial / LOCK).is_file() or not any(partial.iterdir()))
 
 
 def _flush(path: Path) -> None:
