@@ -17,7 +17,9 @@ class Bar(Events):
     def __init__(self, what: str) -> None:
         self.leads = os.environ.get("RANK", "0") == "0"
         columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=not self.leads)
+        console = Console(stderr=True)
+        shown = self.leads and console.is_terminal
+        self._progress = Progress(*columns, console=console, transient=True, disable=not shown)
         self._task = self._progress.add_task("", total=None)
 
     def __enter__(self) -> Self:

@@ -76,7 +76,7 @@ def test_a_failing_disk_is_one_line_and_exit_1(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr("os.pwrite", full)
     result = run("apply", "mine.yaml", "--model", "tiny", "--output", "done")
     assert result.code == 1
-    assert result.err.endswith("error: done.partial/model.safetensors: No space left on device\n")
+    assert result.err.endswith("error: done.partial/done/model.safetensors: No space left on device\n")
     assert sorted(path.name for path in Path().iterdir()) == ["mine.yaml", "tiny"]
 
 
