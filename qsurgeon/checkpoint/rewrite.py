@@ -23,7 +23,16 @@ from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import read_json
 from qsurgeon.recipe import Recipe, load_recipe
-from qsurgeon.surgery import QUANT_METHOD, Plan, build_plan, inventory, read_config, record_of, skeleton
+from qsurgeon.surgery import (
+    QUANT_METHOD,
+    Plan,
+    build_plan,
+    inventory,
+    read_config,
+    record_of,
+    refuse_quantized,
+    skeleton,
+)
 from qsurgeon.version import __version__
 
 CHUNK = 16 * 2**20
@@ -50,7 +59,7 @@ def rewrite(
         raise CheckpointError(f"{source}: {'is a file; expected a folder' if source.exists() else 'no such folder'}")
     refuse_inside(destination, source)
     config = read_json(source / "config.json")
-    _refuse_quantized(config, source)
+    refuse_quantized(config, str(source))
     plan = build_plan(recipe, inventory(skeleton(read_config(source))))
     tensors = read_headers(source)
     _check_shapes(plan, tensors, source)
@@ -73,16 +82,6 @@ def rewrite(
         before = card.read_text("utf-8") if card.is_file() else ""
         card.write_text(with_section(before, plan, __version__), "utf-8")
     return plan
-
-
-def _refuse_quantized(config: dict[str, Any], source: Path) -> None:
-    found = config.get("quantization_config")
-    if not isinstance(found, dict):
-        return
-    method = found.get("quant_method")
-    if method == QUANT_METHOD:
-        raise CheckpointError(f"{source} was rewritten by qsurgeon already; apply the recipe to the model it came from")
-    raise CheckpointError(f"{source} is quantized already, by {method}; expected a checkpoint in full precision")
 
 
 def _check_shapes(plan: Plan, tensors: dict[str, Tensor], source: Path) -> None:
