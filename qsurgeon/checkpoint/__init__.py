@@ -2,6 +2,7 @@
 
 from qsurgeon.checkpoint.headers import Header, Tensor, read_header
 from qsurgeon.checkpoint.index import read_headers, weight_files
+from qsurgeon.checkpoint.quantized import refuse_quantized_weight
 from qsurgeon.checkpoint.rewrite import rewrite
 
-__all__ = ["Header", "Tensor", "read_header", "read_headers", "rewrite", "weight_files"]
+__all__ = ["Header", "Tensor", "read_header", "read_headers", "refuse_quantized_weight", "rewrite", "weight_files"]
