@@ -30,12 +30,15 @@ from qsurgeon.surgery import (
     architecture,
     build_plan,
     bypassed,
+    foreign_method,
     inventory,
     operate,
     plain_model,
     read_config,
     read_record,
     record_of,
+    refuse_foreign,
+    refuse_quantized,
     skeleton,
 )
 from qsurgeon.version import __version__
@@ -158,29 +161,13 @@ def plan(recipe: Recipe | str | Path, model: Any) -> Plan:
         return build_plan(made, inventory(model))
     config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
     name = "the model" if config is model else str(model)
-    refuse_foreign(config, name)
-    if record_in(config) is not None:
-        raise CheckpointError(f"{name} was rewritten by qsurgeon already; plan on the model it came from")
+    refuse_quantized(config, name)
     return build_plan(made, inventory(skeleton(config)))
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     """Return ``recipe``, loaded if it is a name or a path."""
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-
-
-def _foreign_method(config: Any) -> str | None:
-    """Return the quantization method in a config that is not ours, if there is one."""
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method", "?") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return None if method in (None, QUANT_METHOD) else str(getattr(method, "value", method))
-
-
-def refuse_foreign(config: Any, name: str) -> None:
-    """Do nothing for a config in full precision or of ours. Raises: CheckpointError if something else quantized it."""
-    method = _foreign_method(config)
-    if method is not None:
-        raise CheckpointError(f"{name} is quantized already, by {method}; expected a checkpoint in full precision")
 
 
 def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
@@ -195,7 +182,7 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     root: Any = plain_model(model)[1]
     config = getattr(root, "config", None)
     config = config if isinstance(config, transformers.PreTrainedConfig) else None
-    foreign = _foreign_method(config)
+    foreign = foreign_method(config)
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
     made = build_plan(as_recipe(recipe), inventory(model))

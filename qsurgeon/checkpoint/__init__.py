@@ -3,6 +3,7 @@
 from qsurgeon.checkpoint.headers import Header, Tensor, read_header
 from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.progress import Estimate, Events
+from qsurgeon.checkpoint.quantized import refuse_quantized_weight
 from qsurgeon.checkpoint.rewrite import Options, rewrite
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Tensor",
     "read_header",
     "read_headers",
+    "refuse_quantized_weight",
     "rewrite",
     "weight_files",
 ]

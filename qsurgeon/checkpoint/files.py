@@ -1,27 +1,21 @@
-"""The names of a checkpoint's files, and what belongs beside the weights."""
+"""The names of a checkpoint's files, which of them belong beside the weights, and links that lead elsewhere."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qsurgeon.errors import CheckpointError
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Weights in formats that we do not carry over: pickles, which run code when they are opened, and other engines'.
-FOREIGN_WEIGHTS = {
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".ot",
-    ".tflite",
-}
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+OTHER_ENGINES = {".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite"}
+
+_HASH = re.compile(r"[0-9a-f]{64}")  # what the hub's cache calls a file that repositories share
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -29,14 +23,50 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
 
 
+def refuse_link_outside(file: Path, folder: Path) -> None:
+    """Do nothing for a file that lies in ``folder``, or where the hub's cache keeps the files of this snapshot.
+
+    The folder itself may be reached by any links. Raises: CheckpointError if ``file`` is a link, or lies in one, that
+    leads anywhere else: what it leads to would end up in the output, whatever it is.
+    """
+    target, home = file.resolve(), folder.resolve()
+    if target.is_relative_to(home):
+        return
+    if not any(_keeps(place, target) for place in home.parents):
+        raise CheckpointError(
+            f"{file}: is a link to {target}, outside of its folder; put the file itself there, if it belongs to the "
+            "model"
+        )
+
+
+def _keeps(snapshots: Path, target: Path) -> bool:
+    """Say whether the hub's cache keeps ``target`` for snapshots in ``snapshots``.
+
+    The layout is ``models--org--name/snapshots/<commit>/…``, with links to ``models--org--name/blobs/<etag>``, and
+    from there, for files that repositories share, to ``blobs/<two digits>/<hash>`` beside all repositories.
+    """
+    repository = snapshots.parent
+    if snapshots.name != "snapshots" or not repository.name.startswith("models--"):
+        return False
+    shared = repository.parent / "blobs" / target.name[:2] / target.name
+    return target.parent == repository / "blobs" or (target == shared and _HASH.fullmatch(target.name) is not None)
+
+
 def companions(folder: Path) -> Iterator[Path]:
-    """Yield the files that belong beside the weights (tokenizer, generation settings, …), from the folder."""
+    """Yield the files that belong beside the weights (tokenizer, generation settings, …), from the folder.
+
+    Raises: CheckpointError if one is a link that leads out of the folder.
+    """
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
         ours = len(inside.parts) == 1 and (file.suffix == ".safetensors" or file.name == INDEX)
-        weights = ours or file.suffix in FOREIGN_WEIGHTS
-        if file.is_file() and not hidden and not weights:
+        weights = ours or file.suffix in PICKLES | OTHER_ENGINES
+        if hidden or weights:
+            continue
+        if file.is_symlink() and file.exists():
+            refuse_link_outside(file, folder)
+        if file.is_file():
             yield inside
 
 

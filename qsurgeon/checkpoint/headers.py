@@ -113,7 +113,8 @@ def _tensor(name: str, entry: Any, file: Path, data: int) -> Tensor:
         _refuse(file, f"tensor {name} has a field '{extra[0]}'; {nearest(extra[0], FIELDS)}")
     dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        _refuse(file, f"tensor {name} has dtype {_shown(dtype)}; {nearest(str(dtype), BITS)}")
+        hint = nearest(dtype.upper() if isinstance(dtype, str) else "", BITS)
+        _refuse(file, f"tensor {name} has dtype {_shown(dtype)}; {hint}")
     shape = _counts(entry["shape"], f"tensor {name}: its shape", file)
     offsets = _counts(entry["data_offsets"], f"tensor {name}: data_offsets", file)
     if len(offsets) != 2:

@@ -8,7 +8,7 @@ from qsurgeon.checkpoint.headers import Tensor
 from qsurgeon.checkpoint.index import weight_files
 from qsurgeon.checkpoint.layout import MAX_SHARD_SIZE, Job, Layout, copied, mirrored, packed, sharded
 from qsurgeon.checkpoint.naming import Names
-from qsurgeon.checkpoint.stream import FLOATS
+from qsurgeon.checkpoint.quantized import refuse_quantized_weight
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
 from qsurgeon.surgery import Plan, Step
@@ -63,11 +63,7 @@ def _wrapped_weights(
         format = (
             step.quantization.weight.as_weight if packs and step.quantization and step.quantization.weight else None
         )
-        if format is not None and tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{tensor.file}: {tensor.name} is {tensor.dtype}, which cannot be quantized; "
-                f"expected one of: {', '.join(FLOATS)}"
-            )
+        refuse_quantized_weight(tensor.name, tensors)
         yield name, (tensor, format)
 
 
@@ -84,6 +80,7 @@ def _weight(step: Step, tensors: Mapping[str, Tensor], names: Names) -> tuple[st
             f"{name} is stored as {len(parts)} tensors that transformers joins, such as {parts[0]}: it cannot be "
             "packed file by file. Load the model, apply the recipe to it, and save it"
         )
+    refuse_quantized_weight(name, tensors)
     owner = step.module.tied_to
     if owner is None:
         raise CheckpointError(f"no file has a tensor for {name}")

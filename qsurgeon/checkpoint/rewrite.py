@@ -33,7 +33,16 @@ from qsurgeon.checkpoint.stream import SLAB, Stream
 from qsurgeon.errors import CheckpointError, OtherRankError, in_words
 from qsurgeon.reading import read_json
 from qsurgeon.recipe import Recipe, load_recipe
-from qsurgeon.surgery import QUANT_METHOD, Plan, build_plan, inventory, read_config, record_of, skeleton
+from qsurgeon.surgery import (
+    QUANT_METHOD,
+    Plan,
+    build_plan,
+    inventory,
+    read_config,
+    record_of,
+    refuse_quantized,
+    skeleton,
+)
 from qsurgeon.version import __version__
 
 SLABS = 8  # that a thread holds at once, with what is made of one in between
@@ -119,7 +128,7 @@ def _prepare(recipe: Recipe | str | Path, source: Path, destination: Path, optio
     if options.resume and not partial_of(destination).is_dir():
         raise CheckpointError(f"there is nothing to resume: no {partial_of(destination)}")
     config = read_json(source / "config.json")
-    _refuse_quantized(config, source)
+    refuse_quantized(config, str(source))
     model = skeleton(read_config(source))
     plan = build_plan(recipe, inventory(model))
     tensors = read_headers(source)
@@ -259,16 +268,6 @@ def _untie(config: dict[str, Any]) -> None:
     config["tie_word_embeddings"] = False
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
-
-
-def _refuse_quantized(config: dict[str, Any], source: Path) -> None:
-    found = config.get("quantization_config")
-    if not isinstance(found, dict):
-        return
-    method = found.get("quant_method")
-    if method == QUANT_METHOD:
-        raise CheckpointError(f"{source} was rewritten by qsurgeon already; apply the recipe to the model it came from")
-    raise CheckpointError(f"{source} is quantized already, by {method}; expected a checkpoint in full precision")
 
 
 def _plan_json(plan: Plan, source: Path) -> dict[str, Any]:

@@ -9,10 +9,20 @@ import torch
 import transformers
 from torch import nn
 
-from qsurgeon.hf import record_in, refuse_foreign
+from qsurgeon.hf import record_in
 from qsurgeon.layers import AS_IT_IS, Quantization, quant_linears
 from qsurgeon.report.rows import Report, Row
-from qsurgeon.surgery import Excluded, Plan, Step, bypassed, inventory, plain_model, read_config, skeleton
+from qsurgeon.surgery import (
+    Excluded,
+    Plan,
+    Step,
+    bypassed,
+    inventory,
+    plain_model,
+    read_config,
+    refuse_foreign,
+    skeleton,
+)
 
 NOT_CALLED = "never called by the example: its parent computes past it"
 LARGE = 0.01  # of all parameters: a module that no rule names and that holds more is pointed out

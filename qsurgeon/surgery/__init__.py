@@ -4,6 +4,7 @@ from qsurgeon.surgery.adapters import bypassed
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
+from qsurgeon.surgery.quantized import foreign_method, refuse_foreign, refuse_quantized
 from qsurgeon.surgery.record import QUANT_METHOD, Record, read_record, record_of
 from qsurgeon.surgery.skeleton import architecture, read_config, skeleton
 
@@ -17,11 +18,14 @@ __all__ = [
     "architecture",
     "build_plan",
     "bypassed",
+    "foreign_method",
     "inventory",
     "operate",
     "plain_model",
     "read_config",
     "read_record",
     "record_of",
+    "refuse_foreign",
+    "refuse_quantized",
     "skeleton",
 ]
