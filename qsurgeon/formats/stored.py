@@ -26,7 +26,7 @@ def stored_shapes(format: Format, rows: int, columns: int) -> Shapes:
         height, width = format.block_shape
         shapes[SCALE] = (-(-rows // height), -(-columns // width) * format.scale.dtype.itemsize)
     if format.tensor_scale != "none":
-        shapes[TENSOR_SCALE] = (rows if format.tensor_scale == "row" else 1, torch.float32.itemsize)
+        shapes[TENSOR_SCALE] = (rows if _is_by_row(format) else 1, torch.float32.itemsize)
     return shapes
 
 
@@ -59,8 +59,13 @@ def from_stored(stored: Mapping[str, Tensor], format: Format, columns: int, dtyp
     above = None
     if format.tensor_scale != "none":
         above = _as(stored[TENSOR_SCALE], torch.float32).reshape(-1)
-        above = above if format.tensor_scale == "row" else above.reshape(())
+        above = above if _is_by_row(format) else above.reshape(())
     return Quantized(data, scale, above, format, dtype, columns)
+
+
+def _is_by_row(format: Format) -> bool:
+    """Return whether each row has a tensor scale; without blocks, one that is not finite says so in a static one."""
+    return format.tensor_scale == "row" or (format.tensor_scale == "static" and format.block is None)
 
 
 def _as(data: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from qsurgeon.errors import FormatError, nearest
-from qsurgeon.formats import CATALOG, Format, Gradient, Phases, SavedInputs
+from qsurgeon.formats import CATALOG, Format, Gradient, Phases, SavedInputs, Storage
 from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
 from qsurgeon.formats.scale import SCALES, ScaleRule
@@ -112,8 +112,10 @@ class Recipe(Section):
     )
     model: str | None = Field(None, description="Folder or hub id to operate on; --model wins.")
     output: str | None = Field(None, description="Folder to write; --output wins.")
-    storage: Literal["master"] = Field(
-        "master", description="master: full-precision weights stay, rounded at every forward."
+    storage: Storage = Field(
+        "master",
+        description="master: full-precision weights stay, rounded at every forward. packed: their codes and scales "
+        "replace them; for adapters, and inference.",
     )
     saved_inputs: SavedInputs = Field(
         "packed", description="What a backward pass keeps of an input: packed codes, or full values; gradients agree."

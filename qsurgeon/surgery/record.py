@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qsurgeon.errors import CheckpointError, FormatError, nearest
-from qsurgeon.formats import CATALOG, Format, Gradient, Phases, SavedInputs
+from qsurgeon.formats import CATALOG, Format, Gradient, Phases, SavedInputs, Storage
 from qsurgeon.layers import Quantization
 from qsurgeon.surgery.plan import Excluded, Plan
 
@@ -53,7 +53,7 @@ class Record(_Part):
 
     version: Literal[1]
     qsurgeon_version: str
-    storage: Literal["master"]
+    storage: Storage
     formats: dict[str, FormatRecord]
     saved_inputs: SavedInputs = "packed"
     rules: tuple[RuleRecord, ...]

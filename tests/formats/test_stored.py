@@ -12,6 +12,10 @@ FORMATS = [
     get_format("nvfp4").with_fields("by-row", tensor_scale="row"),
     get_format("mxfp4").with_fields("rotated", hadamard=16),
     get_format("mxfp4").with_fields("square", block=[16, 16]),
+    get_format("nvfp4").with_fields("static", tensor_scale="static", static_scale=0.01),
+    get_format("nvfp4").with_fields(
+        "one-number", block="none", scale="none", scale_rule="none", tensor_scale="static", static_scale=0.01
+    ),
 ]
 
 
