@@ -114,6 +114,6 @@ def _follow(watched: str, ours: str) -> None:
         sys.meta_path.insert(0, _Watch(watched, ours))
 
 
-_follow("transformers.quantizers.auto", "qsurgeon.hf")
+_follow("transformers.quantizers.auto", "qsurgeon.quantizer")
 if VARIABLE in os.environ:
     _follow("transformers.modeling_utils", "qsurgeon.launch.loading")

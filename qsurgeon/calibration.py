@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from qsurgeon.errors import CalibrationError
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
-from qsurgeon.hf import QSurgeonConfig, record_in
+from qsurgeon.hf import record_in
 from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.quantizer import QSurgeonConfig
 from qsurgeon.surgery import inventory, plain_model
 
 

@@ -1,27 +1,15 @@
-"""transformers' own registration: ``quantization_config`` in config.json, and the quantizer that obeys it.
+"""A recipe and a Hugging Face model: plan, apply, load, and what the model's config says of it."""
 
-Importing this module registers both; ``qsurgeon/__init__.py`` sees to it that it is imported as soon as
-``transformers.quantizers.auto`` is. Anything of transformers that this depends on and that is not public stands here.
-"""
-
-from collections.abc import Iterable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
-from qsurgeon.layers import Quantization, quant_linears, rollout_unless_told
+from qsurgeon.layers import quant_linears
+from qsurgeon.quantizer import QSurgeonConfig, attach, follow_rollouts, register
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
     QUANT_METHOD,
@@ -44,108 +32,6 @@ from qsurgeon.surgery import (
 from qsurgeon.version import __version__
 
 ADAPTER = "adapter_config.json"
-
-
-class QSurgeonConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a model: a Record as transformers wants it."""
-
-    def __init__(self, **fields: Any) -> None:
-        self.record = read_record(fields, "config.json")
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the hint says enum, a str is taken
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what config.json keeps."""
-        return {"quant_method": QUANT_METHOD, **self.record.model_dump(mode="json")}
-
-
-class QSurgeonQuantizer(HfQuantizer):
-    """Wraps the modules that the config names, before the weights are loaded into them."""
-
-    quantization_config: QSurgeonConfig
-    is_trainable = True
-    is_qat_trainable = True
-
-    def is_serializable(self) -> bool:
-        """Say that the model can be saved."""
-        return True
-
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        quantizations = self.quantization_config.record.quantizations()
-        operate(model, _as_named_in(model, quantizations))
-        _follow_rollouts(quantizations.values())
-
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, module in quant_linears(model).items():
-            for key, parameter in module.named_parameters(recurse=False):
-                # transformers marks what it read from the checkpoint; the rest it would leave random. What is still
-                # on the meta device was offloaded.
-                if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
-                    raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
-        # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
-        # `state_dict=`, which FSDP needs, and block .half() and .float().
-        model.hf_quantizer = None
-        model.is_quantized = False
-        return model
-
-
-def _as_named_in(model: Any, quantizations: dict[str, Quantization]) -> dict[str, Quantization]:
-    """Return ``quantizations`` under the names that ``model`` has for them.
-
-    A checkpoint of a model with a head may be loaded as its base model, and the other way round: then all names
-    begin with the base model's prefix on one side only, and what is outside of it does not exist.
-
-    Raises: NothingWrappedError if no module would be left to wrap, CheckpointError if one is missing.
-    """
-    prefix = model.base_model_prefix + "."
-    names = {module.name for module in inventory(model)}
-    for rename in (
-        _same,
-        lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None,
-        prefix.__add__,
-    ):
-        found = {new: how for name, how in quantizations.items() if (new := rename(name)) in names}
-        inside = [name for name in quantizations if rename(name) is not None]
-        if found and len(found) == len(inside):
-            return found
-    if found_any := [name for name in quantizations if name in names]:
-        missing = next(name for name in quantizations if name not in names)
-        raise CheckpointError(f"{type(model).__name__} has {found_any[0]} but no {missing}, which config.json wraps")
-    raise NothingWrappedError(
-        f"{type(model).__name__} has none of the {len(quantizations)} modules that config.json wraps, "
-        f"such as {next(iter(quantizations), 'none')}"
-    )
-
-
-def _same(name: str) -> str | None:
-    return name
-
-
-def _follow_rollouts(quantizations: Iterable[Quantization]) -> None:
-    """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase.
-
-    Trainers call ``generate`` on what they unwrapped themselves, so that only the class knows of all calls.
-    """
-    generate = transformers.GenerationMixin.generate
-    if all(how.phases == "both" for how in quantizations) or hasattr(generate, "enters_rollout"):
-        return
-
-    @wraps(generate)
-    def in_rollout(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with rollout_unless_told():
-            return generate(self, *args, **kwargs)
-
-    vars(in_rollout)["enters_rollout"] = True
-    transformers.GenerationMixin.generate = in_rollout  # type: ignore[method-assign]
-
-
-def register() -> None:
-    """Make transformers know ``quant_method: qsurgeon``; a second call does nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(QSurgeonConfig)
-        register_quantizer(QUANT_METHOD)(QSurgeonQuantizer)
-
-
-register()
 
 
 def plan(recipe: Recipe | str | Path, model: Any) -> Plan:
@@ -188,8 +74,10 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     made = build_plan(as_recipe(recipe), inventory(model))
     record = QSurgeonConfig(**record_of(made, __version__).model_dump())
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
-    operate(model, chosen, untie=made.recipe.untie)
-    _follow_rollouts(chosen.values())
+    operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
+    follow_rollouts(chosen.values())
+    if made.recipe.storage == "packed":
+        attach(root, record)
     if config is not None:
         config.quantization_config = record
         if config.name_or_path:

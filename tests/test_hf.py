@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.formats.rotation import Rotation
-from qsurgeon.hf import QSurgeonConfig
 from qsurgeon.layers import quant_linears
+from qsurgeon.quantizer import QSurgeonConfig
 from qsurgeon.recipe import FormatSpec, Recipe, Rule
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)

@@ -19,7 +19,7 @@ ORDER = (
     {"layers", "recipe"},
     {"surgery"},
     {"checkpoint"},
-    {"launch"},
+    {"launch", "quantizer"},
     {"hf"},
     {"calibration", "noise", "scan", "export", "merging", "watch"},
     {"report"},

@@ -52,28 +52,27 @@ def _wrapped_weights(
     """Yield what each wrapped module's weight is called, the stored tensor that it is made of, and how it is packed."""
     packs = plan.recipe.storage == "packed"
     for step in plan.wrapped:
-        name, tensor = _weight(step, tensors, names)
+        how = step.quantization
+        format = how.weight.as_weight if packs and how is not None and how.weight is not None else None
+        name, tensor = _weight(step, tensors, names, packs=format is not None)
         if tensor is None:
             continue
+        refuse_quantized_weight(tensor.name, tensors)
         if tensor.shape != step.module.shape:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
                 f"config.json says {list(step.module.shape)}"
             )
-        format = (
-            step.quantization.weight.as_weight if packs and step.quantization and step.quantization.weight else None
-        )
-        refuse_quantized_weight(tensor.name, tensors)
         yield name, (tensor, format)
 
 
-def _weight(step: Step, tensors: Mapping[str, Tensor], names: Names) -> tuple[str, Tensor | None]:
+def _weight(step: Step, tensors: Mapping[str, Tensor], names: Names, *, packs: bool) -> tuple[str, Tensor | None]:
     """Return a module's weight and what it is called; None for one that stays in the parts it is stored in."""
     name = f"{step.module.name}.weight"
     if name in names.stored:
         return names.stored[name], tensors[names.stored[name]]
     if name in names.joined:
-        if step.quantization is not None and step.quantization.weight is None:
+        if not packs:
             return name, None
         parts = names.joined[name]
         raise CheckpointError(

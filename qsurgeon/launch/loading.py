@@ -1,7 +1,7 @@
 """Announce every model that ``from_pretrained`` returns.
 
 Importing this module changes ``PreTrainedModel.from_pretrained``; ``qsurgeon/__init__.py`` imports it right after
-``transformers.modeling_utils``, below ``qsurgeon run`` only. The quantizer in hf.py is no place for it: transformers
+``transformers.modeling_utils``, below ``qsurgeon run`` only. The quantizer is no place for it: transformers
 makes none for a model that is not quantized, and that model is the one to know about.
 """
 

@@ -1,12 +1,9 @@
 """QuantLinear: a Linear that multiplies rounded inputs with a rounded weight."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor, nn
 
-from qsurgeon.errors import NothingWrappedError, SurgeryError
-from qsurgeon.layers.phases import is_active, without
+from qsurgeon.errors import SurgeryError
+from qsurgeon.layers.phases import is_active
 from qsurgeon.layers.product import quantized_linear
 from qsurgeon.layers.quantization import Quantization
 
@@ -69,20 +66,3 @@ class QuantLinear(nn.Linear):
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """Return the QuantLinear modules of ``model`` by their names in it."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-@contextmanager
-def disabled(*models: nn.Module) -> Iterator[None]:
-    """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.
-
-    Only the thread that enters the block sees it. With gradient checkpointing, which computes the forward pass again
-    in the backward pass, call ``backward`` inside the block too.
-
-    Raises: NothingWrappedError for a model without a QuantLinear, which is in full precision everywhere.
-    """
-    found = [quant_linears(model) for model in models]
-    for model, layers in zip(models, found, strict=True):
-        if not layers:
-            raise NothingWrappedError(f"no module of {type(model).__name__} is wrapped: there is nothing to disable")
-    with without(layer for layers in found for layer in layers.values()):
-        yield

@@ -5,14 +5,18 @@ grad_x = g · q(W), grad_W = gᵀ · q(x). All that the second needs of x is q(x
 scales; q(W) is rounded once more from the weight, which is there anyhow.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qsurgeon.errors import GradientError
+from qsurgeon.errors import FormatError, GradientError, ShapeError
 from qsurgeon.formats import Format, Quantized
+from qsurgeon.formats.stored import from_stored, stored_shapes
 from qsurgeon.layers.quantization import Quantization
 
 
@@ -22,17 +26,30 @@ def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Quanti
     Raises: GradientError under the transforms of torch.func, and in a backward pass that is itself to be
     differentiated; FormatError and ShapeError as the formats do.
     """
-    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, weight))):
-        raise GradientError(
-            "a QuantLinear cannot be transformed by torch.func (grad, vmap, jvp, jacrev): rounding has only the "
-            "gradient of its backward pass; call backward() or torch.autograd.grad"
-        )
+    _refuse_transforms(x, weight)
     if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))):
         return torch.nn.functional.linear(
             _rounded(_turned(x.detach(), how), _input_grid(how), x.dtype), _weight(weight, how), bias
         )
     result: Tensor = _Product.apply(x, weight, bias, how, _Wanted.of(x, weight, bias, how))  # type: ignore[no-untyped-call]
     return result
+
+
+def _refuse_transforms(*operands: Tensor) -> None:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if not torch.compiler.is_compiling() and any(map(wrapped, operands)):
+        raise GradientError(
+            "a QuantLinear cannot be transformed by torch.func (grad, vmap, jvp, jacrev): rounding has only the "
+            "gradient of its backward pass; call backward() or torch.autograd.grad"
+        )
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise GradientError(
+            "the gradient of a QuantLinear cannot be differentiated again: rounding has no second derivative "
+            "(backward was called with create_graph=True)"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,11 +143,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise GradientError(
-                "the gradient of a QuantLinear cannot be differentiated again: rounding has no second derivative "
-                "(backward was called with create_graph=True)"
-            )
+        _refuse_second_derivative()
         how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         weight = saved.pop() if wanted.reads_weight else None
@@ -176,3 +189,136 @@ def _from_bits(data: Tensor, length: int) -> Tensor:
     """Return the first ``length`` bits of each row of ``data``, as bool."""
     places = torch.tensor(_PLACES, dtype=torch.uint8, device=data.device)
     return ((data[..., None] & places) != 0).flatten(-2)[..., :length]
+
+
+# ---- with a packed weight
+
+
+def packed_linear(x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization) -> Tensor:
+    """Return q(x) · q(W)ᵀ + b, (..., outputs), for a weight that is its codes and scales, in the order of stored.py.
+
+    W is opened in the dtype that the product is computed in: autocast's inside of it, the input's outside. It lives
+    for the product alone: backward keeps the codes, and opens them again.
+
+    Raises: as ``quantized_linear``; ShapeError also for an input that is not floating point: what a model casts to
+    the dtype of a packed weight is lost.
+    """
+    if not x.is_floating_point():
+        raise ShapeError(
+            f"a packed layer was called with {x.dtype}; expected floating point. Its weight is torch.uint8, and a "
+            "model that casts an input to its weight's dtype cannot have it packed"
+        )
+    _refuse_transforms(x, *stored)
+    dtype = _product_dtype(x)
+    if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, bias))):
+        values = _rounded(_turned(x.detach(), how), _input_grid(how), x.dtype)
+        return _times_opened(values.to(dtype), stored, bias, how)
+    wanted = _Wanted.of(x, stored[0], bias, how)
+    result: Tensor = _PackedProduct.apply(x, bias, how, wanted, dtype, *stored)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+class _PackedProduct(torch.autograd.Function):
+    """What is saved: the weight's codes and scales, and where x saturated. The weight has no gradient, so q(x) not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        how: Quantization,
+        wanted: _Wanted,
+        dtype: torch.dtype,
+        *stored: Tensor,
+    ) -> Tensor:
+        ctx.how, ctx.wanted, ctx.inputs, ctx.stored = how, wanted, x.shape[-1], len(stored)
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        turned, grid = _turned(x.detach(), how), _input_grid(how)
+        saved = [*stored] if wanted.input else []
+        if wanted.clips_input and grid is not None:
+            saved.append(_bits(grid.saturates(turned)))
+        ctx.save_for_backward(*saved)
+        return _times_opened(_rounded(turned, grid, x.dtype).to(dtype), stored, bias, how)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        _refuse_second_derivative()
+        how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
+        x_dtype, bias_dtype = ctx.dtypes
+        bits = saved.pop() if wanted.clips_input else None
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = None
+        if wanted.input:
+            product = _opened_times(flat, saved, how, ctx.inputs).reshape(*grad.shape[:-1], ctx.inputs)
+            saturated = None if bits is None else _from_bits(bits, ctx.inputs)
+            grad_x = _back(product, how, saturated, x_dtype)
+        grad_bias = flat.sum(0).to(bias_dtype) if wanted.bias else None
+        return grad_x, grad_bias, None, None, None, *[None] * ctx.stored
+
+
+def _times_opened(values: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization) -> Tensor:
+    """Return values · Wᵀ + b in the dtype of ``values``."""
+    grid = _packed_grid(how)
+    bias = bias if bias is None else bias.to(values.dtype)
+    if torch.compiler.is_compiling():
+        result: Tensor = _forward_op(values, bias, list(stored), grid.name, grid.without_number.key)
+        return result
+    return torch.nn.functional.linear(values, _open(stored, grid, values.shape[-1], values.dtype), bias)
+
+
+def _opened_times(grad: Tensor, stored: Sequence[Tensor], how: Quantization, inputs: int) -> Tensor:
+    """Return grad · W, (rows, inputs), in the dtype of ``grad``."""
+    grid = _packed_grid(how)
+    if torch.compiler.is_compiling():
+        result: Tensor = _backward_op(grad, list(stored), grid.name, grid.without_number.key, inputs)
+        return result
+    return grad @ _open(stored, grid, inputs, grad.dtype)
+
+
+def _packed_grid(how: Quantization) -> Format:
+    grid = _weight_grid(how)
+    if grid is None:
+        raise FormatError("a packed weight needs the format that it is packed in")
+    return grid
+
+
+def _open(stored: Sequence[Tensor], grid: Format, inputs: int, dtype: torch.dtype) -> Tensor:
+    names = stored_shapes(grid, 0, 0)
+    return from_stored(dict(zip(names, stored, strict=True)), grid, inputs, dtype).dequantize()
+
+
+# Opaque to torch.compile, which would otherwise open a weight once for forward and backward, and keep it in between.
+
+
+@cache
+def _grid_of(name: str, key: str) -> Format:
+    return Format.from_dict(name, json.loads(key))
+
+
+@torch.library.custom_op("qsurgeon::times_opened", mutates_args=())
+def _forward_op(values: Tensor, bias: Tensor | None, stored: list[Tensor], name: str, key: str) -> Tensor:
+    weight = _open(stored, _grid_of(name, key), values.shape[-1], values.dtype)
+    return torch.nn.functional.linear(values, weight, bias)
+
+
+@_forward_op.register_fake
+def _(values: Tensor, bias: Tensor | None, stored: list[Tensor], name: str, key: str) -> Tensor:
+    return values.new_empty(*values.shape[:-1], stored[0].shape[0])
+
+
+@torch.library.custom_op("qsurgeon::opened_times", mutates_args=())
+def _backward_op(grad: Tensor, stored: list[Tensor], name: str, key: str, inputs: int) -> Tensor:
+    return grad @ _open(stored, _grid_of(name, key), inputs, grad.dtype)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, stored: list[Tensor], name: str, key: str, inputs: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], inputs)

@@ -114,7 +114,8 @@ class Recipe(Section):
     output: str | None = Field(None, description="Folder to write; --output wins.")
     storage: Storage = Field(
         "master",
-        description="master: full-precision weights stay, rounded at every forward. packed: codes and scales only.",
+        description="master: full-precision weights stay, rounded at every forward. packed: their codes and scales "
+        "replace them; for adapters, and inference.",
     )
     saved_inputs: SavedInputs = Field(
         "packed", description="What a backward pass keeps of an input: packed codes, or full values; gradients agree."

@@ -7,11 +7,12 @@ and ``.base_layer`` are stripped, and what peft adds is marked as an adapter.
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
 
-from qsurgeon.layers import QuantLinear
+from qsurgeon.layers import PackedLinear, QuantLinear
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Module:
     linear: whether it is ``nn.Linear`` itself (or a QuantLinear, which was one), not a subclass with a forward of
     its own. shape: of its weight, or of its largest own parameter.
     parameters: how many it owns (children not counted, a tied weight counted with its first owner only).
-    bytes: what these take. tied_to: the module that owns its weight, if that is another one.
+    bytes: what these take. A packed weight counts as the values that it stands for, in shape and parameters, and with
+    the bytes that it takes. tied_to: the module that owns its weight, if that is another one.
     adapter: whether peft added it.
     shared: those of its parameters that another module owns.
     """
@@ -104,13 +106,18 @@ def _describe(module: nn.Module, name: str, path: str, adapter: bool, owners: di
     weight = own.get("weight")
     owner = owners[id(weight)] if weight is not None else name
     largest = weight if weight is not None else max(own.values(), key=torch.numel, default=None)
+    shape = tuple(largest.shape) if largest is not None else ()
+    count = sum(parameter.numel() for parameter in first)
+    if isinstance(module, PackedLinear):
+        shape = module.out_features, module.in_features
+        count += prod(shape) - sum(parameter.numel() for parameter in module.stored.values())
     return Module(
         name,
         path,
         type(module).__name__,
-        type(module) in (nn.Linear, QuantLinear),
-        tuple(largest.shape) if largest is not None else (),
-        sum(parameter.numel() for parameter in first),
+        type(module) in (nn.Linear, QuantLinear, PackedLinear),
+        shape,
+        count,
         sum(parameter.numel() * parameter.element_size() for parameter in first),
         owner if owner != name else None,
         adapter,

@@ -6,17 +6,24 @@ from typing import Any
 
 from torch import nn
 
-from qsurgeon.errors import SurgeryError
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.errors import FormatError, SurgeryError
+from qsurgeon.formats import Storage
+from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
 from qsurgeon.surgery.adapters import bypass
 from qsurgeon.surgery.inventory import inventory, plain_model
 
 
-def operate(model: nn.Module, quantizations: Mapping[str, Quantization], *, untie: bool = False) -> int:
+def operate(
+    model: nn.Module,
+    quantizations: Mapping[str, Quantization],
+    *,
+    untie: bool = False,
+    storage: Storage = "master",
+) -> int:
     """Wrap the modules that ``quantizations`` names (in the plain model), in place; return how many.
 
     Nothing is changed unless all of them can be. ``untie`` gives a wrapped module whose weight is tied to another's
-    a copy of its own.
+    a copy of its own. ``storage: packed`` packs each weight that has a format, one after the other.
 
     Raises: SurgeryError if the model is wrapped already, or a module is missing or cannot be wrapped, or has an adapter
     that would compute past it.
@@ -34,8 +41,11 @@ def operate(model: nn.Module, quantizations: Mapping[str, Quantization], *, unti
     linears = {name: model.get_submodule(modules[name].path) for name in quantizations}
     for name, linear in linears.items():
         try:
-            QuantLinear.check(linear)
-        except SurgeryError as error:
+            if _is_packed(quantizations[name], storage):
+                PackedLinear.check_packing(linear, quantizations[name])
+            else:
+                QuantLinear.check(linear)
+        except (FormatError, SurgeryError) as error:
             raise SurgeryError(f"{name} cannot be wrapped: {error}") from error
         past = bypass(model, modules[name].path)
         if past is not None:
@@ -47,16 +57,22 @@ def operate(model: nn.Module, quantizations: Mapping[str, Quantization], *, unti
     root = plain_model(model)[1]
     owners = {module.tied_to for module in modules.values()}
     for name, linear in linears.items():
-        QuantLinear.wrap(linear, quantizations[name])
+        kind = PackedLinear if _is_packed(quantizations[name], storage) else QuantLinear
+        kind.wrap(linear, quantizations[name])
         if untie and (modules[name].tied_to or name in owners):
             _untie(linear, name, root)
     return len(linears)
 
 
+def _is_packed(how: Quantization, storage: Storage) -> bool:
+    return storage == "packed" and how.weight is not None
+
+
 def _untie(linear: nn.Module, name: str, root: Any) -> None:
     """Give ``linear`` a weight of its own, and the model no reason to tie it again when it is saved or loaded."""
-    weight = linear.get_parameter("weight")
-    linear.register_parameter("weight", nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+    if not isinstance(linear, PackedLinear):  # whose codes are its own
+        weight = linear.get_parameter("weight")
+        linear.register_parameter("weight", nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
     if hasattr(root, "config"):
         root.config.tie_word_embeddings = False
         root.config.get_text_config().tie_word_embeddings = False

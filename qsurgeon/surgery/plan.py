@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qsurgeon.errors import FormatError, Mistake, PlanError
+from qsurgeon.formats import Format
 from qsurgeon.layers import Quantization
 from qsurgeon.recipe import Recipe
 from qsurgeon.recipe.select import Match, Namespace, parse_pattern
@@ -142,6 +143,8 @@ class _Planner:
             except FormatError as error:
                 self.report(str(error), "rules", place, role)
                 return None
+        if self.recipe.storage == "packed" and formats["weight"] is not None:
+            self._check_packing(place, formats["weight"])
         try:
             return Quantization(
                 formats["weight"],
@@ -154,6 +157,26 @@ class _Planner:
         except FormatError as error:
             self.report(f"rule '{self.recipe.rule_name(place)}': {error}", "rules", place)
             return None
+
+    def _check_packing(self, place: int, weight: Format) -> None:
+        """Report what a rule asks of a weight that a packed one cannot do."""
+        rule, name = self.recipe.rules[place], self.recipe.rule_name(place)
+        if rule.phases != "both":
+            self.report(
+                f"rule '{name}' rounds in {rule.phases} only: a packed weight is rounded in every phase; say "
+                "'storage: master', or leave the weight out of the rule",
+                "rules",
+                place,
+                "phases",
+            )
+        if weight.tensor_scale == "static" and weight.static_scale is None:
+            self.report(
+                f"format '{weight.name}' of rule '{name}' has a static tensor scale without a number: a weight is "
+                "packed before any calibration; give it a static_scale, or say 'tensor_scale: tensor'",
+                "rules",
+                place,
+                "weight",
+            )
 
     def _check_rotation(self, how: Quantization, names: list[str], place: int) -> None:
         """Report the first module whose inputs the rotation does not divide."""

@@ -14,6 +14,10 @@ FORMATS = [
     get_format("fp8_e4m3").with_fields("static-rows", tensor_scale="static", static_scale=0.01),
     get_format("mxfp4").with_fields("rotated", hadamard=16),
     get_format("mxfp4").with_fields("square", block=[16, 16]),
+    get_format("nvfp4").with_fields("static", tensor_scale="static", static_scale=0.01),
+    get_format("nvfp4").with_fields(
+        "one-number", block="none", scale="none", scale_rule="none", tensor_scale="static", static_scale=0.01
+    ),
 ]
 
 

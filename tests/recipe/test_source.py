@@ -339,10 +339,10 @@ def test_one_text_among_patterns_that_is_a_number_is_one_mistake() -> None:
             id="version",
         ),
         pytest.param(
-            PLAIN + "storage: packed\n",
-            "mine.yaml:5:10: 'storage' cannot be 'packed'; expected one of: master\n"
-            "    storage: packed\n"
-            "             ^^^^^^",
+            PLAIN + "storage: thin\n",
+            "mine.yaml:5:10: 'storage' cannot be 'thin'; expected one of: master, packed\n"
+            "    storage: thin\n"
+            "             ^^^^",
             id="storage",
         ),
         pytest.param(

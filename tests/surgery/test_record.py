@@ -133,7 +133,7 @@ def put(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
             put("rules", 1, "zebra", value=1), "rules.1.zebra: Extra inputs are not permitted", id="in-a-rule"
         ),
         pytest.param(put("version", value=2), "version: Input should be 1", id="version"),
-        pytest.param(put("storage", value="packed"), "storage: Input should be 'master'", id="storage"),
+        pytest.param(put("storage", value="thin"), "storage: Input should be 'master' or 'packed'", id="storage"),
         pytest.param(
             put("rules", 0, "gradient", value="stee"),
             "rules.0.gradient: Input should be 'ste', 'clipped' or 'none'",

@@ -1,0 +1,176 @@
+"""PackedLinear: a QuantLinear that holds its weight as codes and scales alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from qsurgeon.errors import CheckpointError, FormatError, NothingWrappedError, ShapeError, SurgeryError
+from qsurgeon.formats import Format, Quantized
+from qsurgeon.formats.stored import from_stored, stored_shapes, to_stored
+from qsurgeon.layers.linear import QuantLinear, quant_linears
+from qsurgeon.layers.phases import without
+from qsurgeon.layers.product import packed_linear
+from qsurgeon.layers.quantization import Quantization
+
+
+class PackedLinear(QuantLinear):
+    """A QuantLinear whose ``weight`` is uint8: the codes, beside ``weight_scale`` and ``weight_tensor_scale``.
+
+    The layout is that of ``formats.stored``; with a format that rotates, the codes are of the rotated weight, W·R,
+    which is what the rotated input is multiplied with. It computes what a QuantLinear does with the weight that was
+    packed, to the bit. The weight is opened anew in each forward and each backward pass, in the dtype that the input
+    has, and has no gradient; the input and the bias have theirs.
+
+    compute_dtype: what the weight was before it was packed, which follows ``.to(dtype)``. peft makes its adapters'
+    parameters in it.
+    """
+
+    compute_dtype: torch.dtype
+
+    @staticmethod
+    def check_packing(linear: nn.Module, quantization: Quantization) -> None:
+        """Do nothing if ``linear`` can be packed.
+
+        Raises: SurgeryError as QuantLinear's ``check``, for a weight whose values are elsewhere (offloaded, sharded),
+        and for a rule that does not round it in every phase; FormatError for a static scale without a number.
+        """
+        QuantLinear.check(linear)
+        weight, grid = linear.get_parameter("weight"), packed_format(quantization)
+        if grid.tensor_scale == "static" and grid.static_scale is None:
+            raise FormatError(
+                f"format '{grid.name}' has a static tensor scale and no number for it: a weight that is packed cannot "
+                "wait for one"
+            )
+        if quantization.phases != "both":
+            raise SurgeryError(f"a packed weight is rounded in every phase, not {quantization.when}")
+        if hasattr(weight, "device_mesh"):
+            raise SurgeryError("its weight is sharded; pack the model before fully_shard")
+        if weight.is_meta and getattr(linear, "_hf_hook", None) is not None:
+            raise SurgeryError("its weight is offloaded, and its values are not here to be packed")
+
+    @classmethod
+    def wrap(cls, linear: nn.Module, quantization: Quantization) -> None:
+        """Turn ``linear`` itself into a PackedLinear; of a weight on the meta device only the shapes are packed.
+
+        Raises: as ``check_packing``.
+        """
+        cls.check_packing(linear, quantization)
+        weight = linear.get_parameter("weight")
+        packed = empty(packed_format(quantization), *weight.shape) if weight.is_meta else pack(weight, quantization)
+        super().wrap(linear, quantization)
+        vars(linear)["compute_dtype"] = weight.dtype
+        vars(linear)["_is_hf_initialized"] = True  # transformers would draw new codes as if they were a weight
+        for name, tensor in packed.items():
+            linear.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def grid(self) -> Format:
+        """The format of the codes: the weight's, for values that are rotated already."""
+        return packed_format(self.quantization)
+
+    @property
+    def stored(self) -> dict[str, nn.Parameter]:
+        """The tensors that the weight is, by the names of ``formats.stored``."""
+        return {name: getattr(self, name) for name in stored_shapes(self.grid, 0, 0)}
+
+    def opened(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight (outputs, inputs), rotated where its format rotates, as ``dtype`` or compute_dtype.
+
+        Raises: ShapeError for tensors that are not this format's.
+        """
+        return self._quantized(dtype or self.compute_dtype).dequantize()
+
+    @torch.no_grad()
+    def repack(self, values: Tensor) -> None:
+        """Take the codes of ``values`` (outputs, inputs), which are rotated already, in place of those that are here.
+
+        Raises: ShapeError for values of another shape.
+        """
+        if values.shape != (self.out_features, self.in_features):
+            raise ShapeError(f"a weight is {(self.out_features, self.in_features)}, got {tuple(values.shape)}")
+        for name, tensor in to_stored(self.grid.quantize(values)).items():
+            self.get_parameter(name).copy_(tensor)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return q(x) · q(W)ᵀ + b. Raises: ShapeError for an input of another length or of whole numbers."""
+        if input.shape[-1] != self.in_features:
+            raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
+        return packed_linear(input, tuple(self.stored.values()), self.bias, self.quantization)
+
+    def extra_repr(self) -> str:
+        """Return what ``print(model)`` shows of the layer."""
+        return f"{super().extra_repr()}, storage=packed"
+
+    def _quantized(self, dtype: torch.dtype) -> Quantized:
+        return from_stored(self.stored, self.grid, self.in_features, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        vars(self)["compute_dtype"] = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Refuse tensors that torch would cast: a value that is rounded to a byte is no code."""
+        for name in self.stored:
+            found = state_dict.get(prefix + name)
+            if found is not None and found.dtype != torch.uint8:
+                raise CheckpointError(f"{prefix}{name} is {found.dtype}; a packed weight is torch.uint8")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def packed_format(quantization: Quantization) -> Format:
+    """Return the format of a packed weight's codes.
+
+    Raises: FormatError if the weight has no format, or a static scale that has no number.
+    """
+    if quantization.weight is None:
+        raise FormatError("a weight without a format cannot be packed")
+    return quantization.weight.as_weight.without_rotation
+
+
+def pack(weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
+    """Return the tensors of ``weight`` (outputs, inputs) packed, by the names of ``formats.stored``.
+
+    Raises: as ``Format.quantize``.
+    """
+    grid, rotation = packed_format(quantization), quantization.rotation
+    values = weight.detach()
+    return to_stored(grid.quantize(values if rotation is None else rotation(values)))
+
+
+def empty(grid: Format, rows: int, columns: int) -> dict[str, Tensor]:
+    """Return tensors on the meta device, of the shapes of a packed weight (rows, columns)."""
+    shapes = stored_shapes(grid, rows, columns)
+    return {name: torch.empty(shape, dtype=torch.uint8, device="meta") for name, shape in shapes.items()}
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """Return the PackedLinear modules of ``model`` by their names in it."""
+    return {name: module for name, module in quant_linears(model).items() if isinstance(module, PackedLinear)}
+
+
+@contextmanager
+def disabled(*models: nn.Module) -> Iterator[None]:
+    """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.
+
+    Only the thread that enters the block sees it. With gradient checkpointing, which computes the forward pass again
+    in the backward pass, call ``backward`` inside the block too.
+
+    Raises: NothingWrappedError for a model without a QuantLinear, which is in full precision everywhere. SurgeryError
+    for one with packed weights, whose full precision is nowhere any more.
+    """
+    found = [quant_linears(model) for model in models]
+    for model, layers in zip(models, found, strict=True):
+        if not layers:
+            raise NothingWrappedError(f"no module of {type(model).__name__} is wrapped: there is nothing to disable")
+        if packed := packed_linears(model):
+            raise SurgeryError(
+                f"{len(packed)} weights of {type(model).__name__} are packed, such as that of {next(iter(packed))}: "
+                "their full precision is gone. Load the checkpoint that they were packed from as a teacher or "
+                "reference, or use storage: master"
+            )
+    with without(layer for layers in found for layer in layers.values()):
+        yield

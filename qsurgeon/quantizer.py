@@ -1,0 +1,270 @@
+"""transformers' own registration: ``quantization_config`` in config.json, and the quantizer that obeys it.
+
+Importing this module registers both; ``qsurgeon/__init__.py`` sees to it that it is imported as soon as
+``transformers.quantizers.auto`` is. Anything of transformers that this depends on and that is not public stands here.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import torch
+import transformers
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qsurgeon.errors import CheckpointError, NothingWrappedError
+from qsurgeon.formats.stored import WEIGHT
+from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears, rollout_unless_told
+from qsurgeon.surgery import QUANT_METHOD, Record, inventory, operate, read_record
+
+
+class QSurgeonConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a model: a Record as transformers wants it."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.record = read_record(fields, "config.json")
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the hint says enum, a str is taken
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json keeps."""
+        return {"quant_method": QUANT_METHOD, **self.record.model_dump(mode="json")}
+
+
+class QSurgeonQuantizer(HfQuantizer):
+    """Wraps the modules that the config names, before the weights are loaded into them.
+
+    A model with packed weights keeps it: by it, transformers' Trainer knows that there is nothing to train but
+    adapters. One with master weights does not: it is an ordinary model.
+    """
+
+    quantization_config: Any  # QSurgeonConfig, where transformers' hint says more than it asks
+    is_trainable = True
+
+    def __init__(self, quantization_config: QSurgeonConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._slots: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # what the packed layers are to be filled with
+        self._found: set[str] = set()
+        self._to_save: Any = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights are stored as codes and scales."""
+        record: Record = self.quantization_config.record
+        return record.storage == "packed"
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the weights themselves can be trained."""
+        return not self.is_packed
+
+    def is_serializable(self) -> bool:
+        """Say that the model can be saved."""
+        return True
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Refuse to pack what would stay on a disk as it is. Raises: CheckpointError."""
+        on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        if self.is_packed and not self.pre_quantized and on_disk:
+            raise CheckpointError(
+                "a weight that is offloaded to disk is not packed on the way: write a packed checkpoint "
+                "first (qsurgeon apply), and load that"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        record = self.quantization_config.record
+        quantizations = record.quantizations()
+        operate(model, _as_named_in(model, quantizations), storage=record.storage)
+        follow_rollouts(quantizations.values())
+        if self.is_packed:
+            _save_what_is_given()
+        self._slots = {
+            f"{name}.{key}": (tuple(parameter.shape), parameter.dtype)
+            for name, module in packed_linears(model).items()
+            for key, parameter in module.named_parameters(recurse=False)
+        }
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Say what a tensor of a checkpoint is to be cast to. transformers asks of each, before it is read.
+
+        Raises: CheckpointError for one that is not what a packed layer takes.
+        """
+        name = converter.target_patterns[0]
+        if name in self._slots:
+            self._found.add(name)
+            shape, kind = self._slots[name]
+            found = _Header(param)
+            if found.shape != shape:
+                raise CheckpointError(f"{name} has shape {list(found.shape)}; the packed layer takes {list(shape)}")
+            fits = found.is_floating_point if kind.is_floating_point else found.dtype.lower() in ("u8", "uint8")
+            if not fits:
+                wanted = "floating point" if kind.is_floating_point else "U8"
+                raise CheckpointError(f"{name} is {found.dtype}; the packed layer takes {wanted}")
+        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a tensor of a plain checkpoint is a weight to be packed on the way."""
+        module, _, key = param_name.rpartition(".")
+        return not self.pre_quantized and key == WEIGHT and isinstance(model.get_submodule(module), PackedLinear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what packs a weight."""
+        return _Pack()
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, module in quant_linears(model).items():
+            for key, parameter in module.named_parameters(recurse=False):
+                # transformers marks what it read from the checkpoint; the rest it would leave random. What is still
+                # on the meta device was offloaded.
+                is_read = getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta
+                is_named = not self.pre_quantized or f"{name}.{key}" not in self._slots.keys() - self._found
+                if not (is_read and is_named):
+                    raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
+        self._slots, self._found = {}, set()
+        if self.is_packed:
+            return model
+        # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
+        # `state_dict=`, which FSDP needs, and block .half() and .float().
+        model.hf_quantizer = None
+        model.is_quantized = False
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """Return what save_pretrained was told to save, and nothing for the files' headers."""
+        return self._to_save, {}
+
+    @contextmanager
+    def saving(self, state_dict: Any) -> Iterator[None]:
+        """Let save_pretrained save ``state_dict`` inside the block."""
+        self._to_save = state_dict
+        try:
+            yield
+        finally:
+            self._to_save = None
+
+
+class _Pack(ConversionOps):
+    """Packs one weight of a plain checkpoint as soon as it is read."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        name, model = kwargs["full_layer_name"], kwargs["model"]
+        path = name.removesuffix(f".{WEIGHT}")
+        layer = model.get_submodule(path)
+        expected = layer.out_features, layer.in_features
+        if tuple(weight.shape) != expected:
+            raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
+        return {f"{path}.{key}": tensor for key, tensor in pack(weight, layer.quantization).items()}
+
+
+class _Header:
+    """What is known of a checkpoint's tensor, which may not be read yet."""
+
+    def __init__(self, tensor: Any) -> None:
+        is_read = isinstance(tensor, torch.Tensor)
+        self.shape = tuple(tensor.shape if is_read else tensor.get_shape())
+        self.dtype = str(tensor.dtype).removeprefix("torch.") if is_read else str(tensor.get_dtype())
+        self.is_floating_point = tensor.is_floating_point() if is_read else self.dtype.startswith(("F", "BF"))
+
+
+def _as_named_in(model: Any, quantizations: dict[str, Quantization]) -> dict[str, Quantization]:
+    """Return ``quantizations`` under the names that ``model`` has for them.
+
+    A checkpoint of a model with a head may be loaded as its base model, and the other way round: then all names
+    begin with the base model's prefix on one side only, and what is outside of it does not exist.
+
+    Raises: NothingWrappedError if no module would be left to wrap, CheckpointError if one is missing.
+    """
+    prefix = model.base_model_prefix + "."
+    names = {module.name for module in inventory(model)}
+    for rename in (
+        _same,
+        lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None,
+        prefix.__add__,
+    ):
+        found = {new: how for name, how in quantizations.items() if (new := rename(name)) in names}
+        inside = [name for name in quantizations if rename(name) is not None]
+        if found and len(found) == len(inside):
+            return found
+    if found_any := [name for name in quantizations if name in names]:
+        missing = next(name for name in quantizations if name not in names)
+        raise CheckpointError(f"{type(model).__name__} has {found_any[0]} but no {missing}, which config.json wraps")
+    raise NothingWrappedError(
+        f"{type(model).__name__} has none of the {len(quantizations)} modules that config.json wraps, "
+        f"such as {next(iter(quantizations), 'none')}"
+    )
+
+
+def _same(name: str) -> str | None:
+    return name
+
+
+def follow_rollouts(quantizations: Iterable[Quantization]) -> None:
+    """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase.
+
+    Trainers call ``generate`` on what they unwrapped themselves, so that only the class knows of all calls.
+    """
+    generate = transformers.GenerationMixin.generate
+    if all(how.phases == "both" for how in quantizations) or hasattr(generate, "enters_rollout"):
+        return
+
+    @wraps(generate)
+    def in_rollout(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with rollout_unless_told():
+            return generate(self, *args, **kwargs)
+
+    vars(in_rollout)["enters_rollout"] = True
+    transformers.GenerationMixin.generate = in_rollout  # type: ignore[method-assign]
+
+
+def attach(model: Any, config: QSurgeonConfig) -> None:
+    """Give a model that was packed in memory the quantizer that one which was loaded so has."""
+    _save_what_is_given()
+    if isinstance(model, transformers.PreTrainedModel):
+        vars(model)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
+        vars(model).update(is_quantized=True, quantization_method=QUANT_METHOD)
+        for module in model.modules():
+            if isinstance(module, transformers.PreTrainedModel):
+                module.config._is_quantized = True
+
+
+def _save_what_is_given() -> None:
+    """Let ``save_pretrained(state_dict=...)`` save that, also of a model that has our quantizer.
+
+    transformers throws it away where there is a quantizer, and FSDP has whole tensors nowhere else.
+    """
+    save = transformers.PreTrainedModel.save_pretrained
+    if hasattr(save, "saves_what_is_given"):
+        return
+
+    @wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        quantizer = getattr(self, "hf_quantizer", None)
+        if not isinstance(quantizer, QSurgeonQuantizer):
+            return save(self, *args, **kwargs)
+        given = signature(save).bind(self, *args, **kwargs).arguments.get("state_dict")
+        with quantizer.saving(given):
+            return save(self, *args, **kwargs)
+
+    vars(save_pretrained)["saves_what_is_given"] = True
+    transformers.PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def register() -> None:
+    """Make transformers know ``quant_method: qsurgeon``; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(QSurgeonConfig)
+        register_quantizer(QUANT_METHOD)(QSurgeonQuantizer)
+
+
+register()

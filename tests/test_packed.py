@@ -1,0 +1,375 @@
+"""Packed weights from end to end: a recipe, a folder, transformers' own load and save."""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import qsurgeon
+from qsurgeon.errors import CheckpointError, PlanError, SurgeryError
+from qsurgeon.formats import get_format
+from qsurgeon.formats.stored import stored_bytes
+from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.quantizer import QSurgeonConfig
+from qsurgeon.recipe import Recipe, load_recipe
+
+TOKENS = torch.arange(1, 13).reshape(2, 6)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Q = "model.layers.0.self_attn.q_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+# What a GPU's memory would not hold; on this CPU the first layer is on the disk.
+SPLIT = {
+    "model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
+    "model.rotary_emb": "cpu", "lm_head": "cpu",
+}  # fmt: skip
+
+Maker = Callable[..., Any]
+
+
+def recipe(storage: str = "packed", **fields: Any) -> Recipe:
+    rules = [{"target": ["layers"], "exclude": ["layers.0.mlp?"], "weight": "nvfp4", "input": "mxfp4"}]
+    return Recipe.model_validate({"version": 1, "storage": storage, "rules": rules, **fields})
+
+
+@pytest.fixture(scope="module")
+def small_model(make_qwen2: Maker) -> Maker:
+    """Return a maker of Qwen2 models of two layers, whose output head is its own unless told otherwise."""
+    return lambda **fields: make_qwen2(**{"num_hidden_layers": 2, "tie_word_embeddings": False, **fields})
+
+
+@pytest.fixture(scope="module")
+def plain(small_model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "plain"
+    small_model().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(small_model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "packed"
+    qsurgeon.apply(recipe(), small_model()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(TOKENS).logits
+    return found
+
+
+def different(one: nn.Module, other: nn.Module) -> list[str]:
+    """Return the names whose tensors are not the same to the bit."""
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    return [key for key in first if first[key].dtype != second[key].dtype or not torch.equal(first[key], second[key])]
+
+
+# --- in memory
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_packed_model_computes_what_its_master_does_to_the_bit(plain: Path, dtype: torch.dtype) -> None:
+    load = functools.partial(hf.AutoModelForCausalLM.from_pretrained, plain, dtype=dtype)
+    master, packed = qsurgeon.apply(recipe("master"), load()), qsurgeon.apply(recipe(), load())
+    assert len(packed_linears(packed)) == len(quant_linears(master)) == 11
+    assert type(packed.model.layers[0].mlp.down_proj) is nn.Linear
+    assert torch.equal(logits(packed), logits(master))
+    outputs = [one(input_ids=TOKENS, labels=TOKENS) for one in (packed, master)]
+    for output in outputs:
+        output.loss.backward()
+    grads = [{name: p.grad for name, p in one.named_parameters() if p.grad is not None} for one in (packed, master)]
+    assert sorted(set(grads[1]) - set(grads[0])) == sorted(f"{name}.weight" for name in quant_linears(master))
+    assert [name for name, grad in grads[0].items() if not torch.equal(grad, grads[1][name])] == []
+
+
+def test_modules_and_biases_stay_the_objects_that_they_were(small_model: Maker) -> None:
+    model = small_model()
+    before = {name: module for name, module in model.named_modules()}
+    bias = model.get_submodule(Q).bias
+    qsurgeon.apply(recipe(), model)
+    assert all(module is before[name] for name, module in model.named_modules())
+    assert model.get_submodule(Q).bias is bias
+    assert bias.requires_grad
+
+
+def test_a_rule_for_inputs_alone_keeps_its_weights(small_model: Maker) -> None:
+    rules = [
+        {"target": ["mlp"], "input": "mxfp4", "phases": "training"},
+        {"target": ["self_attn"], "weight": "mxfp4"},
+    ]
+    model = qsurgeon.apply(recipe(rules=rules), small_model())
+    kinds = {name.split(".")[3]: type(layer) for name, layer in quant_linears(model).items()}
+    assert kinds == {"mlp": QuantLinear, "self_attn": PackedLinear}
+    assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.float32
+    assert model.model.layers[0].mlp.down_proj.weight.requires_grad
+
+
+def test_no_second_copy_of_the_weights_is_alive_while_they_are_packed(
+    small_model: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, wrap = small_model(), PackedLinear.wrap.__func__  # type: ignore[attr-defined]
+    weights = {name: weakref.ref(model.get_parameter(f"{name}.weight")) for name in (Q, DOWN)}
+    alive: list[list[str]] = []
+
+    def wrapped(cls: Any, linear: nn.Module, how: Any) -> None:
+        wrap(cls, linear, how)
+        alive.append([name for name, weight in weights.items() if weight() is not None])
+
+    monkeypatch.setattr(PackedLinear, "wrap", classmethod(wrapped))
+    qsurgeon.apply(recipe(), model)
+    assert alive[0] == [DOWN]
+    assert alive[-1] == []
+
+
+@pytest.mark.parametrize("phases", ["training", "rollout"])
+def test_a_packed_weight_that_some_phase_wants_unrounded_is_refused_at_its_line(
+    plain: Path, tmp_path: Path, phases: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "version: 1\nstorage: packed\nrules:\n"
+        f"  - {{target: [self_attn], input: mxfp4, phases: {phases}}}\n"
+        f"  - {{target: [mlp], weight: mxfp4, phases: {phases}}}\n"
+    )
+    with pytest.raises(PlanError) as caught:
+        qsurgeon.plan(load_recipe(file), plain)
+    assert str(caught.value).splitlines()[0] == (
+        f"{file}:5:44: rule 'rule 2' rounds in {phases} only: a packed weight is rounded in every phase; say "
+        "'storage: master', or leave the weight out of the rule"
+    )
+    assert len(caught.value.mistakes) == 1
+
+
+def test_a_packed_weight_cannot_wait_for_its_static_scale(plain: Path) -> None:
+    formats = {"late": {"like": "nvfp4", "tensor_scale": "static"}}
+    rules = [{"target": ["mlp"], "weight": "late", "input": "late"}]
+    with pytest.raises(PlanError) as caught:
+        qsurgeon.plan(recipe(formats=formats, rules=rules), plain)
+    assert str(caught.value) == (
+        "rules[0].weight: format 'late' of rule 'rule 1' has a static tensor scale without a number: a weight is packed "
+        "before any calibration; give it a static_scale, or say 'tensor_scale: tensor'"
+    )
+
+
+def test_full_precision_cannot_be_asked_for(small_model: Maker) -> None:
+    model = qsurgeon.apply(recipe(), small_model())
+    with pytest.raises(SurgeryError, match="11 weights of Qwen2ForCausalLM are packed"), qsurgeon.disabled(model):
+        pass
+
+
+def test_packed_weights_of_a_qwen2_5_1_5b_take_less_than_0_30_of_its_bfloat16() -> None:
+    shapes = [(1536, 1536)] * 2 + [(256, 1536)] * 2 + [(8960, 1536)] * 2 + [(1536, 8960)]
+    wrapped = 28 * sum(rows * columns for rows, columns in shapes)
+    packed = 28 * sum(stored_bytes(get_format("nvfp4").as_weight, rows, columns) for rows, columns in shapes)
+    assert packed / (2 * wrapped) == pytest.approx(0.28125, abs=1e-5)
+    rest = 151936 * 1536 + 28 * (2 * 1536 + 1536 + 2 * 256) + 1536  # embeddings (tied), norms, biases
+    assert (packed + 2 * rest) / (2 * (wrapped + rest)) == pytest.approx(0.390, abs=1e-3)
+
+
+# --- load
+
+
+def test_it_reloads_to_the_bit(folder: Path, small_model: Maker) -> None:
+    expected = qsurgeon.apply(recipe(), small_model())
+    for model in (qsurgeon.load(folder), hf.AutoModelForCausalLM.from_pretrained(folder)):
+        assert len(packed_linears(model)) == 11
+        assert different(model, expected) == []
+        assert torch.equal(logits(model), logits(expected))
+        frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
+        assert frozen == {f"{name}.{key}" for name, layer in packed_linears(model).items() for key in layer.stored}
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto", SPLIT], ids=["none", "cpu", "auto", "disk"])
+@pytest.mark.parametrize("dtype", ["auto", None, *DTYPES], ids=str)
+def test_it_loads_anywhere_and_in_any_dtype(
+    plain: Path, folder: Path, tmp_path: Path, device_map: Any, dtype: Any
+) -> None:
+    asked = torch.float32 if dtype in ("auto", None) else dtype
+    # The codes are of the float32 weight, whatever the rest is loaded as.
+    expected = hf.AutoModelForCausalLM.from_pretrained(plain, dtype=asked)
+    codes = load_file(folder / "model.safetensors")
+    for name, layer in packed_linears(qsurgeon.apply(recipe(), expected)).items():
+        for key, one in layer.stored.items():
+            one.copy_(codes[f"{name}.{key}"])
+    options = {"offload_folder": tmp_path} if isinstance(device_map, dict) else {}
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype=dtype, **options)
+    assert {layer.compute_dtype for layer in packed_linears(model).values()} == {asked}
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_it_can_be_offloaded_to_a_cpu(folder: Path) -> None:
+    model = qsurgeon.load(folder)
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.get_submodule(Q).weight.is_meta
+    assert torch.equal(logits(model), expected)
+
+
+def test_its_base_model_loads_without_the_head(folder: Path) -> None:
+    base = hf.AutoModel.from_pretrained(folder)
+    assert len(packed_linears(base)) == 11
+    whole = qsurgeon.load(folder)
+    assert torch.equal(base(TOKENS).last_hidden_state, whole.model(TOKENS).last_hidden_state)
+
+
+def test_a_base_model_s_folder_loads_under_a_new_head(small_model: Maker, tmp_path: Path) -> None:
+    base = qsurgeon.apply(recipe(), small_model().model)
+    base.save_pretrained(tmp_path)
+    model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    assert len(packed_linears(model)) == 11
+    assert type(model.score) is nn.Linear
+    assert model.score.weight.dtype == torch.float32
+    assert torch.equal(model.model(TOKENS).last_hidden_state, base(TOKENS).last_hidden_state)
+
+
+def test_shards_reload_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    model = qsurgeon.load(folder)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert different(qsurgeon.load(tmp_path), model) == []
+
+
+def test_a_packed_head_is_untied_from_its_embedding(small_model: Maker, tmp_path: Path) -> None:
+    rules = [{"target": ["lm_head"], "weight": "mxfp4"}]
+    model = qsurgeon.apply(recipe(untie=True, rules=rules), small_model(tie_word_embeddings=True))
+    assert model.model.embed_tokens.weight.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["lm_head.weight"].dtype == torch.uint8
+    again = qsurgeon.load(tmp_path)
+    assert not again.config.tie_word_embeddings
+    assert different(again, model) == []
+    assert torch.equal(logits(again), logits(model))
+
+
+def change(folder: Path, name: str, make: Callable[[Tensor], Tensor | None]) -> None:
+    """Put what ``make`` returns in place of a tensor, or nothing."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    made = make(tensors.pop(name))
+    save_file(tensors if made is None else {**tensors, name: made}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("device_map", [None, SPLIT], ids=["none", "disk"])
+@pytest.mark.parametrize("key", ["weight", "weight_scale", "weight_tensor_scale", "bias"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: None, "the checkpoint has no tensor {}"),
+        (lambda one: one[..., :-1].contiguous(), "{} has shape {}; the packed layer takes {}"),
+        (
+            lambda one: one.to(torch.uint8 if one.is_floating_point() else torch.float32),
+            "{} is {}; the packed layer takes {}",
+        ),
+        (lambda one: one.to(torch.int8) if one.dtype == torch.uint8 else one.to(torch.int32), "{} is {}; the packed"),
+    ],
+    ids=["missing", "misshapen", "another dtype", "signed"],
+)
+def test_a_tensor_that_is_missing_or_of_another_kind_is_named(
+    copy: Path, tmp_path: Path, key: str, make: Any, message: str, device_map: Any
+) -> None:
+    name = f"{Q}.{key}"
+    change(copy, name, make)
+    options = {"offload_folder": tmp_path / "offload"} if device_map else {}
+    for load in (qsurgeon.load, hf.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError) as caught:
+            load(copy, device_map=device_map, **options)
+        assert str(caught.value).startswith(message.split("{}", maxsplit=1)[0] + name)
+        assert all(part in str(caught.value) for part in message.split("{}"))
+
+
+def test_a_record_that_a_packed_weight_cannot_follow_is_refused(copy: Path) -> None:
+    file = copy / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["rules"][0]["phases"] = "rollout"
+    file.write_text(json.dumps(config))
+    with pytest.raises(SurgeryError) as caught:
+        qsurgeon.load(copy)
+    assert str(caught.value) == (
+        f"{Q} cannot be wrapped: a packed weight is rounded in every phase, not in rollout only"
+    )
+
+
+def test_without_qsurgeon_a_packed_folder_does_not_load(folder: Path) -> None:
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "mismatch" in done.stderr.lower()
+
+
+# --- packed on the way
+
+
+def config_of(model: Any) -> QSurgeonConfig:
+    config: QSurgeonConfig = model.config.quantization_config
+    return config
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_plain_checkpoint_is_packed_while_it_loads(plain: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    load = functools.partial(hf.AutoModelForCausalLM.from_pretrained, plain, dtype=dtype)
+    expected = qsurgeon.apply(recipe(), load())
+    model = load(quantization_config=config_of(expected))
+    assert different(model, expected) == []
+    assert torch.equal(logits(model), logits(expected))
+    model.save_pretrained(tmp_path)
+    assert different(qsurgeon.load(tmp_path, dtype=dtype), expected) == []
+
+
+def test_what_stays_on_a_disk_is_not_packed_on_the_way(plain: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        hf.AutoModelForCausalLM.from_pretrained(
+            plain, device_map=SPLIT, offload_folder=tmp_path, quantization_config=config_of(qsurgeon.load(folder))
+        )
+    assert str(caught.value) == (
+        "a weight that is offloaded to disk is not packed on the way: write a packed checkpoint first (qsurgeon apply), "
+        "and load that"
+    )
+
+
+@pytest.mark.parametrize("make", [lambda _: None, lambda one: one[..., :-1].contiguous()], ids=["missing", "misshapen"])
+def test_a_plain_checkpoint_that_does_not_fit_is_not_packed(
+    plain: Path, folder: Path, tmp_path: Path, make: Any
+) -> None:
+    copy = Path(shutil.copytree(plain, tmp_path / "copy"))
+    change(copy, f"{Q}.weight", make)
+    with pytest.raises((CheckpointError, RuntimeError), match="q_proj|conver"):
+        hf.AutoModelForCausalLM.from_pretrained(copy, quantization_config=config_of(qsurgeon.load(folder)))
+
+
+# --- save
+
+
+def test_a_state_dict_that_is_given_is_what_is_saved(folder: Path, tmp_path: Path) -> None:
+    model = qsurgeon.load(folder)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.norm.weight"] = state["model.norm.weight"] + 1
+    for place, save in enumerate(
+        (
+            lambda path: model.save_pretrained(path, state_dict=state),
+            lambda path: model.save_pretrained(path, True, state),
+        )
+    ):
+        save(tmp_path / str(place))
+        again = qsurgeon.load(tmp_path / str(place))
+        assert different(again, model) == ["model.norm.weight"]
+        assert torch.equal(again.state_dict()["model.norm.weight"], state["model.norm.weight"])
+    model.save_pretrained(tmp_path / "own")
+    assert different(qsurgeon.load(tmp_path / "own"), model) == []
