@@ -240,7 +240,7 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
     copy_companions(work.source, folder)
     _write_index(work, folder)
     plan, config = work.plan, dict(work.config)
-    if any(job.name != job.source.name for job in work.layout.jobs.values()):
+    if any(step.module.tied_to for step in plan.wrapped):
         _untie(config)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,

@@ -1,0 +1,207 @@
+"""What a machine or a file can do to a rewrite: one clear message, the source as it was, no output that looks done."""
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qsurgeon
+from qsurgeon.checkpoint import Events, Options, rewrite
+from qsurgeon.checkpoint.journal import entries
+from qsurgeon.errors import CheckpointError
+from qsurgeon.recipe import Recipe
+
+RECIPE = Recipe.model_validate(
+    {"version": 1, "storage": "packed", "rules": [{"target": ["layers"], "weight": "nvfp4", "input": "nvfp4"}]}
+)
+ALONE = Options(workers=1)
+KEPT = "; what is done is kept in {out}.partial, and the same command goes on with it"
+
+
+@pytest.fixture
+def source(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def fails(error: type[Exception], source: Path, out: Path, options: Options = ALONE) -> str:
+    """Return the message, having seen that the source is as it was and that nothing looks finished."""
+    before = contents(source)
+    with pytest.raises(error) as caught:
+        rewrite(RECIPE, source, out, options=options)
+    assert contents(source) == before
+    assert not out.exists()
+    assert not list(out.parent.glob("out.partial/out/config.json"))
+    return str(caught.value.args[-1])
+
+
+def failing(name: str, number: int, code: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let a call of ``os`` fail from its ``number``-th on, until what is returned is called."""
+    original, calls = getattr(os, name), [0]
+
+    def call(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] >= number:
+            raise OSError(code, os.strerror(code))
+        return original(*args)
+
+    monkeypatch.setattr(os, name, call)
+    return lambda: monkeypatch.setattr(os, name, original)
+
+
+@pytest.mark.parametrize("number", [2, 9, 30])
+def test_a_disk_that_fills_up(source: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    mend = failing("pwrite", number, errno.ENOSPC, monkeypatch)
+    message = fails(OSError, source, out)
+    kept = KEPT.format(out=out) if number > 2 else ""
+    assert message == f"{out}.partial/out/model.safetensors: No space left on device{kept}"
+    assert out.with_name("out.partial").exists() == bool(kept)
+    mend()
+    rewrite(RECIPE, source, out)
+    rewrite(RECIPE, source, tmp_path / "other")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "other" / "model.safetensors").read_bytes()
+
+
+def test_a_disk_without_room_is_told_before_the_first_byte(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    message = fails(OSError, source, tmp_path / "out")
+    assert message.endswith("GB are to be written, 0.00 GB are free")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_file_system_that_is_too_small(source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "GB are to be written" in fails(OSError, source, small_disk / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))  # type: ignore[attr-defined]
+    message = fails(OSError, source, small_disk / "out")
+    assert message == (
+        f"{small_disk}/out.partial/out/model.safetensors: No space left on device" + KEPT.format(out=small_disk / "out")
+    )
+    assert entries(small_disk / "out.partial")
+
+
+@pytest.mark.parametrize("number", [1, 12, 20])
+def test_a_disk_that_cannot_be_read(source: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mend = failing("preadv", number, errno.EIO, monkeypatch)
+    message = fails(OSError, source, tmp_path / "out")
+    assert message.startswith(f"{source}/model.safetensors: Input/output error, reading model.")
+    mend()
+    rewrite(RECIPE, source, tmp_path / "out")
+    assert qsurgeon.inspect(tmp_path / "out").wrapped == 21
+
+
+class Meddles(Events):
+    """Does something to the source when the first bytes were dealt with."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act: Callable[[], Any] | None = act
+
+    def advance(self, count: int) -> None:
+        act, self.act = self.act, None
+        if act is not None:
+            act()
+
+
+def test_a_source_that_is_cut_short_meanwhile(source: Path, tmp_path: Path) -> None:
+    file = source / "model.safetensors"
+    with pytest.raises(CheckpointError, match=r"model.safetensors: ends inside of model\..*; it was cut short"):
+        rewrite(RECIPE, source, tmp_path / "out", Meddles(lambda: os.truncate(file, 100_000)), ALONE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_changes_meanwhile(source: Path, tmp_path: Path) -> None:
+    file = source / "model.safetensors"
+    with pytest.raises(CheckpointError) as caught:
+        rewrite(RECIPE, source, tmp_path / "out", Meddles(lambda: os.utime(file)), ALONE)
+    assert str(caught.value) == f"{source} changed while it was read"
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_it_keeps_what_is_done(source: Path, tmp_path: Path) -> None:
+    class Impatient(Events):
+        count = 0
+
+        def advance(self, count: int) -> None:
+            self.count += 1
+            if self.count == 20:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rewrite(RECIPE, source, tmp_path / "out", Impatient(), ALONE)
+    assert len(entries(tmp_path / "out.partial")) > 10
+    assert not (tmp_path / "out").exists()
+
+
+def broken(source: Path, value: float, *names: str) -> None:
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    for name in names:
+        tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+PLAIN, WRAPPED = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_named(source: Path, tmp_path: Path, value: float) -> None:
+    broken(source, value, PLAIN, WRAPPED)
+    out = tmp_path / "out"
+    message = fails(CheckpointError, source, out)
+    names, _, rest = message.removeprefix(f"{source} has NaN or infinity in ").partition(". ")
+    assert sorted(names.split(", ")) == [PLAIN, WRAPPED]
+    assert rest == f"With --allow-nonfinite they are written all the same{KEPT.format(out=out)}"
+
+
+def test_allow_nonfinite_goes_on_from_there(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(source, torch.nan, WRAPPED)
+    fails(CheckpointError, source, tmp_path / "out")
+    monkeypatch.delattr(os, "preadv")  # all is done: nothing of the source is read again
+    rewrite(RECIPE, source, tmp_path / "out", options=Options(allow_nonfinite=True))
+    assert qsurgeon.load(tmp_path / "out").model.layers[1].mlp.up_proj.weight.dtype == torch.uint8
+
+
+def test_large_values_are_finite(source: Path, tmp_path: Path) -> None:
+    """Their sum is not."""
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    tensors[PLAIN].fill_(torch.finfo(torch.float32).max)
+    save_file(tensors, file, metadata={"format": "pt"})
+    rewrite(RECIPE, source, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_an_output_in_a_folder_that_is_read_only(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o555)
+    if os.getuid() == 0:  # who may write anywhere
+        failing("mkdir", 1, errno.EACCES, monkeypatch)
+    assert fails(CheckpointError, source, folder / "out") == f"{folder}/out cannot be written: Permission denied"
+    assert list(folder.iterdir()) == []
