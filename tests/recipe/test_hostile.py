@@ -106,7 +106,7 @@ def test_a_hostile_recipe_takes_no_memory(text: str) -> None:
 @pytest.mark.usefixtures("quick", "lean")
 def test_a_file_of_one_long_line_is_refused_unread() -> None:
     with Path("mine.yaml").open("wb") as file:
-        file.truncate(50_000_000)
+        file.truncate(500_000_000)  # a hole: takes no room
     assert complaint("mine.yaml") == f"mine.yaml: cannot be read: it has more than {MOST_BYTES:,} bytes"
 
 
