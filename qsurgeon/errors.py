@@ -55,12 +55,18 @@ class Mistake:
         return f"{head}\n{self.excerpt}" if self.excerpt else head
 
 
+MOST_SHOWN = 100
+
+
 class MistakesError(QSurgeonError):
-    """Every mistake found in one run, in the order of the file."""
+    """Every mistake found in one run, in the order of the file. Its text shows the first hundred."""
 
     def __init__(self, mistakes: Sequence[Mistake]) -> None:
         self.mistakes = tuple(mistakes)
-        super().__init__("\n".join(map(str, self.mistakes)))
+        lines = [str(one) for one in self.mistakes[:MOST_SHOWN]]
+        if len(self.mistakes) > MOST_SHOWN:
+            lines.append(f"… and {len(self.mistakes) - MOST_SHOWN:,} more mistakes")
+        super().__init__("\n".join(lines))
 
 
 class RecipeError(MistakesError):

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import stat
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -15,6 +16,8 @@ from qsurgeon.recipe.text import Source, parse, read_source
 _PACKAGE = FilePath(__file__).parents[1]
 # In a wheel the recipes lie inside the package, in a checkout beside it.
 SHIPPED = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir())
+
+MOST_BASES = 20
 
 _EXPECTED = {
     "string_type": "text",
@@ -37,18 +40,30 @@ def find_recipe(name: str | FilePath, beside: FilePath | None = None) -> FilePat
     Raises: RecipeError with the nearest name if there is neither.
     """
     path = FilePath(name) if beside is None else beside / name
-    if path.is_file():
+    mode = _mode(path)
+    if stat.S_ISREG(mode):
         return path
     shipped = shipped_recipes()
     if str(name) in shipped:
         return shipped[str(name)]
-    if path.is_dir():
+    if stat.S_ISDIR(mode):
         raise RecipeError([Mistake(str(path), "is a folder; expected a recipe file")])
-    if path.suffix in {".yaml", ".yml"} or not path.parent.is_dir() or path.is_symlink():
-        there = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    if mode:
+        raise RecipeError([Mistake(str(path), "is not a regular file; expected a recipe file")])
+    around = stat.S_ISDIR(_mode(path.parent))
+    if path.suffix in {".yaml", ".yml"} or not around or _mode(path, follow_symlinks=False):
+        there = [file.name for file in path.parent.glob("*.yaml")] if around else []
         hint = f"; {nearest(path.name, there)}" if there else ""
         raise RecipeError([Mistake(str(path), f"no such file{hint}")])
     raise RecipeError([Mistake("", f"no recipe '{name}'; {nearest(str(name), shipped)}")])
+
+
+def _mode(path: FilePath, *, follow_symlinks: bool = True) -> int:
+    """Return what kind of file there is, as ``stat`` tells it; 0 for none, also where no file can have the name."""
+    try:
+        return path.stat(follow_symlinks=follow_symlinks).st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def load_recipe(name: str | FilePath) -> Recipe:
@@ -76,6 +91,9 @@ def _base(raw: dict[str, Any], file: FilePath, source: Source, chain: tuple[File
     if not isinstance(name, str):
         return None
     chain = (*chain, file.resolve())
+    if len(chain) > MOST_BASES:
+        source.report_at(("extends",), f"more than {MOST_BASES} recipes extend each other")
+        return None
     try:
         base = find_recipe(name, beside=file.parent)
     except RecipeError as error:

@@ -12,11 +12,14 @@ from typing import Any
 import yaml
 
 from qsurgeon.errors import Mistake, RecipeError
+from qsurgeon.reading import read_regular
 from qsurgeon.recipe.schema import Path
 
-MOST_BYTES = 1_000_000
-MOST_NODES = 100_000
+# Far more than a recipe needs, and read within a second or two: YAML takes its time for each value.
+MOST_BYTES = 250_000
+MOST_NODES = 10_000
 MOST_LEVELS = 20
+MOST_DIGITS = 100
 EXCERPT_WIDTH = 100
 TAG = "tag:yaml.org,2002:"
 
@@ -66,14 +69,11 @@ class Source:
 def read_source(file: FilePath) -> Source:
     """Return a file and its lines. Raises: RecipeError for one that is not readable UTF-8 text of a modest size."""
     try:
-        data = file.read_bytes()
-        text = data.decode("utf-8-sig")
+        text = read_regular(file, MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise RecipeError([Mistake(str(file), f"cannot be read: {error.strerror}")]) from error
     except UnicodeDecodeError as error:
         raise RecipeError([Mistake(str(file), f"is not UTF-8 text (byte {error.start})")]) from error
-    if len(data) > MOST_BYTES:
-        raise RecipeError([Mistake(str(file), f"has {len(data):,} bytes; a recipe has at most {MOST_BYTES:,}")])
     return Source(str(file), text.splitlines())
 
 
@@ -82,7 +82,7 @@ def parse(source: Source) -> dict[str, Any]:
     text = "\n".join(source.lines) + "\n"
     root: yaml.Node | None = None
     try:
-        _check_levels(text, source)
+        _check_extent(text, source)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         source.report(f"not YAML: {_yaml_problem(error, source)}", error.problem_mark)
@@ -116,13 +116,17 @@ def _yaml_problem(error: yaml.MarkedYAMLError, source: Source) -> str:
     return f"{problem} ({error.context})" if error.context else problem
 
 
-def _check_levels(text: str, source: Source) -> None:
-    """Refuse a file whose nesting would exhaust the stack, before anything recursive reads it."""
-    level = 0
+def _check_extent(text: str, source: Source) -> None:
+    """Refuse a file whose nesting would exhaust the stack, or its values our patience, before all of it is read."""
+    level = values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        values += isinstance(event, yaml.NodeEvent)
         if level > MOST_LEVELS:
             source.report(f"is nested more than {MOST_LEVELS} levels deep", event.start_mark)  # type: ignore[arg-type]  # the stubs also know a mark of C
+            raise source.error()
+        if values > MOST_NODES:
+            source.report(f"has more than {MOST_NODES:,} values", event.start_mark)  # type: ignore[arg-type]
             raise source.error()
 
 
@@ -168,6 +172,8 @@ def _scalar(node: yaml.Node, path: Path, source: Source) -> Any:
     if not _untagged(node, ("str", "int", "float", "bool", "null"), path, source):
         return None
     try:
+        if kind != "str" and len(node.value) > MOST_DIGITS:  # YAML's numbers of base 60 take the square of their length
+            raise ValueError
         value = yaml.constructor.SafeConstructor().construct_object(node)
         str(value).encode()
     except (ValueError, yaml.YAMLError):

@@ -1,5 +1,11 @@
-"""A model's modules from its config alone, on the meta device: no weight is read."""
+"""A model's modules from its config alone, on the meta device: no weight is read.
 
+A checkpoint may bring Python code of its own, which its config names in ``auto_map``. It is never run unless the caller
+says ``trust_remote_code``; where transformers has the model itself, it is not needed.
+"""
+
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +13,24 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils.hub import cached_file
 
 from qsurgeon.errors import CheckpointError
+from qsurgeon.reading import read_json
+
+# What transformers raises, in its own words or Python's, for a config that describes no model.
+_BAD_CONFIG = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError,
+)  # fmt: skip
 
 
-def read_config(source: str | Path) -> Any:
+def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
     """Return the config of a folder, a config.json or a hub id.
 
-    Raises: CheckpointError if there is none, or if transformers does not know the architecture.
+    ``trust_remote_code``: run the code that the model brings with it, where its config asks for that.
+
+    Raises: CheckpointError if there is none, or if transformers does not know the model and may not run its code.
     """
     path = Path(source)
     if path.name == "config.json":
@@ -26,45 +42,125 @@ def read_config(source: str | Path) -> Any:
         raise CheckpointError(f"{path}: no such folder")
     if path.is_file():
         raise CheckpointError(f"{path} is a file; expected a model's folder, a config.json or a hub id")
+    name = str(path if path.is_dir() else source)
     try:
-        return transformers.AutoConfig.from_pretrained(str(path if path.is_dir() else source), trust_remote_code=False)
-    except _BAD_CONFIG as error:
+        _check_known(read_json(_config_file(name)), name, trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (*_BAD_CONFIG, *_BAD_CODE) as error:
         there = "" if path.exists() else "no such folder, and as a hub id: "
         raise CheckpointError(f"no model at '{source}': {there}{_first_lines(error)}") from error
 
 
-# What transformers raises, in its own words or Python's, for a config that describes no model.
-_BAD_CONFIG = (
-    OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError,
-)  # fmt: skip
+def _config_file(name: str) -> Path:
+    """Return the config.json of a folder, or of a hub id, fetched if need be."""
+    found = cached_file(name, "config.json")
+    if found is None:
+        raise OSError("it has no config.json")
+    return Path(found)
 
 
-def architecture(config: Any) -> Any:
+# What running a model's own code raises besides, before it does anything: a package is missing, or it is not Python.
+_BAD_CODE = (ImportError, SyntaxError)
+
+
+def _check_known(data: dict[str, Any], name: str, trust_remote_code: bool) -> None:
+    """Refuse a config.json of a model type that transformers does not know, unless it may run the model's code."""
+    model_type = data.get("model_type")
+    own = _own_code(data.get("auto_map"))
+    if isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING:
+        return
+    if "AutoConfig" in own:
+        if not trust_remote_code:
+            raise CheckpointError(_not_trusted(name, f"model type '{model_type}'"))
+    elif model_type is None:
+        raise CheckpointError(f"{name}: its config.json has no model_type; expected the config of a transformers model")
+    else:
+        known = _nearest(str(model_type), transformers.CONFIG_MAPPING)
+        raise CheckpointError(
+            f"{name}: transformers {transformers.__version__} has no model type '{model_type}'{known}"
+        )
+
+
+def architecture(config: Any, trust_remote_code: bool = False) -> Any:
     """Return the model class that ``config`` names first, or None if it names none.
 
-    Raises: CheckpointError if transformers has no such class, or if it is another config's.
+    ``trust_remote_code``: if the class is one of the model's own, run its code and return that.
+
+    Raises: CheckpointError if transformers has no such class and may not run the model's, or if it is another config's.
     """
     names = config.architectures or []
+    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+        raise CheckpointError(f"'architectures' in config.json expects a list of names, got {names!r}")
+    own = _own_code(getattr(config, "auto_map", None))
     if not names:
+        if "AutoModel" in own and not trust_remote_code and type(config) not in transformers.MODEL_MAPPING:
+            raise CheckpointError(_not_trusted(config.name_or_path, f"model for a {type(config).__name__}"))
         return None
-    model_class = getattr(transformers, str(names[0]), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise CheckpointError(f"transformers {transformers.__version__} has no architecture '{names[0]}'")
+    name = names[0]
+    reference = next((one for one in own.values() if one.rpartition(".")[2] == name), None)
+    if reference is not None and trust_remote_code:
+        return _own_class(reference, config)
+    model_class: Any = getattr(transformers, name, None)
+    if not _is_model(model_class):
+        if reference is not None:
+            raise CheckpointError(_not_trusted(config.name_or_path, f"architecture '{name}'"))
+        known = _nearest(name, (one for one in dir(transformers) if "For" in one or one.endswith("Model")))
+        raise CheckpointError(f"transformers {transformers.__version__} has no architecture '{name}'{known}")
     if model_class.config_class is None or not isinstance(config, model_class.config_class):
-        raise CheckpointError(f"architecture '{names[0]}' does not go with a {type(config).__name__}")
+        raise CheckpointError(f"architecture '{name}' does not go with a {type(config).__name__}")
     return model_class
 
 
-def skeleton(config: Any) -> nn.Module:
+def _own_code(auto_map: Any) -> dict[str, str]:
+    """Return which class of the model's own code stands for which of transformers' auto classes."""
+    if not isinstance(auto_map, dict):
+        return {}
+    return {auto: one for auto, one in auto_map.items() if isinstance(one, str)}
+
+
+def _own_class(reference: str, config: Any) -> Any:
+    try:
+        model_class = get_class_from_dynamic_module(reference, config.name_or_path)
+    except (*_BAD_CONFIG, *_BAD_CODE) as error:
+        raise CheckpointError(f"{config.name_or_path}: its own code cannot be run: {_first_lines(error)}") from error
+    if not _is_model(model_class):
+        raise CheckpointError(f"{config.name_or_path}: '{reference}' of its own code is no transformers model")
+    return model_class
+
+
+def _is_model(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+
+
+def _not_trusted(name: str, what: str) -> str:
+    return (
+        f"{name}: transformers {transformers.__version__} has no {what}; the model brings its own code (auto_map in "
+        "its config.json), which is not run unless you say so. Read it, then pass --trust-remote-code (in Python, "
+        "trust_remote_code=True)"
+    )
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error message: there are too many names to list when none is near."""
+    guesses = [f"'{one}'" for one in difflib.get_close_matches(word[:100], list(known), n=3)]
+    return f"; the nearest it has: {', '.join(guesses)}" if guesses else ""
+
+
+def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     """Return the model that ``config`` describes, on the meta device, as its first architecture.
 
-    Raises: CheckpointError if transformers has no such architecture, or cannot build it from these values.
+    Raises: CheckpointError as ``architecture``, or if the model cannot be built from these values.
     """
-    model_class = architecture(config)
-    build = transformers.AutoModel.from_config if model_class is None else model_class._from_config
+    model_class = architecture(config, trust_remote_code)
+    auto: Any = transformers.AutoModel
     try:
         with torch.device("meta"):
-            model: nn.Module = build(config, dtype=config.dtype or torch.float32)
+            dtype = config.dtype or torch.float32
+            model: nn.Module = (
+                auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                if model_class is None
+                else model_class._from_config(config, dtype=dtype)
+            )
     except _BAD_CONFIG as error:
         raise CheckpointError(f"its config describes no model that can be built: {_first_lines(error)}") from error
     return model
