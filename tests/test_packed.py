@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qsurgeon
-from qsurgeon.errors import CheckpointError, PlanError, SurgeryError
+from qsurgeon.errors import CheckpointError, PlanError, ShapeError, SurgeryError
 from qsurgeon.formats import get_format
 from qsurgeon.formats.quality import sqnr
 from qsurgeon.formats.stored import stored_bytes
-from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, pack, packed_linears, quant_linears
 from qsurgeon.quantizer import QSurgeonConfig
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.report.inspection import report_of
@@ -697,3 +697,34 @@ def test_watching_sees_an_input_that_is_not_rounded(small_model: Maker, monkeypa
     with qsurgeon.Watch(model, every=1) as watch:
         step(model)
         assert watch.step()["qsurgeon/active"] < 0.2
+
+
+def test_packing_on_the_way_holds_one_weight_at_a_time(
+    plain: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def counted(weight: Tensor, how: Any) -> dict[str, Tensor]:
+        alive.append(sum(one() is not None for one in read))
+        read.append(weakref.ref(weight))
+        return pack(weight, how)
+
+    monkeypatch.setattr("qsurgeon.quantizer.pack", counted)
+    config = config_of(qsurgeon.load(folder))
+    model = hf.AutoModelForCausalLM.from_pretrained(plain, device_map="auto", quantization_config=config)
+    assert different(model, qsurgeon.load(folder)) == []
+    assert len(alive) == 11
+    assert max(alive) == 0
+
+
+def test_a_model_that_casts_its_input_to_its_weights_dtype_is_told() -> None:
+    config = hf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    tokens = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+    rules = [{"target": ["block"], "weight": "mxfp4"}]
+    model = qsurgeon.apply(recipe(rules=rules), hf.T5ForConditionalGeneration(config).eval())
+    with pytest.raises(ShapeError, match=r"^a packed layer was called with torch\.uint8; expected floating point"):
+        model(**tokens)
+    rules[0]["exclude"] = ["wo"]
+    model = qsurgeon.apply(recipe(rules=rules), hf.T5ForConditionalGeneration(config).eval())
+    assert model(**tokens).logits.isfinite().all()
