@@ -12,7 +12,7 @@ from qsurgeon.errors import CalibrationError
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
 from qsurgeon.hf import record_in
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
 from qsurgeon.quantizer import QSurgeonConfig
 from qsurgeon.surgery import inventory, plain_model
 
@@ -28,7 +28,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Modu
     Raises: CalibrationError if nothing is static, if no batch reaches a module, or if one gives it a value that is
     not finite; the model is as it was then.
     """
-    layers = {path: layer for path, layer in quant_linears(model).items() if _roles(layer.quantization)}
+    layers = {path: layer for path, layer in quant_linears(model).items() if _roles(layer)}
     if not layers:
         raise CalibrationError("no module has a static tensor scale; say tensor_scale: static in a recipe's formats")
     with _observed(layers) as largest, _evaluating(model), torch.no_grad():
@@ -42,9 +42,10 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Modu
     return model
 
 
-def _roles(how: Quantization) -> list[str]:
-    """Return which of a module's operands have a static scale."""
-    formats = {"weight": how.weight, "input": how.input}
+def _roles(layer: QuantLinear) -> list[str]:
+    """Return which of a module's operands have a static scale to be found; that of a packed weight is part of it."""
+    how = layer.quantization
+    formats = {"input": how.input} if isinstance(layer, PackedLinear) else {"weight": how.weight, "input": how.input}
     return [role for role, format in formats.items() if format is not None and format.tensor_scale == "static"]
 
 
@@ -67,7 +68,8 @@ def _observed(layers: Mapping[str, QuantLinear]) -> Iterator[dict[str, Tensor]]:
     try:
         for path, layer in layers.items():
             how = before[path]
-            vars(layer)["quantization"] = replace(how, weight=_dynamic(how.weight), input=_dynamic(how.input))
+            weight = how.weight if isinstance(layer, PackedLinear) else _dynamic(how.weight)
+            vars(layer)["quantization"] = replace(how, weight=weight, input=_dynamic(how.input))
         yield largest
     finally:
         for hook in hooks:
@@ -114,7 +116,7 @@ def _agree(largest: dict[str, Tensor]) -> None:
 
 def _calibrated(path: str, layer: QuantLinear, largest: Mapping[str, Tensor]) -> Quantization:
     how = layer.quantization
-    for role in _roles(how):
+    for role in _roles(layer):
         format: Format = getattr(how, role)
         if role == "input" and path not in largest:
             raise CalibrationError(f"no batch reached {path}: its input's static scale has no number")

@@ -20,6 +20,7 @@ from qsurgeon.surgery import (
     bypassed,
     foreign_method,
     inventory,
+    misread,
     operate,
     plain_model,
     read_config,
@@ -117,7 +118,7 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     otherwise. ``kwargs`` go to its ``from_pretrained``.
 
     Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision. SurgeryError for
-    an adapter that computes past them.
+    an adapter that computes past them, or takes codes for values.
     """
     register()
     if auto_class is None:
@@ -128,6 +129,10 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
         if past:
             name, how = next(iter(past.items()))
             raise SurgeryError(f"{path}: {len(past)} wrapped modules would have no effect, such as {name}: {how}")
+        wrong = misread(model)
+        if wrong:
+            name, how = next(iter(wrong.items()))
+            raise SurgeryError(f"{path}: {len(wrong)} packed weights would be misread, such as that of {name}: {how}")
         return model
     if (Path(path) / ADAPTER).is_file():
         base = model.config.name_or_path

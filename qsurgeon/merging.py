@@ -1,7 +1,8 @@
 """Fold a LoRA adapter into its wrapped base, and say what rounding the sum anew changes.
 
 Under the adapter a layer computed q(W)·q(x) + ΔW·x; merged it computes q(W + ΔW)·q(x). What is stored stays the master
-weight, W + ΔW, in the base's dtype.
+weight, W + ΔW, in the base's dtype. Of a packed weight q(W) is all there is: it stands for W, and the codes of
+q(W) + ΔW are stored, one weight after the other.
 """
 
 import os
@@ -26,14 +27,14 @@ from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.quality import decibels, energy
 from qsurgeon.hf import ADAPTER, load
-from qsurgeon.layers import AS_IT_IS, QuantLinear
+from qsurgeon.layers import AS_IT_IS, PackedLinear, QuantLinear
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import inventory
 
 WEIGHTS = "adapter_model.safetensors"
 NAME = "default"
 REPORT = "qsurgeon-merge.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
 
 Advance = Callable[[int], None]  # called with the bytes done since the last call
 
@@ -255,6 +256,8 @@ def _refuse_tied(ties: Mapping[str, str], names: Iterable[str]) -> None:
 def _fold(name: str, layer: Any) -> Change:
     """Add ΔW to the weight that ``layer`` holds, make ΔW zero, and return what that changed."""
     base = layer.get_base_layer()
+    if isinstance(base, PackedLinear):
+        return _fold_packed(name, layer, base)
     weight: Tensor = base.weight
     before, delta = weight.detach().clone(), layer.get_delta_weight(NAME).float()
     after = (before.float() + delta).to(weight.dtype)
@@ -262,10 +265,8 @@ def _fold(name: str, layer: Any) -> Change:
         raise CheckpointError(f"{name}: W + ΔW is not finite everywhere in {weight.dtype}")
     weight.copy_(after)
     if isinstance(layer, lora.Linear):
+        _fold_bias(layer, base)
         factor: Any = layer.lora_B[NAME]
-        if factor.bias is not None:
-            base.bias.copy_(base.bias.float() + factor.bias.float() * layer.scaling[NAME])
-            factor.bias.zero_()
         factor.weight.zero_()  # peft, which now takes the adapter off, adds what is left of it, in the base's dtype
     else:
         layer.lora_embedding_B[NAME].zero_()
@@ -279,6 +280,31 @@ def _fold(name: str, layer: Any) -> Change:
     trained = old.dequantize().float() + delta
     noise = energy(new.dequantize().float() - trained)
     return Change(name, shape, how.name, w, dw, weight.numel(), changed, energy(trained), noise)
+
+
+def _fold_packed(name: str, layer: Any, base: PackedLinear) -> Change:
+    """Pack q(W) + ΔW in place of q(W), where both are rotated if the format rotates, and return what that changed."""
+    rotation, grid, shape = base.quantization.rotation, base.grid, (base.out_features, base.in_features)
+    before, delta = base.opened(torch.float32), layer.get_delta_weight(NAME).float()
+    delta = delta if rotation is None else rotation(delta)
+    trained = before + delta
+    if not trained.isfinite().all():
+        raise CheckpointError(f"{name}: W + ΔW is not finite everywhere")
+    _fold_bias(layer, base)
+    old = base.codes()
+    base.repack(trained)
+    layer.set_adapter([])  # for peft, which now takes the adapter off, there is nothing left to merge
+    changed = int((old != base.codes()).sum())
+    noise = energy(base.opened(torch.float32) - trained)
+    return Change(name, shape, grid.name, energy(before), energy(delta), old.numel(), changed, energy(trained), noise)
+
+
+def _fold_bias(layer: Any, base: Any) -> None:
+    """Add what the adapter adds to the bias, and make that zero."""
+    factor = layer.lora_B[NAME]
+    if factor.bias is not None:
+        base.bias.copy_(base.bias.float() + factor.bias.float() * layer.scaling[NAME])
+        factor.bias.zero_()
 
 
 def _write(tensors: dict[str, Tensor], base: Path, folder: Path, advance: Advance | None) -> None:

@@ -26,6 +26,8 @@ from qsurgeon.layers import QuantLinear
 
 LEARNING_RATE = 0.1
 
+Check = Callable[[Path, Path, torch.Tensor], None]
+
 
 def adapted(model: Any) -> Any:
     """Put a LoRA adapter on a model; always the same, and not the zero that peft begins with."""
@@ -97,6 +99,36 @@ def lora(folder: Path, output: Path, tokens: torch.Tensor) -> None:
         model.save_pretrained(output / "adapter", state_dict=state)
 
 
+def lora_ddp(folder: Path, output: Path, tokens: torch.Tensor) -> None:
+    model = DistributedDataParallel(adapted(qsurgeon.load(folder)))
+    step(model, tokens)
+    torch.save(gradients(model.module), output / f"lora-ddp-{dist.get_rank()}.pt")
+
+
+def packed(folder: Path, output: Path, tokens: torch.Tensor) -> None:
+    """Shard codes and scales: what they compute, and their state dicts, which nothing here changes."""
+    model = sharded(qsurgeon.load(folder))
+    assert all(isinstance(one, DTensor) for one in model.parameters())
+    with torch.no_grad():
+        torch.save(model(input_ids=tokens).logits, output / f"logits-{dist.get_rank()}.pt")
+
+    state = whole(model)
+    if dist.get_rank() == 0:
+        model.save_pretrained(output / "full", state_dict=state)
+
+    checkpoint.save(get_model_state_dict(model), checkpoint_id=output / "sharded")
+    fresh = sharded(qsurgeon.load(folder))
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.to_local().zero_()
+    state = get_model_state_dict(fresh)
+    checkpoint.load(state, checkpoint_id=output / "sharded")
+    set_model_state_dict(fresh, state)
+    state = whole(fresh)
+    if dist.get_rank() == 0:
+        torch.save(state, output / "fresh.pt")
+
+
 def bfloat16(folder: Path, output: Path, tokens: torch.Tensor) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(qsurgeon.load(folder), mp_policy=policy)
@@ -112,10 +144,11 @@ def bfloat16(folder: Path, output: Path, tokens: torch.Tensor) -> None:
 
 def main(base: Path) -> None:
     dist.init_process_group("gloo")
-    checks: tuple[Callable[[Path, Path, torch.Tensor], None], ...] = (ddp, fsdp2, lora, bfloat16)
+    masters: tuple[Check, ...] = (ddp, fsdp2, lora, bfloat16)
+    packs: tuple[Check, ...] = (packed, lora, lora_ddp, bfloat16)
     for folder in sorted(base.iterdir()):
         tokens = torch.load(folder / "tokens.pt").chunk(dist.get_world_size())[dist.get_rank()]
-        for check in checks:
+        for check in packs if folder.name.startswith("packed") else masters:
             check(folder / "model", folder / "output", tokens)
     dist.destroy_process_group()
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import qsurgeon
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.recipe import load_recipe
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 WORKER = Path(__file__).parent / "distributed_worker.py"
 PROCESSES = 2
 RECIPES = ("w4a4-mxfp4", "w4a4-nvfp4")
+PACKED = {f"packed-{recipe}": recipe for recipe in RECIPES}
 LINEARS = 14
 
 Tensors = dict[str, torch.Tensor]
@@ -53,11 +55,13 @@ def worker() -> Any:
 def base(make_qwen2: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the worker in two processes, on a model of each recipe."""
     base = tmp_path_factory.mktemp("distributed")
-    for recipe in RECIPES:
-        (base / recipe / "output").mkdir(parents=True)
-        qsurgeon.apply(recipe, make_qwen2(num_hidden_layers=2)).save_pretrained(base / recipe / "model")
+    recipes = {name: load_recipe(name) for name in RECIPES}
+    recipes |= {name: load_recipe(one).model_copy(update={"storage": "packed"}) for name, one in PACKED.items()}
+    for name, recipe in recipes.items():
+        (base / name / "output").mkdir(parents=True)
+        qsurgeon.apply(recipe, make_qwen2(num_hidden_layers=2)).save_pretrained(base / name / "model")
         tokens = torch.randint(96, (4, 12), generator=torch.Generator().manual_seed(0))
-        torch.save(tokens, base / recipe / "tokens.pt")
+        torch.save(tokens, base / name / "tokens.pt")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     done = subprocess.run([*launch, str(WORKER), str(base)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -66,7 +70,15 @@ def base(make_qwen2: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module", params=RECIPES)
 def run(request: pytest.FixtureRequest, base: Path) -> Run:
-    folder = base / request.param
+    return run_in(base / request.param)
+
+
+@pytest.fixture(scope="module", params=PACKED)
+def packed(request: pytest.FixtureRequest, base: Path) -> Run:
+    return run_in(base / request.param)
+
+
+def run_in(folder: Path) -> Run:
     return Run(folder / "model", folder / "output", torch.load(folder / "tokens.pt"))
 
 
@@ -132,6 +144,10 @@ def test_a_sharded_state_dict_converts_to_one_that_reloads_wrapped(run: Run, ref
 
 
 def test_lora_under_fsdp2_trains_the_adapter_alone(run: Run, worker: Any) -> None:
+    check_lora(run, worker)
+
+
+def check_lora(run: Run, worker: Any) -> None:
     model = worker.adapted(qsurgeon.load(run.folder))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = mean_gradients(model, run.tokens, worker)
@@ -155,3 +171,51 @@ def test_bfloat16_parameters_compute_what_a_bfloat16_model_computes(run: Run) ->
     assert torch.equal(found["logits"], model(rows).logits)
     assert {grad.dtype for grad in found["gradients"].values()} == {torch.float32}
     assert [name for name, grad in found["gradients"].items() if not (grad.isfinite().all() and grad.any())] == []
+
+
+# --- packed weights
+
+
+def test_sharded_codes_compute_what_whole_ones_do(packed: Run) -> None:
+    model = qsurgeon.load(packed.folder)
+    with torch.no_grad():
+        for rank, rows in enumerate(packed.tokens.chunk(PROCESSES)):
+            assert torch.equal(packed.read(f"logits-{rank}.pt"), model(input_ids=rows).logits)
+
+
+def test_the_full_state_dict_of_sharded_codes_saves_and_reloads_packed(packed: Run) -> None:
+    expected = qsurgeon.load(packed.folder)
+    for load in (qsurgeon.load, type(expected).from_pretrained):
+        model = load(packed.output / "full")
+        assert len(packed_linears(model)) == LINEARS
+        assert different(model.state_dict(), expected.state_dict()) == []
+
+
+def test_the_sharded_state_dict_of_codes_loads_into_a_fresh_model_and_converts(packed: Run, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    expected = qsurgeon.load(packed.folder)
+    assert different(packed.read("fresh.pt"), expected.state_dict()) == []
+    dcp_to_torch_save(packed.output / "sharded", tmp_path / "whole.pt")
+    expected.save_pretrained(tmp_path / "model", state_dict=torch.load(tmp_path / "whole.pt"))
+    model = qsurgeon.load(tmp_path / "model")
+    assert type(model.model.layers[1].mlp.down_proj) is PackedLinear
+    assert different(model.state_dict(), expected.state_dict()) == []
+
+
+def test_lora_on_packed_weights_under_fsdp2_is_that_of_one_process(packed: Run, worker: Any) -> None:
+    check_lora(packed, worker)
+
+
+def test_lora_on_packed_weights_under_ddp_is_that_of_one_process(packed: Run, worker: Any) -> None:
+    expected = mean_gradients(worker.adapted(qsurgeon.load(packed.folder)), packed.tokens, worker)
+    assert len(expected) == 2 * LINEARS
+    for rank in range(PROCESSES):
+        assert different(packed.read(f"lora-ddp-{rank}.pt"), expected) == []
+
+
+def test_bfloat16_parameters_leave_codes_alone_and_open_them_in_bfloat16(packed: Run) -> None:
+    found = packed.read("bfloat16-0.pt")
+    assert found["seen"] == {(torch.uint8, torch.bfloat16)}
+    model = qsurgeon.load(packed.folder, dtype=torch.bfloat16)
+    assert torch.equal(found["logits"], model(packed.tokens.chunk(PROCESSES)[0]).logits)

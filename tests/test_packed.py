@@ -7,10 +7,12 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -18,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qsurgeon
-from qsurgeon.errors import CheckpointError, PlanError, SurgeryError
+from qsurgeon.errors import CheckpointError, PlanError, ShapeError, SurgeryError
 from qsurgeon.formats import get_format
+from qsurgeon.formats.quality import sqnr
 from qsurgeon.formats.stored import stored_bytes
-from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, pack, packed_linears, quant_linears
 from qsurgeon.quantizer import QSurgeonConfig
 from qsurgeon.recipe import Recipe, load_recipe
+from qsurgeon.report.inspection import report_of
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,7 +105,7 @@ def test_a_packed_model_computes_what_its_master_does_to_the_bit(plain: Path, dt
 
 def test_modules_and_biases_stay_the_objects_that_they_were(small_model: Maker) -> None:
     model = small_model()
-    before = {name: module for name, module in model.named_modules()}
+    before = dict(model.named_modules())
     bias = model.get_submodule(Q).bias
     qsurgeon.apply(recipe(), model)
     assert all(module is before[name] for name, module in model.named_modules())
@@ -163,8 +167,8 @@ def test_a_packed_weight_cannot_wait_for_its_static_scale(plain: Path) -> None:
     with pytest.raises(PlanError) as caught:
         qsurgeon.plan(recipe(formats=formats, rules=rules), plain)
     assert str(caught.value) == (
-        "rules[0].weight: format 'late' of rule 'rule 1' has a static tensor scale without a number: a weight is packed "
-        "before any calibration; give it a static_scale, or say 'tensor_scale: tensor'"
+        "rules[0].weight: format 'late' of rule 'rule 1' has a static tensor scale without a number: a weight is "
+        "packed before any calibration; give it a static_scale, or say 'tensor_scale: tensor'"
     )
 
 
@@ -339,8 +343,8 @@ def test_what_stays_on_a_disk_is_not_packed_on_the_way(plain: Path, folder: Path
             plain, device_map=SPLIT, offload_folder=tmp_path, quantization_config=config_of(qsurgeon.load(folder))
         )
     assert str(caught.value) == (
-        "a weight that is offloaded to disk is not packed on the way: write a packed checkpoint first (qsurgeon apply), "
-        "and load that"
+        "a weight that is offloaded to disk is not packed on the way: write a packed checkpoint first (qsurgeon "
+        "apply), and load that"
     )
 
 
@@ -350,7 +354,7 @@ def test_a_plain_checkpoint_that_does_not_fit_is_not_packed(
 ) -> None:
     copy = Path(shutil.copytree(plain, tmp_path / "copy"))
     change(copy, f"{Q}.weight", make)
-    with pytest.raises((CheckpointError, RuntimeError), match="q_proj|conver"):
+    with pytest.raises((CheckpointError, RuntimeError), match=r"q_proj|conver"):
         hf.AutoModelForCausalLM.from_pretrained(copy, quantization_config=config_of(qsurgeon.load(folder)))
 
 
@@ -373,3 +377,354 @@ def test_a_state_dict_that_is_given_is_what_is_saved(folder: Path, tmp_path: Pat
         assert torch.equal(again.state_dict()["model.norm.weight"], state["model.norm.weight"])
     model.save_pretrained(tmp_path / "own")
     assert different(qsurgeon.load(tmp_path / "own"), model) == []
+
+
+# --- what it is said to be
+
+
+def test_a_plan_says_what_packing_will_take_and_inspect_what_it_takes(
+    plain: Path, folder: Path, small_model: Maker
+) -> None:
+    planned = qsurgeon.inspect(small_model())
+    before = planned.bytes
+    report = report_of(qsurgeon.plan(recipe(), plain))
+    live, there = qsurgeon.inspect(qsurgeon.load(folder)), qsurgeon.inspect(folder)
+    assert report.bytes == before
+    assert report.bytes_after == live.bytes == there.bytes < before
+    assert live.bytes == sum(one.nbytes for one in qsurgeon.load(folder).parameters())
+    assert {one.storage for one in (report, live, there)} == {"packed"}
+    line = f"\nsize: {before / 1e6:.1f} MB now, {live.bytes / 1e6:.1f} MB with packed weights\n"
+    assert line in f"{report}\n"
+    assert f"\nsize: {live.bytes / 1e6:.1f} MB\n" in f"{live}\n"
+    for one, other, planned_row in zip(live.rows, there.rows, report.rows, strict=True):
+        assert (one.module, one.shape, one.parameters, one.bits) == (
+            planned_row.module, planned_row.shape, planned_row.parameters, planned_row.bits,
+        )  # fmt: skip
+        assert (one.bytes, one.linear) == (other.bytes, other.linear)
+    row = next(row for row in live.rows if row.module == DOWN)
+    assert (row.kind, row.shape, row.parameters) == ("PackedLinear", (64, 128), 64 * 128)
+    assert row.bytes == stored_bytes(get_format("nvfp4").as_weight, 64, 128)
+
+
+@pytest.mark.parametrize("storage", ["master", "packed"])
+def test_a_plan_counts_a_weight_that_is_untied(small_model: Maker, storage: str) -> None:
+    rules = [{"target": ["lm_head"], "weight": "mxfp4"}]
+    model = small_model(tie_word_embeddings=True)
+    report = report_of(qsurgeon.plan(recipe(storage, untie=True, rules=rules), model))
+    assert report.bytes == sum(one.nbytes for one in model.parameters())
+    qsurgeon.apply(recipe(storage, untie=True, rules=rules), model)
+    assert report.bytes_after == sum(one.nbytes for one in model.parameters()) > report.bytes
+
+
+# --- adapters
+
+
+ADAPTER = {"r": 4, "target_modules": "all-linear", "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+
+
+def adapted(model: Any, autocast: bool = True, **fields: Any) -> Any:
+    """Return ``model`` with a LoRA adapter, always the same, and not the zero that peft begins with."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**{**ADAPTER, **fields})
+    return moved(peft.get_peft_model(model, config, autocast_adapter_dtype=autocast))
+
+
+def moved(model: Any) -> Any:
+    """Return ``model``, what it trains moved away from where it began."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    output = model(input_ids=TOKENS, labels=TOKENS)
+    output.loss.backward()
+    return output.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_steps(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> None:
+    assert torch.equal(one[0], other[0])
+    assert one[1].keys() == other[1].keys()
+    assert [name for name, grad in one[1].items() if not torch.equal(grad, other[1][name])] == []
+    assert all(grad.abs().max() > 0 for grad in one[1].values())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["adapter first", "surgery first"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["fp32", "bf16"])
+def test_lora_on_packed_is_lora_on_the_master_to_the_bit(small_model: Maker, before: bool, autocast: bool) -> None:
+    def make(storage: str) -> Any:
+        model = small_model().bfloat16()
+        if before:
+            return qsurgeon.apply(recipe(storage), adapted(model, autocast))
+        return adapted(qsurgeon.apply(recipe(storage), model), autocast)
+
+    packed, master = make("packed"), make("master")
+    adapters = [one for name, one in packed.named_parameters() if "lora_" in name]
+    assert len(adapters) == 2 * 14
+    assert {one.dtype for one in adapters} == {torch.float32 if autocast else torch.bfloat16}
+    assert_equal_steps(step(packed), step(master))
+
+
+def test_an_adapter_reloads_on_its_packed_base_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    model = adapted(qsurgeon.load(folder))
+    model.save_pretrained(tmp_path)
+    for again in (
+        peft.PeftModel.from_pretrained(qsurgeon.load(folder), tmp_path),
+        qsurgeon.load(tmp_path),
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
+        assert len(packed_linears(again)) == 11
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_the_base_of_a_trained_adapter_is_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
+    model = adapted(qsurgeon.load(folder))
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    step(model)
+    optimizer.step()
+    model.unload().save_pretrained(tmp_path)
+    assert different(qsurgeon.load(tmp_path), qsurgeon.load(folder)) == []
+
+
+def test_peft_does_not_merge_into_codes(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="size"):
+        adapted(qsurgeon.load(folder)).merge_and_unload()
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_recomputing_changes_no_bit(folder: Path, reentrant: bool) -> None:
+    expected = step(adapted(qsurgeon.load(folder)).train())
+    model = adapted(qsurgeon.load(folder)).train()
+    model.enable_input_require_grads()
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+    assert_equal_steps(step(model), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler and traces
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_packed_model_trains_its_adapter_without_a_break(folder: Path, backend: str) -> None:
+    expected = step(adapted(qsurgeon.load(folder)))
+    model = adapted(qsurgeon.load(folder))
+    torch._dynamo.reset()
+    found = step(torch.compile(model, backend=backend, fullgraph=True))
+    grads = {name.removeprefix("_orig_mod."): grad for name, grad in found[1].items()}
+    assert grads.keys() == expected[1].keys()
+    if backend == "aot_eager":
+        assert_equal_steps((found[0], grads), expected)
+    # inductor fuses sums: a value on the edge between two numbers of a format may move by one.
+    assert (found[0] - expected[0]).norm() < 1e-2 * expected[0].norm()
+
+
+REFUSED = {
+    "dora": (peft.LoraConfig(use_dora=True), "DoRA) computes with"),
+    "kasa": (peft.LoraConfig(kasa_config=peft.KasaConfig()), "KaSA) replaces"),
+    "velora": (peft.LoraConfig(velora_config=peft.VeloraConfig(num_groups=8)), "VeLoRA) takes the dtype of"),
+    "target_parameters": (
+        peft.LoraConfig(target_parameters=["q_proj.weight"]),
+        "LoRA's target_parameters) adds to",
+    ),
+    "hira": (peft.HiraConfig(r=4), "Linear of peft's hira) computes with"),
+    "loha": (peft.LoHaConfig(r=4), "Linear of peft's loha) computes with"),
+    "lokr": (peft.LoKrConfig(r=4), "Linear of peft's lokr) computes with"),
+    "peanut": (peft.PeanutConfig(), "Linear of peft's peanut) computes with"),
+    "unilora": (peft.UniLoraConfig(), "Linear of peft's unilora) takes the dtype of"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_adapter_that_takes_codes_for_values_is_refused_by_surgery(small_model: Maker, name: str) -> None:
+    config, how = REFUSED[name]
+    config = deepcopy(config)
+    config.target_modules = [] if name == "target_parameters" else ["q_proj"]
+    model = peft.get_peft_model(small_model(), config)
+    with pytest.raises(SurgeryError) as caught:
+        qsurgeon.apply(recipe(), model)
+    assert str(caught.value) == f"{Q} cannot be wrapped: the adapter on it ({how} its weight, which is packed"
+    assert quant_linears(model) == {}
+
+
+@pytest.mark.parametrize("name", ["kasa", "velora", "unilora"])
+def test_put_on_packed_weights_it_is_wrong_in_silence_and_inspect_says_so(small_model: Maker, name: str) -> None:
+    def make(storage: str) -> Any:
+        config = deepcopy(REFUSED[name][0])
+        config.target_modules = ["q_proj"]
+        torch.manual_seed(2)
+        return moved(peft.get_peft_model(qsurgeon.apply(recipe(storage), small_model()), config))
+
+    packed, master = make("packed"), make("master")
+    (logits_, grads), (expected, expected_grads) = step(packed), step(master)
+    wrong = [one for one in grads if not torch.equal(grads[one], expected_grads[one])]
+    assert wrong or not torch.equal(logits_, expected)
+    report = qsurgeon.inspect(packed)
+    assert [row.module for row in report.rows if row.misread] == [Q, Q.replace("0", "1")]
+    assert report.summary.endswith("; on 2 of them adapters take codes for values")
+    assert qsurgeon.inspect(master).summary.endswith("input mxfp4")
+
+
+def test_load_refuses_an_adapter_that_takes_codes_for_values(small_model: Maker, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    qsurgeon.apply(recipe("master"), small_model()).save_pretrained(base)
+    peft.get_peft_model(qsurgeon.load(base), peft.HiraConfig(r=4, target_modules=["q_proj"])).save_pretrained(adapter)
+    shutil.rmtree(base)
+    qsurgeon.apply(recipe(), small_model()).save_pretrained(base)
+    with pytest.raises(SurgeryError) as caught:
+        qsurgeon.load(adapter)
+    assert str(caught.value) == (
+        f"{adapter}: 2 packed weights would be misread, such as that of {Q}.base_layer: the adapter on it (Linear "
+        "of peft's hira) computes with its weight, which is packed"
+    )
+
+
+# --- merged, calibrated, watched
+
+
+OWN = {
+    "turned": {"like": "nvfp4", "hadamard": 16, "seed": 3},
+    "square": {"like": "nvfp4", "block": [16, 16]},
+}
+
+
+@pytest.mark.parametrize("weight", ["nvfp4", "mxfp4", "turned", "square"])
+def test_an_adapter_is_merged_into_codes(small_model: Maker, tmp_path: Path, weight: str) -> None:
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    rules = [{"target": ["layers"], "weight": weight, "input": "turned" if weight == "turned" else "mxfp4"}]
+    qsurgeon.apply(recipe(formats=OWN, rules=rules), small_model()).save_pretrained(base, max_shard_size="40KB")
+    model = adapted(qsurgeon.load(base), target_modules=["q_proj", "down_proj"])
+    model.save_pretrained(adapter)
+    done = qsurgeon.merge(adapter, out)
+    merged, before = qsurgeon.load(out), packed_linears(qsurgeon.load(base))
+    assert len(packed_linears(merged)) == 14
+    assert [one.module for one in done.changes] == [
+        f"model.layers.{layer}.{one}" for layer in range(2) for one in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    for change_ in done.changes:
+        layer, old = packed_linears(merged)[change_.module], before[change_.module]
+        delta = model.base_model.model.get_submodule(change_.module).get_delta_weight("default").detach()
+        rotation = layer.quantization.rotation
+        trained = old.opened() + (delta if rotation is None else rotation(delta))
+        assert torch.equal(layer.opened(), layer.grid.fake_quantize(trained))
+        changed = int((layer.codes() != old.codes()).sum())
+        assert (change_.shape, change_.codes, change_.changed) == (tuple(delta.shape), delta.numel(), changed)
+        assert changed > 0
+        assert change_.sqnr == pytest.approx(sqnr(trained, layer.opened()), abs=1e-6)
+        assert 5 < change_.sqnr < 60
+    changed_names = {
+        name
+        for name, one in merged.state_dict().items()
+        if not torch.equal(one, qsurgeon.load(base).state_dict()[name])
+    }
+    assert {name.rpartition(".")[0] for name in changed_names} == {one.module for one in done.changes}
+    assert {file.name for file in out.iterdir()} >= {file.name for file in base.iterdir()}
+    # What the adapter's model computed, but for what rounding the sum anew changes.
+    far, near = logits(qsurgeon.load(base)) - logits(model.eval()), logits(merged) - logits(model.eval())
+    assert near.norm() < far.norm()
+
+
+def test_merging_opens_one_weight_at_a_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted(qsurgeon.load(folder)).save_pretrained(tmp_path / "adapter")
+    alive: list[int] = []
+    opened: list[weakref.ref[Tensor]] = []
+    open_ = PackedLinear.opened
+
+    def counted(self: PackedLinear, dtype: Any = None) -> Tensor:
+        alive.append(len({one.untyped_storage()._cdata for ref in opened if (one := ref()) is not None}))
+        values = open_(self, dtype)
+        opened.append(weakref.ref(values))
+        return values
+
+    monkeypatch.setattr(PackedLinear, "opened", counted)
+    qsurgeon.merge(tmp_path / "adapter", tmp_path / "out")
+    assert len(alive) == 2 * 11  # before and after
+    assert max(alive) == 1  # the weight before, while the one after is opened
+
+
+def test_static_scales_of_inputs_are_found_on_packed_weights(small_model: Maker, tmp_path: Path) -> None:
+    formats = {
+        "late": {"like": "nvfp4", "tensor_scale": "static"},
+        "known": {"like": "nvfp4", "tensor_scale": "static", "static_scale": 0.001},
+    }
+    rules = [{"target": ["layers"], "weight": "known", "input": "late"}]
+    model = qsurgeon.apply(recipe(formats=formats, rules=rules), small_model())
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    qsurgeon.calibrate(model, [{"input_ids": TOKENS}])
+    scales = {name: one.quantization.static_scales for name, one in quant_linears(model).items()}
+    assert all(one["weight"] == 0.001 and one["input"] > 0 for one in scales.values())
+    assert len({one["input"] for one in scales.values()}) > 4
+    assert [name for name, one in model.state_dict().items() if not torch.equal(one, before[name])] == []
+    model.save_pretrained(tmp_path)
+    again = qsurgeon.load(tmp_path)
+    assert {name: one.quantization.static_scales for name, one in quant_linears(again).items()} == scales
+    assert torch.equal(logits(again), logits(model))
+
+    found = _found_by_the_master(small_model, formats, scales)
+    assert found == {name: one["input"] for name, one in scales.items()}
+
+
+def _found_by_the_master(small_model: Maker, formats: dict[str, Any], scales: Any) -> dict[str, float]:
+    """Return the inputs' scales that calibrating a master model finds whose weights are those that were packed."""
+    rules = [{"target": ["layers"], "input": "late"}]
+    model = qsurgeon.apply(recipe("master", formats=formats, rules=rules), small_model())
+    known = get_format("nvfp4").with_fields("known", tensor_scale="static", static_scale=0.001)
+    for layer in quant_linears(model).values():
+        layer.weight.data = known.fake_quantize(layer.weight.detach())
+    qsurgeon.calibrate(model, [{"input_ids": TOKENS}])
+    return {name: one.quantization.static_scales["input"] for name, one in quant_linears(model).items()}
+
+
+STORAGES = ("master", "packed")
+
+
+@pytest.mark.parametrize("weight", ["nvfp4", "turned", "square"])
+def test_watching_says_what_it_can_of_packed_weights(small_model: Maker, weight: str) -> None:
+    rules = [{"target": ["layers"], "weight": weight, "input": "turned" if weight == "turned" else "mxfp4"}]
+    numbers = {}
+    for storage in STORAGES:
+        model = adapted(qsurgeon.apply(recipe(storage, formats=OWN, rules=rules), small_model())).train()
+        with qsurgeon.Watch(model, every=1) as watch:
+            step(model)
+            numbers[storage] = watch.step()
+    assert numbers["packed"]["qsurgeon/called"] == numbers["packed"]["qsurgeon/active"] == 1
+    assert numbers["packed"] == {key: one for key, one in numbers["master"].items() if "weight_sqnr" not in key}
+    assert len(numbers["packed"]) == 2 + 7
+
+
+def test_watching_sees_an_input_that_is_not_rounded(small_model: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(qsurgeon.apply(recipe(), small_model())).train()
+    monkeypatch.setattr("qsurgeon.layers.product._input_grid", lambda how: None)
+    with qsurgeon.Watch(model, every=1) as watch:
+        step(model)
+        assert watch.step()["qsurgeon/active"] < 0.2
+
+
+def test_packing_on_the_way_holds_one_weight_at_a_time(
+    plain: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def counted(weight: Tensor, how: Any) -> dict[str, Tensor]:
+        alive.append(sum(one() is not None for one in read))
+        read.append(weakref.ref(weight))
+        return pack(weight, how)
+
+    monkeypatch.setattr("qsurgeon.quantizer.pack", counted)
+    config = config_of(qsurgeon.load(folder))
+    model = hf.AutoModelForCausalLM.from_pretrained(plain, device_map="auto", quantization_config=config)
+    assert different(model, qsurgeon.load(folder)) == []
+    assert len(alive) == 11
+    assert max(alive) == 0
+
+
+def test_a_model_that_casts_its_input_to_its_weights_dtype_is_told() -> None:
+    config = hf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    tokens = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+    rules = [{"target": ["block"], "weight": "mxfp4"}]
+    model = qsurgeon.apply(recipe(rules=rules), hf.T5ForConditionalGeneration(config).eval())
+    with pytest.raises(ShapeError, match=r"^a packed layer was called with torch\.uint8; expected floating point"):
+        model(**tokens)
+    rules[0]["exclude"] = ["wo"]
+    model = qsurgeon.apply(recipe(rules=rules), hf.T5ForConditionalGeneration(config).eval())
+    assert model(**tokens).logits.isfinite().all()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import peft
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import qsurgeon
 from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.recipe import load_recipe
 
 STEPS = 4
 LINEARS = 14
@@ -151,6 +153,54 @@ def test_a_compiled_model_trains_to_the_same_losses(backend: str, make_qwen2: Ma
     tolerance = 0 if backend == "aot_eager" else 1e-4
     assert found == pytest.approx(expected, rel=tolerance, abs=0)
     assert found != pytest.approx(unrounded, rel=2e-4, abs=0)
+
+
+# --- packed weights: an adapter trains
+
+
+@pytest.fixture(scope="session")
+def packed(make_qwen2: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainer") / "packed"
+    recipe = load_recipe("w4a4-mxfp4").model_copy(update={"storage": "packed"})
+    qsurgeon.apply(recipe, make_qwen2(num_hidden_layers=2)).save_pretrained(folder)
+    return folder
+
+
+def with_lora(model: Any) -> Any:
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def test_packed_weights_alone_are_nothing_to_train(packed: Path, make_qwen2: Maker, tmp_path: Path) -> None:
+    recipe = load_recipe("w4a4-mxfp4").model_copy(update={"storage": "packed"})
+    for model in (qsurgeon.load(packed), qsurgeon.apply(recipe, make_qwen2(num_hidden_layers=2))):
+        with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+            train(model, tmp_path)
+
+
+def test_an_adapter_of_packed_weights_trains_saves_and_resumes_to_the_bit(packed: Path, tmp_path: Path) -> None:
+    model = with_lora(qsurgeon.load(packed))
+    losses = train(model, tmp_path / "one", save_strategy="steps", save_steps=STEPS // 2)
+    fresh, after = parameters(with_lora(qsurgeon.load(packed))), parameters(model)
+    assert sorted(different(fresh, after)) == sorted(name for name in after if "lora_" in name)
+
+    resumed = with_lora(qsurgeon.load(packed))
+    further = train(resumed, tmp_path / "two", resume=tmp_path / "one" / f"checkpoint-{STEPS // 2}")
+    assert further == losses
+    assert different(parameters(model), parameters(resumed)) == []
+
+    again = qsurgeon.load(tmp_path / "one" / f"checkpoint-{STEPS}")
+    tokens = examples()[0]["input_ids"][None]
+    assert torch.equal(again(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
+
+
+def test_an_adapter_that_transformers_holds_trains_too(packed: Path, tmp_path: Path) -> None:
+    model = qsurgeon.load(packed)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    before = parameters(model)
+    train(model, tmp_path)
+    assert all("lora_" in name for name in different(before, parameters(model)))
+    assert len(different(before, parameters(model))) == 4
 
 
 def test_autocast_trains_with_weights_in_full_precision(

@@ -14,6 +14,7 @@ import transformers as hf
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.recipe import load_recipe
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -240,3 +241,24 @@ def test_a_model_without_a_config_has_no_place_for_a_reference(plain: Path) -> N
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.reference(torch.nn.Sequential(torch.nn.Linear(4, 4)), plain, wrapped=False)
     assert str(caught.value) == "Sequential has no config that could name its reference"
+
+
+@pytest.mark.parametrize("start", [sft, grpo], ids=["sft", "grpo"])
+def test_an_adapter_of_packed_weights_trains_as_that_of_the_master(
+    start: Any, plain: Path, tmp_path: Path, calls: Calls
+) -> None:
+    ends = {}
+    for storage in ("master", "packed"):
+        recipe = load_recipe("w4a4-mxfp4").model_copy(update={"storage": storage})
+        model = qsurgeon.apply(recipe, hf.AutoModelForCausalLM.from_pretrained(plain))
+        torch.manual_seed(0)
+        trainer = start(model, tmp_path / storage, peft_config=lora())
+        before = states(trainer.model)
+        trainer.train()
+        after = states(trainer.model)
+        moved = [name for name, one in after.items() if not torch.equal(one, before[name])]
+        assert moved
+        assert all("lora_" in name for name in moved)
+        ends[storage] = {name: one for name, one in after.items() if "lora_" in name}
+    assert sum("packed" in type(one).__name__.lower() for one in trainer.model.modules()) == WRAPPED
+    assert [name for name, one in ends["master"].items() if not torch.equal(one, ends["packed"][name])] == []

@@ -1,6 +1,6 @@
 """PackedLinear: a QuantLinear that holds its weight as codes and scales alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qsurgeon.errors import CheckpointError, FormatError, NothingWrappedError, ShapeError, SurgeryError
 from qsurgeon.formats import Format, Quantized
-from qsurgeon.formats.stored import from_stored, stored_shapes, to_stored
+from qsurgeon.formats.stored import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
 from qsurgeon.layers.linear import QuantLinear, quant_linears
 from qsurgeon.layers.phases import without
 from qsurgeon.layers.product import packed_linear
@@ -82,6 +82,24 @@ class PackedLinear(QuantLinear):
         Raises: ShapeError for tensors that are not this format's.
         """
         return self._quantized(dtype or self.compute_dtype).dequantize()
+
+    def opened_rows(self, rows: Sequence[int]) -> Tensor:
+        """Return some rows of what ``opened`` returns, in float32; they are whole bands of the format's blocks.
+
+        Raises: as ``opened``.
+        """
+        height, kept = self.grid.block_shape[0], self.stored
+        bands = list(dict.fromkeys(row // height for row in rows))
+        places = {WEIGHT: list(rows), SCALE: bands, TENSOR_SCALE: list(rows)}
+        taken = {
+            name: tensor.detach() if len(tensor) == 1 else tensor.detach()[places[name]]
+            for name, tensor in kept.items()
+        }
+        return from_stored(taken, self.grid, self.in_features, torch.float32).dequantize()
+
+    def codes(self) -> Tensor:
+        """Return the codes of the weight (outputs, inputs), uint8, one a value. Raises: as ``opened``."""
+        return self._quantized(self.compute_dtype).codes
 
     @torch.no_grad()
     def repack(self, values: Tensor) -> None:

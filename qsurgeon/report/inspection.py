@@ -1,6 +1,7 @@
 """Ask a model, or a folder, what it computes with."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +11,7 @@ import transformers
 from torch import nn
 
 from qsurgeon.hf import record_in
-from qsurgeon.layers import AS_IT_IS, Quantization, quant_linears
+from qsurgeon.layers import AS_IT_IS, Quantization, packed_linears, quant_linears
 from qsurgeon.report.rows import Report, Row
 from qsurgeon.surgery import (
     Excluded,
@@ -18,6 +19,7 @@ from qsurgeon.surgery import (
     Step,
     bypassed,
     inventory,
+    misread,
     plain_model,
     read_config,
     refuse_foreign,
@@ -25,12 +27,14 @@ from qsurgeon.surgery import (
 )
 
 NOT_CALLED = "never called by the example: its parent computes past it"
+NONE: Mapping[str, str] = MappingProxyType({})
 LARGE = 0.01  # of all parameters: a module that no rule names and that holds more is pointed out
 
 
 def report_of(plan: Plan, source: str = "") -> Report:
     """Return what a plan will make of a model, as ``inspect`` will show it afterwards."""
-    return _report(plan.steps, plan.recipe.storage, source)
+    report = _report(plan.steps, plan.recipe.storage, source)
+    return replace(report, bytes_after=report.bytes + plan.growth)
 
 
 def inspect(model: Any, example: Mapping[str, Any] | None = None) -> Report:
@@ -55,6 +59,8 @@ def inspect(model: Any, example: Mapping[str, Any] | None = None) -> Report:
         fates |= record.exclusions()
         fates |= record.quantizations()
     steps = [Step(module, fates.get(module.name)) for module in inventory(skeleton(config))]
+    if record is not None and record.storage == "packed":
+        steps = [replace(step, module=replace(step.module, bytes=step.packed_bytes)) for step in steps]
     return _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")
 
 
@@ -64,7 +70,8 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
     wrapped = {path: layer.quantization for path, layer in quant_linears(model).items()}
     steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
     called = None if example is None else _called(model, example)
-    return _report(steps, record.storage if record else "", "", called, bypassed(model))
+    storage = "packed" if packed_linears(model) else record.storage if record else ""
+    return _report(steps, storage, "", called, bypassed(model), misread(model))
 
 
 def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
@@ -86,14 +93,18 @@ def _report(
     storage: str,
     source: str,
     called: set[str] | None = None,
-    past: Mapping[str, str] = MappingProxyType({}),
+    past: Mapping[str, str] = NONE,
+    wrong: Mapping[str, str] = NONE,
 ) -> Report:
     steps = tuple(steps)
     everything = sum(step.module.parameters for step in steps) or 1
-    return Report(tuple(_row(step, everything, called, past) for step in steps if step.why), storage, source)
+    rows = (_row(step, everything, called, past, wrong) for step in steps if step.why)
+    return Report(tuple(rows), storage, source)
 
 
-def _row(step: Step, everything: int, called: set[str] | None, past: Mapping[str, str]) -> Row:
+def _row(
+    step: Step, everything: int, called: set[str] | None, past: Mapping[str, str], wrong: Mapping[str, str]
+) -> Row:
     module, how = step.module, step.quantization
     was_called = None if called is None or how is None else module.path in called
     stored = 8 * module.bytes / module.parameters if module.parameters else None
@@ -103,6 +114,8 @@ def _row(step: Step, everything: int, called: set[str] | None, past: Mapping[str
         remarks.append(f"tied to {module.tied_to}")
     if module.path in past:
         remarks.append(past[module.path])
+    elif module.path in wrong:
+        remarks.append(wrong[module.path])
     elif was_called is False:
         remarks.append(NOT_CALLED)
     return Row(
@@ -120,4 +133,5 @@ def _row(step: Step, everything: int, called: set[str] | None, past: Mapping[str
         was_called,
         not named and not module.adapter and module.parameters >= LARGE * everything,
         module.path in past,
+        module.path in wrong,
     )

@@ -18,6 +18,7 @@ class Row:
 
     bits: of one weight value as the layer computes with it. bytes: of the parameters it holds now.
     called: by the example, where there was one to ask with. bypassed: by an adapter that computes past it.
+    misread: by an adapter that takes its codes for values.
     """
 
     module: str
@@ -34,6 +35,7 @@ class Row:
     called: bool | None = None
     large: bool = False
     bypassed: bool = False
+    misread: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Report:
     rows: tuple[Row, ...]
     storage: str
     source: str = ""
+    bytes_after: int | None = None  # what a plan will make of the bytes that the rows have now
 
     @property
     def wrapped(self) -> int:
@@ -58,6 +61,11 @@ class Report:
     def parameters(self) -> int:
         """How many parameters there are; never 0, so that a share of them can be told."""
         return sum(row.parameters for row in self.rows) or 1
+
+    @property
+    def bytes(self) -> int:
+        """What all parameters take now."""
+        return sum(row.bytes for row in self.rows)
 
     @property
     def coverage(self) -> dict[str, float]:
@@ -92,6 +100,9 @@ class Report:
         past = sum(row.bypassed for row in self.rows)
         if past:
             parts.append(f"past {past} of them adapters compute in full precision")
+        misread = sum(row.misread for row in self.rows)
+        if misread:
+            parts.append(f"on {misread} of them adapters take codes for values")
         if uncalled:
             parts.append(f"{uncalled} of them were never called")
         return (
@@ -109,6 +120,8 @@ class Report:
             "linears": self.linears,
             "coverage": self.coverage,
             "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bytes,
+            "bytes_after": self.bytes_after,
             "unnamed": [row.module for row in self.unnamed],
             "modules": rows,
         }
@@ -146,10 +159,18 @@ def totals_text(report: Report) -> str:
         f"{'full precision' if name == '-' else name} {share:.1%}" for name, share in report.coverage.items()
     )
     lines = [report.summary, f"parameters: {shares}; {report.bits_per_weight:.2f} bits per weight"]
+    size = f"size: {_megabytes(report.bytes)}"
+    if report.bytes_after not in (None, report.bytes):
+        size += f" now, {_megabytes(report.bytes_after)} with {report.storage} weights"
+    lines.append(size)
     for name, rows in _folded(report.unnamed):
         share = sum(row.parameters for row in rows) / report.parameters
         lines.append(f"large, and stays as it is: {name} ({rows[0].kind}, {share:.1%} of the parameters)")
     return "\n".join(lines)
+
+
+def _megabytes(count: int | None) -> str:
+    return f"{(count or 0) / 1e6:,.1f} MB"
 
 
 def _folded(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

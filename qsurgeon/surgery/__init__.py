@@ -1,6 +1,6 @@
 """From a recipe to a changed model: list its modules, decide each one's fate, operate."""
 
-from qsurgeon.surgery.adapters import bypassed
+from qsurgeon.surgery.adapters import bypassed, misread
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
@@ -20,6 +20,7 @@ __all__ = [
     "bypassed",
     "foreign_method",
     "inventory",
+    "misread",
     "operate",
     "plain_model",
     "read_config",

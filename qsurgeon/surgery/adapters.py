@@ -1,17 +1,23 @@
-"""Which adapters of peft compute past the layer they sit on: what is rounded there would have no effect.
+"""Which adapters of peft compute past the layer they sit on, and which take a packed weight's codes for its values.
 
 peft has no way to ask, so that this is what was measured of peft 0.21; tests/test_peft.py measures it again.
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import QuantLinear, packed_linears, quant_linears
 
 _HELD = ".base_layer"
 # Their forward reads the weight and multiplies with it itself, changed or not, and never calls the layer.
 _READ_THE_WEIGHT = {"frod", "glora", "hra", "shira", "supertuning"}
+# Those compute with the weight's values beside the layer that they call,
+_COMPUTE_WITH_THE_WEIGHT = {"hira", "loha", "lokr", "peanut"}
+# and those make tensors of their own in its dtype.
+_TAKE_ITS_DTYPE = {"unilora"}
 
 
 def bypassed(model: nn.Module) -> dict[str, str]:
@@ -22,21 +28,64 @@ def bypassed(model: nn.Module) -> dict[str, str]:
 
 def bypass(model: nn.Module, path: str) -> str | None:
     """Return how an adapter on the module at ``path`` computes past it; None if all of them call it."""
+    return _first(model, path, _past_what_it_holds)
+
+
+def misread(model: nn.Module) -> dict[str, str]:
+    """Return how adapters take the codes of packed weights for values, by the paths of those that they do that to."""
+    found = {path: misreading(model, path) for path in packed_linears(model)}
+    return {path: how for path, how in found.items() if how is not None}
+
+
+def misreading(model: nn.Module, path: str) -> str | None:
+    """Return how an adapter on the module at ``path`` would take codes for values; None if it leaves them alone."""
+    return _first(model, path, _into_what_it_holds)
+
+
+def _first(model: nn.Module, path: str, ask: Callable[[nn.Module], str | None]) -> str | None:
+    """Return the first answer of the adapters around the module at ``path``, from the inside out."""
     while path.endswith(_HELD):
         path = path.removesuffix(_HELD)
-        how = _past_what_it_holds(model.get_submodule(path))
+        how = ask(model.get_submodule(path))
         if how is not None:
             return how
     return None
 
 
-def _past_what_it_holds(layer: nn.Module) -> str | None:
-    tuners, variants = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.tuners.lora.variants")
+def _methods(layer: Any) -> set[str]:
+    """Return of which of peft's methods a layer is; none if it is not peft's."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None or not isinstance(layer, tuners.BaseTunerLayer):
-        return None
-    kind = type(layer).__name__
+        return set()
     modules = [one.__module__ for one in type(layer).__mro__]
-    methods = {name.split(".")[2] for name in modules if name.startswith("peft.tuners.")}
+    return {name.split(".")[2] for name in modules if name.startswith("peft.tuners.")}
+
+
+def _into_what_it_holds(layer: Any) -> str | None:
+    methods, kind = _methods(layer), type(layer).__name__
+    variants = sys.modules.get("peft.tuners.lora.variants")
+    if methods & _COMPUTE_WITH_THE_WEIGHT:
+        method = min(methods & _COMPUTE_WITH_THE_WEIGHT)
+        return f"the adapter on it ({kind} of peft's {method}) computes with its weight, which is packed"
+    if methods & _TAKE_ITS_DTYPE:
+        method = min(methods & _TAKE_ITS_DTYPE)
+        return f"the adapter on it ({kind} of peft's {method}) takes the dtype of its weight, which is packed"
+    if "lora" in methods and kind == "ParamWrapper":
+        return "the adapter on it (LoRA's target_parameters) adds to its weight, which is packed"
+    if "lora" in methods and variants is not None:
+        for variant in getattr(layer, "lora_variant", {}).values():
+            if isinstance(variant, variants.DoraLinearVariant):
+                return "the adapter on it (DoRA) computes with its weight, which is packed"
+            if isinstance(variant, variants.KasaLinearVariant):
+                return "the adapter on it (KaSA) replaces its weight, which is packed"
+            if isinstance(variant, variants.VeloraLinearVariant):
+                return "the adapter on it (VeLoRA) takes the dtype of its weight, which is packed"
+    return None
+
+
+def _past_what_it_holds(layer: Any) -> str | None:
+    methods, kind = _methods(layer), type(layer).__name__
+    variants = sys.modules.get("peft.tuners.lora.variants")
     if methods & _READ_THE_WEIGHT:
         method = min(methods & _READ_THE_WEIGHT)
         return f"the adapter on it ({kind} of peft's {method}) multiplies with its weight itself and never calls it"

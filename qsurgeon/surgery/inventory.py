@@ -26,7 +26,7 @@ class Module:
     bytes: what these take. A packed weight counts as the values that it stands for, in shape and parameters, and with
     the bytes that it takes. tied_to: the module that owns its weight, if that is another one.
     adapter: whether peft added it.
-    shared: those of its parameters that another module owns.
+    shared: those of its parameters that another module owns. weight_bytes: what its weight takes, its own or shared.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Module:
     tied_to: str | None
     adapter: bool
     shared: tuple[str, ...] = ()
+    weight_bytes: int = 0
 
 
 def inventory(model: nn.Module) -> tuple[Module, ...]:
@@ -122,4 +123,5 @@ def _describe(module: nn.Module, name: str, path: str, adapter: bool, owners: di
         owner if owner != name else None,
         adapter,
         tuple(key for key, parameter in own.items() if owners[id(parameter)] != name),
+        0 if weight is None else weight.numel() * weight.element_size(),
     )

@@ -9,7 +9,7 @@ from torch import nn
 from qsurgeon.errors import FormatError, SurgeryError
 from qsurgeon.formats import Storage
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
-from qsurgeon.surgery.adapters import bypass
+from qsurgeon.surgery.adapters import bypass, misreading
 from qsurgeon.surgery.inventory import inventory, plain_model
 
 
@@ -26,7 +26,7 @@ def operate(
     a copy of its own. ``storage: packed`` packs each weight that has a format, one after the other.
 
     Raises: SurgeryError if the model is wrapped already, or a module is missing or cannot be wrapped, or has an adapter
-    that would compute past it.
+    that would compute past it, or take its codes for values.
     """
     wrapped = quant_linears(model)
     if wrapped:
@@ -47,9 +47,12 @@ def operate(
                 QuantLinear.check(linear)
         except (FormatError, SurgeryError) as error:
             raise SurgeryError(f"{name} cannot be wrapped: {error}") from error
-        past = bypass(model, modules[name].path)
-        if past is not None:
-            raise SurgeryError(f"{name} cannot be wrapped: {past}")
+        path = modules[name].path
+        wrong = bypass(model, path)
+        if wrong is None and _is_packed(quantizations[name], storage):
+            wrong = misreading(model, path)
+        if wrong is not None:
+            raise SurgeryError(f"{name} cannot be wrapped: {wrong}")
     times = Counter(map(id, linears.values()))
     twice = [name for name, linear in linears.items() if times[id(linear)] > 1]
     if twice:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from qsurgeon.errors import FormatError, Mistake, PlanError
 from qsurgeon.formats import Format
-from qsurgeon.layers import Quantization
+from qsurgeon.formats.stored import stored_bytes
+from qsurgeon.layers import Quantization, packed_format
 from qsurgeon.recipe import Recipe
 from qsurgeon.recipe.select import Match, Namespace, parse_pattern
 from qsurgeon.surgery.inventory import Module
@@ -30,6 +31,15 @@ class Step:
     def quantization(self) -> Quantization | None:
         """How the module computes; None if it stays as it is."""
         return self.fate if isinstance(self.fate, Quantization) else None
+
+    @property
+    def packed_bytes(self) -> int:
+        """What the module takes once its weight is packed, which is not tied to another's then."""
+        how = self.quantization
+        if how is None or how.weight is None:
+            return self.module.bytes
+        own = 0 if self.module.tied_to is not None else self.module.weight_bytes
+        return self.module.bytes - own + stored_bytes(packed_format(how), *self.module.shape)
 
     @property
     def why(self) -> str:
@@ -57,6 +67,22 @@ class Plan:
     def wrapped(self) -> tuple[Step, ...]:
         """The steps that change a module."""
         return tuple(step for step in self.steps if step.quantization is not None)
+
+    @property
+    def growth(self) -> int:
+        """How many bytes more the parameters take once the model is operated on; fewer where it is negative."""
+        owners = {step.module.tied_to for step in self.steps}
+        grown = 0
+        for step in self.wrapped:
+            how, module = step.quantization, step.module
+            stays = module.weight_bytes if module.name in owners else 0  # with those that are tied to it
+            if self.recipe.storage == "packed" and how is not None and how.weight is not None:
+                grown += step.packed_bytes - module.bytes + stays
+            elif module.tied_to is not None:
+                grown += module.weight_bytes  # a copy of its own
+            else:
+                grown += stays
+        return grown
 
     @property
     def summary(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from qsurgeon.formats import Format, Quantized, arithmetic, kernels
 from qsurgeon.formats.packing import pack
 from qsurgeon.formats.rotation import Rotation
-from qsurgeon.layers import QuantLinear
+from qsurgeon.layers import PackedLinear, QuantLinear
 
 _SEED = 0
 
@@ -52,9 +52,15 @@ class Call:
         self._outputs = rows_of(len(weight), rows, how.weight.block_shape[0] if how.weight else 1)
         self._rotation = how.rotation
         self.input = None if how.input is None else sample(tokens, how.input.as_input, self._tokens)
-        self._weight = None if how.weight is None else sample(weight, how.weight.as_weight, self._outputs)
+        self._is_packed = isinstance(layer, PackedLinear)
+        self._weight = None
+        if how.weight is not None and not self._is_packed:
+            self._weight = sample(weight, how.weight.as_weight, self._outputs)
         self._x = _taken(tokens, self._tokens) if self.input is None else self.input.rows
-        self._w = _taken(weight, self._outputs) if self._weight is None else self._weight.rows
+        if isinstance(layer, PackedLinear):
+            self._w = layer.opened_rows(self._outputs)
+        else:
+            self._w = _taken(weight, self._outputs) if self._weight is None else self._weight.rows
         self._bias = None if layer.bias is None else _taken(local(layer.bias), self._outputs).float()
         self._y: Tensor | None = None
 
@@ -71,13 +77,16 @@ class Call:
     def is_rounded(self) -> Tensor:
         """Return whether the outputs are at least as near to the product of the rounded operands as to the plain one.
 
-        Where nothing is lost there is no telling, and True. NaN, which says nothing of rounding, is True too.
+        Where nothing is lost there is no telling, and True. NaN, which says nothing of rounding, is True too. A packed
+        weight is rounded, and rotated, for good.
         """
-        if self._y is None or (self.input is None and self._weight is None):
+        if self._y is None or (self.input is None and self._weight is None and not self._is_packed):
             return torch.tensor(False, device=self._x.device)
         y = _wide(self._y)
-        plain = torch.nn.functional.linear(self._x.float(), self._w.float(), self._bias)
-        x, w = _operand(self._x, self.input, self._rotation), _operand(self._w, self._weight, self._rotation)
+        whole = _rotated(self._x, self._rotation) if self._is_packed else self._x
+        plain = torch.nn.functional.linear(whole.float(), self._w.float(), self._bias)
+        x = _operand(self._x, self.input, self._rotation)
+        w = self._w if self._is_packed else _operand(self._w, self._weight, self._rotation)
         rounded = torch.nn.functional.linear(x, w, self._bias)
         far, near = ((_wide(one) - y).square().sum() for one in (plain, rounded))
         return ~(near > far)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
 from qsurgeon.formats import Format
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, quant_linears
 from qsurgeon.watch.sample import Call, Sample, local, rows_of, sample
 
 Numbers = dict[str, float]
@@ -36,7 +36,8 @@ class Watch:
     where nothing is trainable there is no such number.
     ``qsurgeon/weight_sqnr_db/GROUP``, ``qsurgeon/input_sqnr_db/GROUP``: signal over quantization noise, as
     ``formats.quality.sqnr``. Noise over signal is averaged over a group's layers, so that each counts the same;
-    infinity where nothing was lost.
+    infinity where nothing was lost. Of a packed weight there is neither a flip rate nor an SQNR: it does not change,
+    and what it was rounded from is gone.
 
     They are of a sample: of each weight ``rows`` whole rows (or as few bands of rows as hold that many, for blocks that
     span rows), and ``rows`` tokens of the input of each layer's first call, drawn once and always the same. With a
@@ -152,7 +153,8 @@ class Watch:
 
     def _weights(self) -> Iterator[tuple[str, QuantLinear, Format]]:
         for name, layer in self._layers.items():
-            if layer.quantization.weight is not None and layer.weight.numel():
+            packed = isinstance(layer, PackedLinear)  # its codes are not trained, and what they lost is gone
+            if layer.quantization.weight is not None and layer.weight.numel() and not packed:
                 yield name, layer, layer.quantization.weight.as_weight
 
     def _sample(self, layer: QuantLinear, format: Format) -> Sample:

@@ -104,6 +104,7 @@ lm_head                                       1  Linear        96×64   -       
 
 21 of 22 Linear modules (94.4% of the parameters) are wrapped: 21 with weight mxfp4, input -
 parameters: mxfp4 94.4%, full precision 5.6%; 5.81 bits per weight
+size: 0.5 MB
 large, and stays as it is: model.embed_tokens (Embedding, 5.2% of the parameters)
 """,
         "",
@@ -140,6 +141,7 @@ def test_plan_prints_json(run: Run) -> None:
         "called": None,
         "large": False,
         "bypassed": False,
+        "misread": False,
     }
 
 

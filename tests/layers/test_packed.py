@@ -222,6 +222,13 @@ def test_an_offloaded_weight_is_refused() -> None:
         PackedLinear.wrap(layer, Quantization(NV, None))
 
 
+def test_a_sharded_weight_is_refused() -> None:
+    layer = linear()
+    vars(layer.weight)["device_mesh"] = object()  # as a DTensor has one
+    with pytest.raises(SurgeryError, match=r"^its weight is sharded; pack the model before fully_shard$"):
+        PackedLinear.wrap(layer, Quantization(NV, None))
+
+
 def test_there_is_no_full_precision_to_return_to() -> None:
     model = nn.Sequential(linear(), nn.ReLU())
     PackedLinear.wrap(model[0], Quantization(NV, None))
@@ -408,3 +415,14 @@ def test_of_a_weight_on_the_meta_device_the_shapes_are_packed() -> None:
     assert {name: tuple(one.shape) for name, one in layer.named_parameters() if name != "bias"} == stored_shapes(
         NV.as_weight, 24, 40
     )
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "tiles", "rotated", "by row", "int8"])
+def test_some_rows_open_as_they_do_among_all(name: str) -> None:
+    own = {"by row": NV.with_fields("by row", tensor_scale="row")}
+    weight = {**FORMATS, **own}[name]
+    _, packed = both(Quantization(weight, None), inputs=48, outputs=40)
+    for rows in ([0, 1], [39], [*range(16, 40)]):
+        if weight.is_two_dimensional and len(rows) < 16:
+            continue
+        assert torch.equal(packed.opened_rows(rows), packed.opened()[rows])

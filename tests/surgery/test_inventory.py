@@ -40,6 +40,7 @@ def test_a_linear_is_listed_with_its_shape_and_size(tiny_qwen2: Any) -> None:
         bytes=4 * (32 * 64 + 32),
         tied_to=None,
         adapter=False,
+        weight_bytes=4 * 32 * 64,
     )
 
 
