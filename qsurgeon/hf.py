@@ -1,7 +1,8 @@
 """transformers' own registration: ``quantization_config`` in config.json, and the quantizer that obeys it.
 
 Importing this module registers both; ``qsurgeon/__init__.py`` sees to it that it is imported as soon as
-``transformers.quantizers.auto`` is. Anything of transformers that this depends on and that is not public stands here.
+``transformers.quantizers.auto`` is. Anything of transformers that this depends on and that is not public stands
+here, and in checkpoint/saving.py.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qsurgeon.checkpoint import carry_cards, fetch_config, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import Quantization, quant_linears, rollout_unless_told
@@ -70,6 +72,7 @@ class QSurgeonQuantizer(HfQuantizer):
         quantizations = self.quantization_config.record.quantizations()
         operate(model, _as_named_in(model, quantizations))
         _follow_rollouts(quantizations.values())
+        carry_cards(record_in)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in quant_linears(model).items():
@@ -145,19 +148,21 @@ def register() -> None:
 register()
 
 
-def plan(recipe: Recipe | str | Path, model: Any) -> Plan:
+def plan(recipe: Recipe | str | Path, model: Any, revision: str | None = None) -> Plan:
     """Decide what ``recipe`` does to ``model``, module by module; no weight is read.
 
     ``recipe``: a Recipe, a file, or the name of a shipped one. ``model``: a live model, a config, a folder, a
-    config.json or a hub id.
+    config.json or a hub id, of which nothing but config.json is downloaded. ``revision``: a branch, a tag or a commit
+    of a hub id.
 
-    Raises: RecipeError, PlanError, CheckpointError with all that is wrong.
+    Raises: RecipeError, PlanError, CheckpointError with all that is wrong; ConnectionError if the hub is out of reach.
     """
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
         return build_plan(made, inventory(model))
-    config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
-    name = "the model" if config is model else str(model)
+    is_config = isinstance(model, transformers.PreTrainedConfig)
+    config = model if is_config else read_config(fetch_config(model, revision).folder)
+    name = "the model" if is_config else str(model)
     refuse_foreign(config, name)
     if record_in(config) is not None:
         raise CheckpointError(f"{name} was rewritten by qsurgeon already; plan on the model it came from")
@@ -199,10 +204,11 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
     made = build_plan(as_recipe(recipe), inventory(model))
-    record = QSurgeonConfig(**record_of(made, __version__).model_dump())
+    record = QSurgeonConfig(**record_of(made, __version__, _origin(config)).model_dump())
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     operate(model, chosen, untie=made.recipe.untie)
     _follow_rollouts(chosen.values())
+    carry_cards(record_in)
     if config is not None:
         config.quantization_config = record
         if config.name_or_path:
@@ -211,6 +217,12 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
         root.add_model_tags([QUANT_METHOD])
     announce(root)
     return model
+
+
+def _origin(config: Any) -> str:
+    """Return what a record calls the model that was loaded with ``config``; nothing if that is not known."""
+    name = getattr(config, "name_or_path", "")
+    return origin(name) if name else ""
 
 
 def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
@@ -226,7 +238,7 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
     config = getattr(plain_model(model)[1], "config", None)
     if not isinstance(config, transformers.PreTrainedConfig):
         raise SurgeryError(f"{type(model).__name__} has no config that could name its reference")
-    there = read_config(source)
+    there = read_config(fetch_config(source).folder)
     refuse_foreign(there, str(source))
     if wrapped and record_in(there) is None:
         raise NothingWrappedError(_nothing(source))

@@ -28,6 +28,9 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder, config.json or hub id; wins over the recipe's.")
 ]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id; main if it is not said.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 All = Annotated[bool, typer.Option("--all", help="One line a module, also where they differ only in a number.")]
 
@@ -48,7 +51,13 @@ def _options(
 
 
 @app.command()
-def plan(recipe: RecipeName, model: ModelOption = None, as_json: Json = False, every: All = False) -> None:
+def plan(
+    recipe: RecipeName,
+    model: ModelOption = None,
+    revision: Revision = None,
+    as_json: Json = False,
+    every: All = False,
+) -> None:
     """Show what a recipe would do to every module of a model; read no weight, change nothing."""
     from qsurgeon.recipe import load_recipe
 
@@ -58,7 +67,7 @@ def plan(recipe: RecipeName, model: ModelOption = None, as_json: Json = False, e
     from qsurgeon.hf import plan as make_plan
     from qsurgeon.report.inspection import report_of
 
-    _print_report(report_of(make_plan(loaded, source), source), as_json, every)
+    _print_report(report_of(make_plan(loaded, source, revision), source), as_json, every)
 
 
 @app.command()
@@ -122,13 +131,14 @@ def merge(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or hub id.")],
+    revision: Revision = None,
     as_json: Json = False,
     every: All = False,
 ) -> None:
     """Show what every module of a model computes with, and why. Exits 1 if nothing is wrapped."""
     from qsurgeon.report.inspection import inspect as ask
 
-    report = ask(model)
+    report = ask(model, revision=revision)
     _print_report(report, as_json, every)
     if not report.wrapped:
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from qsurgeon.checkpoint import fetch_config
 from qsurgeon.hf import record_in, refuse_foreign
 from qsurgeon.layers import AS_IT_IS, Quantization, quant_linears
 from qsurgeon.report.rows import Report, Row
@@ -23,7 +24,7 @@ def report_of(plan: Plan, source: str = "") -> Report:
     return _report(plan.steps, plan.recipe.storage, source)
 
 
-def inspect(model: Any, example: Mapping[str, Any] | None = None) -> Report:
+def inspect(model: Any, example: Mapping[str, Any] | None = None, *, revision: str | None = None) -> Report:
     """Return every module of a live model, a folder or a hub id: what it computes with, and why.
 
     ``example``: what to call a live model with (``{"input_ids": …}``). Then a layer that is wrapped and was not called
@@ -31,13 +32,16 @@ def inspect(model: Any, example: Mapping[str, Any] | None = None) -> Report:
     known without an example.
 
     A live model (inside peft, torch.compile or DDP too) is asked itself: what its layers will do, whatever its
-    config says. A folder is read by its config.json alone.
+    config says. A folder is read by its config.json alone; of a hub id nothing else is downloaded. ``revision``: a
+    branch, a tag or a commit of a hub id.
 
-    Raises: CheckpointError for a folder without a model, or a record that cannot be read.
+    Raises: CheckpointError for a folder without a model, or a record that cannot be read; ConnectionError if the hub
+    is out of reach.
     """
     if isinstance(model, nn.Module):
         return _inspect_live(model, example)
-    config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
+    is_config = isinstance(model, transformers.PreTrainedConfig)
+    config = model if is_config else read_config(fetch_config(model, revision).folder)
     refuse_foreign(config, str(model) if isinstance(model, str | Path) else "the model")
     record = record_in(config)
     fates: dict[str, Excluded | Quantization] = {}

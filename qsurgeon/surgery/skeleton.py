@@ -12,7 +12,7 @@ from qsurgeon.errors import CheckpointError
 
 
 def read_config(source: str | Path) -> Any:
-    """Return the config of a folder, a config.json or a hub id.
+    """Return the config in a folder, or in a config.json. What is on the hub is fetched first: ``checkpoint.hub``.
 
     Raises: CheckpointError if there is none, or if transformers does not know the architecture.
     """
@@ -21,16 +21,14 @@ def read_config(source: str | Path) -> Any:
         path = path.parent
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; expected a model's folder")
-    looks_like_a_path = path.is_absolute() or len(path.parts) > 2 or str(source).startswith(".")
-    if looks_like_a_path and not path.exists():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such folder")
     if path.is_file():
         raise CheckpointError(f"{path} is a file; expected a model's folder, a config.json or a hub id")
     try:
-        return transformers.AutoConfig.from_pretrained(str(path if path.is_dir() else source), trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except _BAD_CONFIG as error:
-        there = "" if path.exists() else "no such folder, and as a hub id: "
-        raise CheckpointError(f"no model at '{source}': {there}{_first_lines(error)}") from error
+        raise CheckpointError(f"no model at '{source}': {_first_lines(error)}") from error
 
 
 # What transformers raises, in its own words or Python's, for a config that describes no model.
