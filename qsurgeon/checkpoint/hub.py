@@ -230,26 +230,34 @@ def _check_whole(folder: Path) -> None:
 @contextlib.contextmanager
 def _reading(model: str, revision: str | None) -> Iterator[None]:
     """Raise CheckpointError for what the user can mend, ConnectionError for what the network or the hub can."""
-    here = f"no model at '{model}': no such folder{_nearby(Path(model))}, and"
+
+    def missing(reason: str) -> str:
+        return f"no model at '{model}': no such folder, and {reason}{_nearby(Path(model))}"
+
     try:
         yield
     except HFValidationError as error:
-        raise CheckpointError(f"{here} it cannot be a hub id: {_first_line(error)}") from error
+        raise CheckpointError(missing(f"it cannot be a hub id: {_first_line(error)}")) from error
     except GatedRepoError as error:
         page = f"{constants.ENDPOINT}/{model}"
         raise CheckpointError(f"{model} is gated: ask for access at {page}, then log in with {LOGIN}") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{here} the hub has none, or it is private: log in with {LOGIN}") from error
+        raise CheckpointError(missing(f"the hub has none, or it is private (log in with {LOGIN})")) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{model} has no revision '{revision}'") from error
     except RemoteEntryNotFoundError as error:
         raise CheckpointError(f"{model} has no {CONFIG} on the hub") from error
     except (LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled) as error:
         if constants.is_offline_mode():
-            raise CheckpointError(f"{here} HF_HUB_OFFLINE is set and the cache has no whole snapshot of it") from error
-        raise ConnectionError(f"{here} the hub cannot be reached: {_first_line(error.__cause__ or error)}") from error
+            reason = "HF_HUB_OFFLINE is set and the cache has no whole snapshot of it"
+            raise CheckpointError(missing(reason)) from error
+        reason = f"the hub cannot be reached: {_first_line(error.__cause__ or error)}"
+        raise ConnectionError(missing(reason)) from error
     except HfHubHTTPError as error:
-        raise ConnectionError(f"the hub does not give {model}: {_first_line(error)}") from error
+        reason = f"the hub does not give {model}: {error.server_message or _first_line(error)}"
+        if error.response.status_code in _REFUSED:
+            raise CheckpointError(f"{reason}; log in with {LOGIN}") from error
+        raise ConnectionError(reason) from error
     except httpx2.HTTPError as error:
         raise ConnectionError(f"the hub cannot be reached for {model}: {_first_line(error)}; {AGAIN}") from error
 

@@ -35,7 +35,9 @@ def carry_cards(record_in: Callable[[Any], Record | None]) -> None:
     def save_with_card(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
         done = save(self, save_directory, is_main_process, *args, **kwargs)
         record, card = record_of(self), Path(save_directory) / CARD
-        if record is not None and self.should_save_on_this_rank(is_main_process) and not card.exists():
+        if record is None or not self.should_save_on_this_rank(is_main_process):
+            return done
+        if card.parent.is_dir() and not card.exists():
             card.write_text(with_record("", record), "utf-8")
         return done
 

@@ -35,6 +35,7 @@ class FakeHub:
     ranges: list[str] = field(default_factory=list)  # what resumed downloads asked for
     cut_after: int | None = None  # bytes, of the next large file: then the connection breaks
     writable: bool = True
+    down: bool = False
     created: dict[str, dict[str, Any]] = field(default_factory=dict)
     uploads: Files = field(default_factory=dict)  # what came as large files, by its hash
 
@@ -107,6 +108,10 @@ def handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(content)
 
         def files(self, name: str, revision: str = "main") -> Files:
+            if hub.down:
+                raise RefusedError(503)
+            if self.headers.get("Authorization") == "Bearer hf_expired":
+                raise RefusedError(401, "", "Invalid credentials in Authorization header")
             if name not in hub.repos:
                 raise RefusedError(404, "RepoNotFound")
             if name in hub.gated:

@@ -163,8 +163,8 @@ base_model_relation: quantized"""
         == """
 <!-- qsurgeon: notice -->
 > **Qwen/Qwen2.5-1.5B, rewritten by qsurgeon:** 9 Linear modules compute in other formats, 3 with weights in dither \
-and inputs in full precision, 6 with weights in mxfp4 and inputs in nvfp4: see [Number formats](#number-formats). Unless \
-it says otherwise, what is written here, and what was measured, is about the model before that.
+and inputs in full precision, 6 with weights in mxfp4 and inputs in nvfp4: see [Number formats](#number-formats). \
+Unless it says otherwise, what is written here, and what was measured, is about the model before that.
 <!-- /qsurgeon: notice -->
 
 """

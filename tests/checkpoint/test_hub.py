@@ -183,14 +183,14 @@ def test_a_misspelt_folder_is_answered_with_the_one_beside_it(
         "models/tiny-maths: no such folder; did you mean 'models/tiny-math'?"
     )
     assert fails(lambda: fetch("models/tiny-maths")) == (
-        "no model at 'models/tiny-maths': no such folder; did you mean 'models/tiny-math'?, "
-        f"and the hub has none, or it is private: {HINT}"
+        "no model at 'models/tiny-maths': no such folder, and the hub has none, or it is private "
+        f"({HINT}); did you mean 'models/tiny-math'?"
     )
 
 
 def test_an_id_that_the_hub_does_not_know_is_refused(hub: Any, ask: Callable[..., Any]) -> None:
     assert fails(lambda: ask("me/nothing")) == (
-        f"no model at 'me/nothing': no such folder, and the hub has none, or it is private: {HINT}"
+        f"no model at 'me/nothing': no such folder, and the hub has none, or it is private ({HINT})"
     )
 
 
@@ -232,6 +232,22 @@ def test_no_network_is_nobodys_mistake(no_hub: Callable[[], None], ask: Callable
     no_hub()
     assert fails(lambda: ask("me/tiny"), ConnectionError) == (
         "no model at 'me/tiny': no such folder, and the hub cannot be reached: [Errno 111] Connection refused"
+    )
+
+
+def test_a_hub_that_is_down_is_nobodys_mistake(hub: Any, ask: Callable[..., Any]) -> None:
+    hub.down = True
+    assert fails(lambda: ask("me/tiny"), ConnectionError).startswith(
+        "no model at 'me/tiny': no such folder, and the hub cannot be reached: Server error '503 Service Unavailable'"
+    )
+
+
+def test_a_token_that_is_refused_is_the_users_to_mend(
+    hub: Any, monkeypatch: pytest.MonkeyPatch, ask: Callable[..., Any]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    assert fails(lambda: ask("me/tiny")) == (
+        f"the hub does not give me/tiny: Invalid credentials in Authorization header; {HINT}"
     )
 
 

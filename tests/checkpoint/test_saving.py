@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import transformers as hf
+from peft import LoraConfig
 
 import qsurgeon
 from qsurgeon.checkpoint.card import with_record
@@ -51,6 +52,13 @@ def test_only_the_main_process_writes_it(wrapped: Any, tmp_path: Path) -> None:
 
 def test_a_plain_model_is_saved_as_ever(wrapped: Any, make_qwen2: Callable[..., Any], tmp_path: Path) -> None:
     make_qwen2().save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_an_adapter_is_saved_without_the_card_of_its_base(wrapped: Any, tmp_path: Path) -> None:
+    wrapped.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
     assert not (tmp_path / "README.md").exists()
 
 
