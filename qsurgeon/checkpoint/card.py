@@ -138,12 +138,14 @@ def _notice(record: Record) -> str:
 
 def _section(record: Record) -> str:
     formats = _formats(record)
+    rounded = any(how.weight for how in record.quantizations().values())
+    stored = _STORED[record.storage] if rounded else "in full precision"
     return "\n".join(
         [
             "## Number formats",
             "",
             f"Rewritten by qsurgeon {record.qsurgeon_version}{_from(record)}: {_summary(record)}. Their weights are "
-            f"{_STORED[record.storage]} (`storage: {record.storage}`). All other modules are in full precision.",
+            f"{stored} (`storage: {record.storage}`). All other modules are in full precision.",
             "",
             *_table(["modules", "n", "weight", "input", "gradient", "why"], _modules(record)),
             "",

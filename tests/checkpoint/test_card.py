@@ -196,6 +196,15 @@ def test_a_fence_in_a_recipe_does_not_end_it(record: Record) -> None:
     assert "\n````yaml\n# ```\nversion: 1\n````\n" in card
 
 
+def test_weights_that_no_rule_rounds_are_said_to_be_as_they_were(tiny_qwen2: Any) -> None:
+    recipe = Recipe.model_validate({"version": 1, "rules": [{"target": ["mlp"], "input": "mxfp4"}]})
+    card = with_section("", qsurgeon.plan(recipe, tiny_qwen2), "1.2.3")
+    assert (
+        "9 Linear modules compute with weights in full precision and inputs in mxfp4. Their weights are in full "
+        "precision (`storage: master`)."
+    ) in card
+
+
 def test_a_record_that_knows_no_recipe_shows_none(record: Record) -> None:
     card = with_record("", record.model_copy(update={"recipe": ""}))
     assert card.endswith("computes in full precision.\n<!-- /qsurgeon -->\n")
