@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from qsurgeon.errors import CalibrationError
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
-from qsurgeon.hf import record_in
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
-from qsurgeon.quantizer import QSurgeonConfig
+from qsurgeon.quantizer import QSurgeonConfig, record_in
 from qsurgeon.surgery import inventory, plain_model
 
 

@@ -6,15 +6,15 @@ from typing import Any
 import transformers
 from torch import nn
 
+from qsurgeon.checkpoint import carry_cards, config_of, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
-from qsurgeon.quantizer import QSurgeonConfig, attach, follow_rollouts, register
+from qsurgeon.quantizer import QSurgeonConfig, attach, follow_rollouts, record_in, register
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
     QUANT_METHOD,
     Plan,
-    Record,
     architecture,
     build_plan,
     bypassed,
@@ -24,7 +24,6 @@ from qsurgeon.surgery import (
     operate,
     plain_model,
     read_config,
-    read_record,
     record_of,
     refuse_foreign,
     refuse_quantized,
@@ -35,21 +34,24 @@ from qsurgeon.version import __version__
 ADAPTER = "adapter_config.json"
 
 
-def plan(recipe: Recipe | str | Path, model: Any) -> Plan:
+def plan(
+    recipe: Recipe | str | Path, model: Any, revision: str | None = None, *, trust_remote_code: bool = False
+) -> Plan:
     """Decide what ``recipe`` does to ``model``, module by module; no weight is read.
 
     ``recipe``: a Recipe, a file, or the name of a shipped one. ``model``: a live model, a config, a folder, a
-    config.json or a hub id.
+    config.json or a hub id, of which nothing but config.json is downloaded. ``revision``: a branch, a tag or a commit
+    of a hub id. ``trust_remote_code``: run the code that the model brings with it.
 
-    Raises: RecipeError, PlanError, CheckpointError with all that is wrong.
+    Raises: RecipeError, PlanError, CheckpointError with all that is wrong; ConnectionError if the hub is out of reach.
     """
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
         return build_plan(made, inventory(model))
-    config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
-    name = "the model" if config is model else str(model)
-    refuse_quantized(config, name)
-    return build_plan(made, inventory(skeleton(config)))
+    is_config = isinstance(model, transformers.PreTrainedConfig)
+    config = model if is_config else config_of(model, revision, trust_remote_code=trust_remote_code)
+    refuse_quantized(config, "the model" if is_config else str(model))
+    return build_plan(made, inventory(skeleton(config, trust_remote_code)))
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -73,10 +75,11 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
     made = build_plan(as_recipe(recipe), inventory(model))
-    record = QSurgeonConfig(**record_of(made, __version__).model_dump())
+    record = QSurgeonConfig(**record_of(made, __version__, _origin(config)).model_dump())
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
     follow_rollouts(chosen.values())
+    carry_cards(record_in)
     if made.recipe.storage == "packed":
         attach(root, record)
     if config is not None:
@@ -87,6 +90,12 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
         root.add_model_tags([QUANT_METHOD])
     announce(root)
     return model
+
+
+def _origin(config: Any) -> str:
+    """Return what a record calls the model that was loaded with ``config``; nothing if that is not known."""
+    name = getattr(config, "name_or_path", "")
+    return origin(name) if name else ""
 
 
 def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
@@ -102,7 +111,7 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
     config = getattr(plain_model(model)[1], "config", None)
     if not isinstance(config, transformers.PreTrainedConfig):
         raise SurgeryError(f"{type(model).__name__} has no config that could name its reference")
-    there = read_config(source)
+    there = config_of(source)
     refuse_foreign(there, str(source))
     if wrapped and record_in(there) is None:
         raise NothingWrappedError(_nothing(source))
@@ -122,7 +131,7 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     """
     register()
     if auto_class is None:
-        auto_class = _class_of(Path(path)) or transformers.AutoModelForCausalLM
+        auto_class = _class_of(Path(path), bool(kwargs.get("trust_remote_code"))) or transformers.AutoModelForCausalLM
     model = auto_class.from_pretrained(path, **kwargs)
     if quant_linears(model):
         past = bypassed(model)
@@ -143,17 +152,17 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     raise NothingWrappedError(_nothing(path))
 
 
-def _class_of(folder: Path) -> Any:
+def _class_of(folder: Path, trust_remote_code: bool) -> Any:
     """Return the model class that a folder's config.json names; None for an adapter's folder, and for a hub id.
 
     Raises: NothingWrappedError, before any weight is read, if the config has no record of ours.
     """
     if not folder.is_dir() or (folder / ADAPTER).is_file():
         return None
-    config = read_config(folder)
+    config = read_config(folder, trust_remote_code)
     if record_in(config) is None:
         raise NothingWrappedError(_nothing(folder))
-    return architecture(config)
+    return architecture(config, trust_remote_code)
 
 
 def _nothing(path: str | Path) -> str:
@@ -161,16 +170,3 @@ def _nothing(path: str | Path) -> str:
         f"{path}: no module is wrapped; its config.json has no quantization_config of qsurgeon. "
         f"Write one with: qsurgeon apply RECIPE --model {path} --output FOLDER"
     )
-
-
-def record_in(config: Any) -> Record | None:
-    """Return the record that a config carries, or None if it has none of ours.
-
-    Raises: CheckpointError for a record that cannot be read.
-    """
-    data = getattr(config, "quantization_config", None)
-    if isinstance(data, QSurgeonConfig):
-        return data.record
-    if isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD:
-        return read_record(data, "config.json")
-    return None

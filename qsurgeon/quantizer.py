@@ -21,6 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qsurgeon.checkpoint import carry_cards
 from qsurgeon.errors import CheckpointError, NothingWrappedError
 from qsurgeon.formats.stored import WEIGHT
 from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears, rollout_unless_told
@@ -37,6 +38,19 @@ class QSurgeonConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps."""
         return {"quant_method": QUANT_METHOD, **self.record.model_dump(mode="json")}
+
+
+def record_in(config: Any) -> Record | None:
+    """Return the record that a config carries, or None if it has none of ours.
+
+    Raises: CheckpointError for a record that cannot be read.
+    """
+    data = getattr(config, "quantization_config", None)
+    if isinstance(data, QSurgeonConfig):
+        return data.record
+    if isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD:
+        return read_record(data, "config.json")
+    return None
 
 
 class QSurgeonQuantizer(HfQuantizer):
@@ -84,6 +98,7 @@ class QSurgeonQuantizer(HfQuantizer):
         quantizations = record.quantizations()
         operate(model, _as_named_in(model, quantizations), storage=record.storage)
         follow_rollouts(quantizations.values())
+        carry_cards(record_in)
         if self.is_packed:
             _save_what_is_given()
         self._slots = {

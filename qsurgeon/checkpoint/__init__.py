@@ -1,20 +1,30 @@
-"""Checkpoints on disk: their files, and rewriting one folder into another."""
+"""Checkpoints: their files, on disk and on the hub, and rewriting one folder into another."""
 
 from qsurgeon.checkpoint.headers import Header, Tensor, read_header
+from qsurgeon.checkpoint.hub import Source, config_of, fetch, fetch_config, origin, push, reserve
 from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.progress import Estimate, Events
 from qsurgeon.checkpoint.quantized import refuse_quantized_weight
 from qsurgeon.checkpoint.rewrite import Options, rewrite
+from qsurgeon.checkpoint.saving import carry_cards
 
 __all__ = [
     "Estimate",
     "Events",
     "Header",
     "Options",
+    "Source",
     "Tensor",
+    "carry_cards",
+    "config_of",
+    "fetch",
+    "fetch_config",
+    "origin",
+    "push",
     "read_header",
     "read_headers",
     "refuse_quantized_weight",
+    "reserve",
     "rewrite",
     "weight_files",
 ]

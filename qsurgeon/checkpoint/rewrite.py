@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qsurgeon.checkpoint import journal
 from qsurgeon.checkpoint.card import with_section
 from qsurgeon.checkpoint.files import INDEX, copy_companions, write_json
 from qsurgeon.checkpoint.headers import Tensor
+from qsurgeon.checkpoint.hub import fetch, fetch_config
 from qsurgeon.checkpoint.index import read_headers
 from qsurgeon.checkpoint.jobs import layout_of
 from qsurgeon.checkpoint.layout import Layout
@@ -56,6 +57,7 @@ class Options:
     not change, and means 5GB for others. resume: there must be an unfinished output to go on with; without it one is
     gone on with too, where there is one. allow_nonfinite: write NaN and infinity as well.
     shared: this is one of the processes that torchrun or accelerate launch started, all of which call ``rewrite``.
+    revision: of a model on the hub: a branch, a tag or a commit. trust_remote_code: run the code that a model brings.
     """
 
     workers: int | None = None
@@ -63,6 +65,8 @@ class Options:
     resume: bool = False
     allow_nonfinite: bool = False
     shared: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
 def rewrite(
@@ -73,6 +77,8 @@ def rewrite(
     options: Options = Options(),
 ) -> Plan:
     """Write ``destination``, a folder that ``from_pretrained`` opens as ``source`` with ``recipe`` applied.
+
+    ``source``: a folder, or the id of a model on the hub, whose files are downloaded into the cache.
 
     Beside the weights lie recipe.yaml, qsurgeon-plan.json (every module's fate, and the versions) and a model
     card. Memory is bounded, whatever the size of the checkpoint. What is interrupted leaves
@@ -85,14 +91,14 @@ def rewrite(
     here = ranks() if options.shared else Ranks()
     destination = Path(os.path.normpath(destination))
     try:
-        work = _prepare(recipe, Path(source), destination, options) if here.rank == 0 else None
+        work = _prepare(recipe, source, destination, options) if here.rank == 0 else None
     except BaseException:
         here.share(False)
         raise
     if not here.share(True):
         raise OtherRankError("rank 0 could not begin")
     if work is None:
-        work = _prepare(recipe, Path(source), destination, options)
+        work = _prepare(recipe, source, destination, options)
     try:
         if here.rank:
             _join(work, here, events, options)
@@ -109,6 +115,7 @@ class _Work:
 
     plan: Plan
     source: Path
+    origin: str
     destination: Path
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
@@ -117,26 +124,29 @@ class _Work:
     run: dict[str, Any]
 
 
-def _prepare(recipe: Recipe | str | Path, source: Path, destination: Path, options: Options) -> _Work:
+def _prepare(recipe: Recipe | str | Path, source: str | Path, destination: Path, options: Options) -> _Work:
     """Find out all that can be wrong before anything is written."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: {'is a file; expected a folder' if source.exists() else 'no such folder'}")
-    refuse_inside(destination, source)
+    if Path(source).is_file():
+        raise CheckpointError(f"{source}: is a file; expected a folder")
     refuse_taken(destination)
     if options.resume and not partial_of(destination).is_dir():
         raise CheckpointError(f"there is nothing to resume: no {partial_of(destination)}")
-    config = read_json(source / "config.json")
+    # What does not fit is found before weights are downloaded.
+    trusted = options.trust_remote_code
+    there = fetch_config(source, options.revision, trust_remote_code=trusted).folder
+    refuse_inside(destination, there)
+    config = read_json(there / "config.json")
     refuse_quantized(config, str(source))
-    model = skeleton(read_config(source))
+    model = skeleton(read_config(there, trusted), trusted)
     plan = build_plan(recipe, inventory(model))
-    tensors = read_headers(source)
+    folder, origin = astuple(fetch(source, options.revision, trust_remote_code=trusted))
+    tensors = read_headers(folder)
     names = names_in(model, tensors)
-    layout = layout_of(plan, tensors, names, source, options.max_shard_size)
-    return _Work(
-        plan, source, destination, config, tensors, layout, names.unknown, _run(plan, tensors, source, options)
-    )
+    layout = layout_of(plan, tensors, names, folder, options.max_shard_size)
+    run = _run(plan, tensors, folder, options)
+    return _Work(plan, folder, origin, destination, config, tensors, layout, names.unknown, run)
 
 
 def _run(plan: Plan, tensors: Mapping[str, Tensor], source: Path, options: Options) -> dict[str, Any]:
@@ -244,13 +254,13 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
         _untie(config)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        **record_of(plan, __version__).model_dump(mode="json"),
+        **record_of(plan, __version__, work.origin).model_dump(mode="json"),
     }
-    write_json(folder / "qsurgeon-plan.json", _plan_json(plan, work.source))
+    write_json(folder / "qsurgeon-plan.json", _plan_json(plan, work.origin))
     (folder / "recipe.yaml").write_text(plan.recipe.text, "utf-8")
     card = folder / "README.md"
     before = card.read_text("utf-8") if card.is_file() else ""
-    card.write_text(with_section(before, plan, __version__), "utf-8")
+    card.write_text(with_section(before, plan, __version__, work.origin), "utf-8")
     write_json(folder / "config.json", config)  # the last, so that nothing before looks like a model
 
 
@@ -270,10 +280,10 @@ def _untie(config: dict[str, Any]) -> None:
         config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
 
 
-def _plan_json(plan: Plan, source: Path) -> dict[str, Any]:
+def _plan_json(plan: Plan, origin: str) -> dict[str, Any]:
     versions = {"qsurgeon": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     steps = [{"module": step.module.name, "why": step.why} for step in plan.steps if step.why]
-    return {"source": source.name, "versions": versions, "modules": steps}
+    return {"source": origin, "versions": versions, "modules": steps}
 
 
 def _kept(destination: Path) -> str:

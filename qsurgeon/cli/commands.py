@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +27,12 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder, config.json or hub id; wins over the recipe's.")
 ]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id; main if it is not said.")
+]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that a model brings with it; read it first.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 All = Annotated[bool, typer.Option("--all", help="One line a module, also where they differ only in a number.")]
 
@@ -48,7 +53,14 @@ def _options(
 
 
 @app.command()
-def plan(recipe: RecipeName, model: ModelOption = None, as_json: Json = False, every: All = False) -> None:
+def plan(
+    recipe: RecipeName,
+    model: ModelOption = None,
+    revision: Revision = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    every: All = False,
+) -> None:
     """Show what a recipe would do to every module of a model; read no weight, change nothing."""
     from qsurgeon.recipe import load_recipe
 
@@ -58,13 +70,18 @@ def plan(recipe: RecipeName, model: ModelOption = None, as_json: Json = False, e
     from qsurgeon.hf import plan as make_plan
     from qsurgeon.report.inspection import report_of
 
-    _print_report(report_of(make_plan(loaded, source), source), as_json, every)
+    _print_report(
+        report_of(make_plan(loaded, source, revision, trust_remote_code=trust_remote_code), source), as_json, every
+    )
 
 
 @app.command()
 def apply(
     recipe: RecipeName,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Folder to read; wins over the recipe's.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or hub id to read; wins over the recipe's.")
+    ] = None,
+    revision: Revision = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder to write; wins over the recipe's.")
     ] = None,
@@ -81,29 +98,40 @@ def apply(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Write weights with NaN or infinity too.")
     ] = False,
+    trust_remote_code: TrustCode = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository of the hub.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let a repository that is created be public.")] = False,
 ) -> None:
     """Write a folder that from_pretrained opens as the model with the recipe applied.
 
     Interrupted, it leaves FOLDER.partial, and the same command goes on from there. Below torchrun or accelerate launch
     the processes share the work.
     """
-    from qsurgeon.checkpoint import Options, rewrite
+    from qsurgeon.checkpoint import Options, push, reserve, rewrite
     from qsurgeon.checkpoint.ranks import launched
     from qsurgeon.cli.progress import Bar
     from qsurgeon.recipe import load_recipe
     from qsurgeon.report.inspection import report_of
 
     loaded = load_recipe(recipe)
-    source = Path(_model_of(loaded, model))
+    source = _model_of(loaded, model)
     destination = output or loaded.output
     if destination is None:
         raise UsageError("no folder to write: say --output FOLDER, or 'output:' in the recipe")
-    options = Options(workers, max_shard_size, resume, allow_nonfinite, launched())
-    with Bar("writing weights") as bar:
+    options = Options(workers, max_shard_size, resume, allow_nonfinite, launched(), revision, trust_remote_code)
+    bar = Bar("writing weights")
+    if push_to_hub is not None and bar.leads:
+        push_to_hub = reserve(push_to_hub, private=not public)
+    with bar:
         done = rewrite(loaded, source, destination, bar, options)
-    if bar.leads:
-        typer.echo(f"{destination}: {report_of(done).summary}")
-        typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
+    if not bar.leads:
+        return
+    typer.echo(f"{destination}: {report_of(done).summary}")
+    if push_to_hub is not None:
+        typer.echo(push(destination, push_to_hub, private=not public))
+    typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
 
 
 @app.command()
@@ -137,13 +165,15 @@ def merge(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or hub id.")],
+    revision: Revision = None,
+    trust_remote_code: TrustCode = False,
     as_json: Json = False,
     every: All = False,
 ) -> None:
     """Show what every module of a model computes with, and why. Exits 1 if nothing is wrapped."""
     from qsurgeon.report.inspection import inspect as ask
 
-    report = ask(model)
+    report = ask(model, revision=revision, trust_remote_code=trust_remote_code)
     _print_report(report, as_json, every)
     if not report.wrapped:
         raise typer.Exit(1)

@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import nn
 
-from qsurgeon.hf import record_in
+from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, packed_linears, quant_linears
+from qsurgeon.quantizer import record_in
 from qsurgeon.report.rows import Report, Row
 from qsurgeon.surgery import (
     Excluded,
@@ -21,7 +22,6 @@ from qsurgeon.surgery import (
     inventory,
     misread,
     plain_model,
-    read_config,
     refuse_foreign,
     skeleton,
 )
@@ -37,7 +37,13 @@ def report_of(plan: Plan, source: str = "") -> Report:
     return replace(report, bytes_after=report.bytes + plan.growth)
 
 
-def inspect(model: Any, example: Mapping[str, Any] | None = None) -> Report:
+def inspect(
+    model: Any,
+    example: Mapping[str, Any] | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
     """Return every module of a live model, a folder or a hub id: what it computes with, and why.
 
     ``example``: what to call a live model with (``{"input_ids": …}``). Then a layer that is wrapped and was not called
@@ -45,20 +51,23 @@ def inspect(model: Any, example: Mapping[str, Any] | None = None) -> Report:
     known without an example.
 
     A live model (inside peft, torch.compile or DDP too) is asked itself: what its layers will do, whatever its
-    config says. A folder is read by its config.json alone.
+    config says. A folder is read by its config.json alone; of a hub id nothing else is downloaded. ``revision``: a
+    branch, a tag or a commit of a hub id. ``trust_remote_code``: run the code that the model brings with it.
 
-    Raises: CheckpointError for a folder without a model, or a record that cannot be read.
+    Raises: CheckpointError for a folder without a model, or a record that cannot be read; ConnectionError if the hub
+    is out of reach.
     """
     if isinstance(model, nn.Module):
         return _inspect_live(model, example)
-    config = model if isinstance(model, transformers.PreTrainedConfig) else read_config(model)
+    is_config = isinstance(model, transformers.PreTrainedConfig)
+    config = model if is_config else config_of(model, revision, trust_remote_code=trust_remote_code)
     refuse_foreign(config, str(model) if isinstance(model, str | Path) else "the model")
     record = record_in(config)
     fates: dict[str, Excluded | Quantization] = {}
     if record is not None:
         fates |= record.exclusions()
         fates |= record.quantizations()
-    steps = [Step(module, fates.get(module.name)) for module in inventory(skeleton(config))]
+    steps = [Step(module, fates.get(module.name)) for module in inventory(skeleton(config, trust_remote_code))]
     if record is not None and record.storage == "packed":
         steps = [replace(step, module=replace(step.module, bytes=step.packed_bytes)) for step in steps]
     return _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")

@@ -3,7 +3,8 @@
 from rich.table import Table
 
 from qsurgeon.merging import Change, Merged, total
-from qsurgeon.report.tables import folded, rendered
+from qsurgeon.recipe.fold import folded
+from qsurgeon.report.tables import rendered
 
 
 def merge_text(merged: Merged, *, fold: bool = True, width: int | None = None) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from qsurgeon.layers import AS_IT_IS
-from qsurgeon.report.tables import folded, rendered
+from qsurgeon.recipe.fold import folded
+from qsurgeon.report.tables import rendered
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ class Record(_Part):
     formats: dict[str, FormatRecord]
     saved_inputs: SavedInputs = "packed"
     rules: tuple[RuleRecord, ...]
+    # Where the model came from: `owner/name@commit` on the hub, or a folder's name; and the recipe's text in full. The
+    # model card is made of this record alone, also by whoever loads the model and pushes it on.
+    source: str = ""
+    recipe: str = ""
     # What calibration found, by module and operand; it wins over the format's own number.
     static_scales: dict[str, dict[Literal["weight", "input"], float]]
 
@@ -99,8 +103,8 @@ def _named(name: str | None, formats: dict[str, Format], static_scale: float | N
     return formats[name] if static_scale is None else replace(formats[name], static_scale=static_scale)
 
 
-def record_of(plan: Plan, version: str) -> Record:
-    """Return the record of ``plan``, made by qsurgeon ``version``."""
+def record_of(plan: Plan, version: str, source: str = "") -> Record:
+    """Return the record of ``plan``, made by qsurgeon ``version`` on ``source`` (see ``checkpoint.hub.Source``)."""
     taken: dict[Quantization, list[str]] = defaultdict(list)
     left: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for step in plan.steps:
@@ -129,6 +133,8 @@ def record_of(plan: Plan, version: str) -> Record:
         saved_inputs=plan.recipe.saved_inputs,
         formats=formats,
         rules=rules,
+        source=source,
+        recipe=plan.recipe.text,
         static_scales={},
     )
 

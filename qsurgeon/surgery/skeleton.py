@@ -14,7 +14,6 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils.hub import cached_file
 
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import read_json
@@ -26,7 +25,7 @@ _BAD_CONFIG = (
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
-    """Return the config of a folder, a config.json or a hub id.
+    """Return the config in a folder, or in a config.json. What is on the hub is fetched first: ``checkpoint.hub``.
 
     ``trust_remote_code``: run the code that the model brings with it, where its config asks for that.
 
@@ -37,26 +36,15 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         path = path.parent
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; expected a model's folder")
-    looks_like_a_path = path.is_absolute() or len(path.parts) > 2 or str(source).startswith(".")
-    if looks_like_a_path and not path.exists():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such folder")
     if path.is_file():
         raise CheckpointError(f"{path} is a file; expected a model's folder, a config.json or a hub id")
-    name = str(path if path.is_dir() else source)
     try:
-        _check_known(read_json(_config_file(name)), name, trust_remote_code)
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        _check_known(read_json(path / "config.json"), str(path), trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (*_BAD_CONFIG, *_BAD_CODE) as error:
-        there = "" if path.exists() else "no such folder, and as a hub id: "
-        raise CheckpointError(f"no model at '{source}': {there}{_first_lines(error)}") from error
-
-
-def _config_file(name: str) -> Path:
-    """Return the config.json of a folder, or of a hub id, fetched if need be."""
-    found = cached_file(name, "config.json")
-    if found is None:
-        raise OSError("it has no config.json")
-    return Path(found)
+        raise CheckpointError(f"no model at '{source}': {_first_lines(error)}") from error
 
 
 # What running a model's own code raises besides, before it does anything: a package is missing, or it is not Python.

@@ -136,8 +136,8 @@ def test_a_model_card_keeps_what_was_on_it(source: Path, tmp_path: Path) -> None
     (source / "README.md").write_text("# My model\n\nIt does sums.\n")
     rewrite("w4a4-mxfp4", source, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("# My model\n\nIt does sums.\n\n<!-- qsurgeon -->\n## Number formats\n")
-    assert "| linears | 14 | mxfp4 | mxfp4 | ste |" in card
+    assert "\n# My model\n\nIt does sums.\n\n<!-- qsurgeon -->\n## Number formats\n" in card
+    assert "| `model.layers.{0..1}.mlp.up_proj` | 2 | mxfp4 | mxfp4 | ste | rule `linears` |" in card
 
 
 def test_pickles_and_other_engines_weights_stay_behind(source: Path, tmp_path: Path) -> None:

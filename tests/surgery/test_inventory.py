@@ -191,12 +191,6 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 'nowhere'}: no such folder"
 
 
-def test_a_hub_id_that_cannot_be_read_is_an_error() -> None:
-    with pytest.raises(CheckpointError) as caught:
-        read_config("qsurgeon-tests/nowhere")
-    assert str(caught.value).startswith("no model at 'qsurgeon-tests/nowhere': ")
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

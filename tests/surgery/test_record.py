@@ -24,7 +24,7 @@ RECIPE = Recipe(
 
 @pytest.fixture
 def record(tiny_qwen2: Any) -> Record:
-    return record_of(qsurgeon.plan(RECIPE, tiny_qwen2), "1.2.3")
+    return record_of(qsurgeon.plan(RECIPE, tiny_qwen2), "1.2.3", "me/tiny")
 
 
 @pytest.fixture
@@ -66,6 +66,8 @@ def test_a_record_holds_module_names_and_formats_in_full(data: dict[str, Any]) -
         },
         "static_scales": {},
         "saved_inputs": "packed",
+        "source": "me/tiny",
+        "recipe": RECIPE.text,
         "rules": [
             {
                 "name": "first",
@@ -110,6 +112,11 @@ def test_a_record_names_formats_that_the_catalogue_may_not_have(data: dict[str, 
     weight = read_record(data, "config.json").quantizations()["model.layers.0.mlp.up_proj"].weight
     assert weight is not None
     assert (weight.name, weight.to_dict()) == ("later", get_format("nvfp4").to_dict())
+
+
+def test_a_record_without_source_and_recipe_is_read(data: dict[str, Any], record: Record) -> None:
+    del data["source"], data["recipe"]
+    assert read_record(data, "config.json") == record.model_copy(update={"source": "", "recipe": ""})
 
 
 def test_the_quant_method_is_no_part_of_a_record(record: Record, data: dict[str, Any]) -> None:
