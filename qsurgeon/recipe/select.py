@@ -97,6 +97,9 @@ def parse_pattern(text: str) -> Pattern:
     parts = _COMPONENT.findall(body)
     if ".".join(parts) != body:
         raise ValueError(f"bad pattern '{text}': {_complaint(body)}")
+    # Any number and any number again is any number; to try each pair of them would take a model's time many times over.
+    before = [None, *parts]
+    parts = [part for part, one in zip(parts, before, strict=False) if not part == one == ANY_DEPTH.text]
     return Pattern(text, tuple(_component(part, text) for part in parts), optional=text.endswith("?"))
 
 

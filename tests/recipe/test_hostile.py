@@ -11,6 +11,7 @@ import pytest
 
 from qsurgeon.errors import RecipeError
 from qsurgeon.recipe import load_recipe
+from qsurgeon.recipe.select import Namespace, parse_pattern
 from qsurgeon.recipe.text import MOST_BYTES
 
 PLAIN = "version: 1\nrules:\n  - target: [layers]\n    weight: mxfp4\n"
@@ -186,3 +187,10 @@ def test_a_hundred_mistakes_are_all_shown() -> None:
     Path("mine.yaml").write_text(PLAIN + "".join(f"k{place}: 1\n" for place in range(100)))
     assert complaint("mine.yaml").count("unknown key") == 100
     assert "more mistakes" not in complaint("mine.yaml")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("pattern", ["**." * 5000 + "zzz", "**.*." * 5000 + "zzz", "a.**.**.b"])
+def test_a_pattern_of_many_stars_is_matched_at_once(pattern: str) -> None:
+    names = Namespace(["a.b", *(f"model.layers.{one}.mlp.experts.{two}.up" for one in range(9) for two in range(20))])
+    assert names.match(parse_pattern(pattern)).names == ({"a.b"} if pattern.startswith("a") else set())
