@@ -18,7 +18,7 @@ from qsurgeon.formats import Format
 from qsurgeon.formats.fields import NONE, shown
 from qsurgeon.layers import AS_IT_IS, Quantization
 from qsurgeon.recipe.fold import folded
-from qsurgeon.surgery import QUANT_METHOD, Plan, Record, record_of
+from qsurgeon.surgery import QUANT_METHOD, Record
 
 CARD = "README.md"
 SECTION, NOTICE = "qsurgeon", "qsurgeon: notice"  # the marks around what is ours, and is replaced when it is said again
@@ -30,11 +30,6 @@ _WITHOUT = {
     "master": "transformers warns and computes in full precision",
     "packed": "transformers cannot load it",
 }
-
-
-def with_section(card: str, plan: Plan, version: str, source: str = "") -> str:
-    """Return ``card`` saying what ``plan`` does to ``source``; see ``with_record``."""
-    return with_record(card, record_of(plan, version, source))
 
 
 def with_record(card: str, record: Record) -> str:

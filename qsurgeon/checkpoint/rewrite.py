@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from qsurgeon.checkpoint import journal
-from qsurgeon.checkpoint.card import with_section
+from qsurgeon.checkpoint.card import CARD, with_record
 from qsurgeon.checkpoint.files import INDEX, copy_companions, write_json
 from qsurgeon.checkpoint.headers import Tensor
 from qsurgeon.checkpoint.hub import fetch, fetch_config
@@ -32,7 +32,7 @@ from qsurgeon.checkpoint.ranks import Ranks, ranks
 from qsurgeon.checkpoint.staging import partial_of, refuse_inside, refuse_taken, staged
 from qsurgeon.checkpoint.stream import SLAB, Stream
 from qsurgeon.errors import CheckpointError, OtherRankError, in_words
-from qsurgeon.reading import read_json
+from qsurgeon.reading import MOST_JSON, read_json, read_regular
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
     QUANT_METHOD,
@@ -118,6 +118,7 @@ class _Work:
     origin: str
     destination: Path
     config: dict[str, Any]
+    card: str
     tensors: Mapping[str, Tensor]
     layout: Layout
     unknown: tuple[str, ...]
@@ -130,13 +131,14 @@ def _prepare(recipe: Recipe | str | Path, source: str | Path, destination: Path,
         recipe = load_recipe(recipe)
     if Path(source).is_file():
         raise CheckpointError(f"{source}: is a file; expected a folder")
+    if Path(source).is_dir():
+        refuse_inside(destination, Path(source))
     refuse_taken(destination)
     if options.resume and not partial_of(destination).is_dir():
         raise CheckpointError(f"there is nothing to resume: no {partial_of(destination)}")
     # What does not fit is found before weights are downloaded.
     trusted = options.trust_remote_code
     there = fetch_config(source, options.revision, trust_remote_code=trusted).folder
-    refuse_inside(destination, there)
     config = read_json(there / "config.json")
     refuse_quantized(config, str(source))
     model = skeleton(read_config(there, trusted), trusted)
@@ -146,7 +148,15 @@ def _prepare(recipe: Recipe | str | Path, source: str | Path, destination: Path,
     names = names_in(model, tensors)
     layout = layout_of(plan, tensors, names, folder, options.max_shard_size)
     run = _run(plan, tensors, folder, options)
-    return _Work(plan, folder, origin, destination, config, tensors, layout, names.unknown, run)
+    card = with_record(_text(folder / CARD), record_of(plan, __version__, origin))
+    return _Work(plan, folder, origin, destination, config, card, tensors, layout, names.unknown, run)
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_regular(file, MOST_JSON).decode("utf-8") if file.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as text: {error}") from error
 
 
 def _run(plan: Plan, tensors: Mapping[str, Tensor], source: Path, options: Options) -> dict[str, Any]:
@@ -258,9 +268,7 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
     }
     write_json(folder / "qsurgeon-plan.json", _plan_json(plan, work.origin))
     (folder / "recipe.yaml").write_text(plan.recipe.text, "utf-8")
-    card = folder / "README.md"
-    before = card.read_text("utf-8") if card.is_file() else ""
-    card.write_text(with_section(before, plan, __version__, work.origin), "utf-8")
+    (folder / CARD).write_text(work.card, "utf-8")
     write_json(folder / "config.json", config)  # the last, so that nothing before looks like a model
 
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import qsurgeon
-from qsurgeon.checkpoint.card import with_record, with_section
+from qsurgeon.checkpoint.card import with_record
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import CATALOG
 from qsurgeon.recipe import Recipe
@@ -183,7 +183,7 @@ def test_what_is_said_anew_replaces_what_was_said_before(record: Record, tiny_qw
     after = "\n\nMy own words below.\n"
     once = with_record(SOURCE, record) + after
     plan = qsurgeon.plan("w8a8-mxfp8", tiny_qwen2)
-    card = with_section(once, plan, "1.2.4", "me/other")
+    card = with_record(once, record_of(plan, "1.2.4", "me/other"))
     assert card.count("## Number formats") == card.count("qsurgeon: notice -->") // 2 == 1
     assert "Rewritten by qsurgeon 1.2.4 from [me/other](https://huggingface.co/me/other): 21 Linear modules" in card
     assert card.endswith("<!-- /qsurgeon -->\n" + after)
@@ -198,7 +198,7 @@ def test_a_fence_in_a_recipe_does_not_end_it(record: Record) -> None:
 
 def test_weights_that_no_rule_rounds_are_said_to_be_as_they_were(tiny_qwen2: Any) -> None:
     recipe = Recipe.model_validate({"version": 1, "rules": [{"target": ["mlp"], "input": "mxfp4"}]})
-    card = with_section("", qsurgeon.plan(recipe, tiny_qwen2), "1.2.3")
+    card = with_record("", record_of(qsurgeon.plan(recipe, tiny_qwen2), "1.2.3"))
     assert (
         "9 Linear modules compute with weights in full precision and inputs in mxfp4. Their weights are in full "
         "precision (`storage: master`)."
@@ -233,7 +233,7 @@ def test_front_matter_that_cannot_be_kept_is_an_error(record: Record, card: str,
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_format_of_the_catalogue_has_a_row(name: str, tiny_qwen2: Any) -> None:
     recipe = Recipe.model_validate({"version": 1, "rules": [{"target": ["mlp"], "weight": name}]})
-    card = with_section("", qsurgeon.plan(recipe, tiny_qwen2), "1.2.3")
+    card = with_record("", record_of(qsurgeon.plan(recipe, tiny_qwen2), "1.2.3"))
     row = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
     assert row.count("|") == 7
     assert row.endswith(f" {CATALOG[name].bits:.4g} |")

@@ -379,7 +379,11 @@ def apply(run: Run, model: str = "tiny", output: str = "out") -> str:
 
 
 def test_a_source_that_is_not_there_is_a_mistake(run: Run) -> None:
-    assert apply(run, model="nowhere") == "error: nowhere: no such folder\n"
+    assert apply(run, model="nowhere") == (
+        "error: no model at 'nowhere': no such folder, and HF_HUB_OFFLINE is set and the cache has no whole snapshot "
+        "of it\n"
+    )
+    assert apply(run, model="./tinny") == "error: tinny: no such folder; did you mean 'tiny'?\n"
 
 
 def test_an_output_that_exists_is_a_mistake(run: Run) -> None:
