@@ -85,7 +85,7 @@ def rewrite(
     ``destination.partial``, from which the same call goes on to the same bytes.
 
     Raises: RecipeError, PlanError, CheckpointError; and OSError for what the machine does not give. ``destination``
-    does not exist then, and ``source`` is as it was.
+    does not exist then, and ``source`` is as it was. A KeyboardInterrupt says what is kept.
     """
     events = events or Events()
     here = ranks() if options.shared else Ranks()
@@ -106,6 +106,8 @@ def rewrite(
             _lead(work, here, events, options)
     except OSError as error:
         raise OSError(error.errno, f"{in_words(error)}{_kept(destination)}") from error
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_kept(destination) or "; nothing was written") from stop
     return work.plan
 
 

@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print. Results on stdout, messages and progress on stderr.
 
-Exit codes: 0 done, 1 found something wrong or the environment failed, 2 the user's mistake.
+Exit codes: 0 done, 1 found something wrong or the environment failed, 2 the user's mistake, 130 stopped by Ctrl-C.
 """
 
 import os

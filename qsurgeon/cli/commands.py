@@ -3,9 +3,10 @@
 import json
 import shutil
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from qsurgeon.errors import UsageError
 from qsurgeon.launch import run as become
@@ -15,8 +16,22 @@ if TYPE_CHECKING:
     from qsurgeon.recipe import Recipe
     from qsurgeon.report.rows import Report
 
+
+class _Commands(TyperGroup):
+    """The commands, each of which may be stopped by Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do what was asked; stopped by Ctrl-C, say so in a line, with what the command says of it, and exit 130."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"interrupted{stop}", err=True)
+            raise typer.Exit(130) from stop
+
+
 app = typer.Typer(
     name="qsurgeon",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

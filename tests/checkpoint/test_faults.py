@@ -143,19 +143,31 @@ def test_a_source_that_changes_meanwhile(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+class Impatient(Events):
+    """Presses Ctrl-C after some slabs."""
+
+    def __init__(self, slabs: int) -> None:
+        self.left = slabs
+
+    def advance(self, count: int) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
 def test_interrupted_it_keeps_what_is_done(source: Path, tmp_path: Path) -> None:
-    class Impatient(Events):
-        count = 0
-
-        def advance(self, count: int) -> None:
-            self.count += 1
-            if self.count == 20:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        rewrite(RECIPE, source, tmp_path / "out", Impatient(), ALONE)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        rewrite(RECIPE, source, tmp_path / "out", Impatient(20), ALONE)
+    assert str(caught.value) == KEPT.format(out=tmp_path / "out")
     assert len(entries(tmp_path / "out.partial")) > 10
     assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_before_anything_is_done_it_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught:
+        rewrite(RECIPE, source, tmp_path / "out", Impatient(1), ALONE)
+    assert str(caught.value) == "; nothing was written"
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def broken(source: Path, value: float, *names: str) -> None:

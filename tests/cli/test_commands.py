@@ -447,6 +447,46 @@ def test_a_mistake_in_a_real_process_is_one_message_and_exit_code_2() -> None:
     assert "Traceback" not in done.stderr
 
 
+def interrupted(after: int) -> subprocess.CompletedProcess[str]:
+    """Apply the recipe in a process that gets Ctrl-C's signal after some slabs of weights."""
+    program = f"""
+import os, signal, sys
+from qsurgeon.cli import main
+from qsurgeon.cli.progress import Bar
+
+left = [{after}]
+
+def advance(self, count):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGINT)
+
+Bar.advance = advance
+sys.argv = "qsurgeon apply mine.yaml --model tiny --output done --workers 1".split()
+main()
+"""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(run: Run) -> None:
+    done = interrupted(after=20)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == (
+        "interrupted; what is done is kept in done.partial, and the same command goes on with it"
+    )
+    assert "Traceback" not in done.stderr
+    assert run("apply", "mine.yaml", "--model", "tiny", "--output", "done", "--resume").code == 0
+
+
+def test_ctrl_c_in_any_command_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qsurgeon.hf.plan", stop)
+    result = run("plan", "mine.yaml", "--model", "tiny")
+    assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
+
+
 def test_a_reader_that_has_enough_is_no_mistake_of_ours() -> None:
     command = [sys.executable, "-m", "qsurgeon", "--version"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
