@@ -1,6 +1,7 @@
 """What will be written, decided before any value is read: files, their headers, and the place of every tensor."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,10 +10,13 @@ from pathlib import Path
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from qsurgeon.checkpoint.headers import BITS, Tensor, read_header
+from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
 from qsurgeon.formats.stored import WEIGHT, stored_shapes
 
 MAX_SHARD_SIZE = "5GB"
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[KMGT]?B)?", re.IGNORECASE)
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _ALIGNMENT = 8  # of where the data begin, as safetensors has it
 
 
@@ -114,19 +118,31 @@ def mirrored(file: Path, name: str) -> Shard:
 def sharded(jobs: Sequence[Job], max_shard_size: int | str = MAX_SHARD_SIZE, stem: str = "model") -> tuple[Shard, ...]:
     """Return the files that ``jobs`` are written into, in their order; what one job writes stays in one file.
 
-    ``max_shard_size``: of a file's tensors, in bytes or as "5GB". Raises: ValueError for another text.
+    ``max_shard_size``: of a file's tensors, in bytes or as "5GB". Raises: as ``size_in_bytes``.
     """
     split = split_state_dict_into_shards_factory(
         {job.name: job for job in jobs},
         get_storage_size=lambda job: job.size,
         filename_pattern=f"{stem}{{suffix}}.safetensors",
-        max_shard_size=max_shard_size,
+        max_shard_size=size_in_bytes(max_shard_size),
     )
     named = {job.name: job for job in jobs}
     return tuple(
         _shard(file, [named[name] for name in names], {"format": "pt"})
         for file, names in split.filename_to_tensors.items()
     )
+
+
+def size_in_bytes(size: int | str) -> int:
+    """Return how many bytes ``size`` is: a number of them, or one with a unit, such as "5GB".
+
+    Raises: CheckpointError for another text, and for less than one byte.
+    """
+    match = _SIZE.fullmatch(str(size).strip())
+    count = int(float(match["number"]) * _UNITS[(match["unit"] or "").upper()]) if match else 0
+    if count < 1:
+        raise CheckpointError(f"'{size}' is no size of a file; expected one like 5GB, 500MB or a number of bytes")
+    return count
 
 
 def _shard(file: str, jobs: Sequence[Job], metadata: Mapping[str, str]) -> Shard:

@@ -25,7 +25,7 @@ from qsurgeon.checkpoint.headers import Tensor
 from qsurgeon.checkpoint.hub import fetch, fetch_config
 from qsurgeon.checkpoint.index import read_headers
 from qsurgeon.checkpoint.jobs import layout_of
-from qsurgeon.checkpoint.layout import Layout
+from qsurgeon.checkpoint.layout import Layout, size_in_bytes
 from qsurgeon.checkpoint.naming import names_in
 from qsurgeon.checkpoint.progress import Estimate, Events
 from qsurgeon.checkpoint.ranks import Ranks, ranks
@@ -138,6 +138,8 @@ def _prepare(recipe: Recipe | str | Path, source: str | Path, destination: Path,
     refuse_taken(destination)
     if options.resume and not partial_of(destination).is_dir():
         raise CheckpointError(f"there is nothing to resume: no {partial_of(destination)}")
+    if options.max_shard_size is not None:
+        size_in_bytes(options.max_shard_size)
     # What does not fit is found before weights are downloaded.
     trusted = options.trust_remote_code
     there = fetch_config(source, options.revision, trust_remote_code=trusted).folder

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 import qsurgeon
 from qsurgeon.checkpoint import Options, read_headers, rewrite, stream
+from qsurgeon.checkpoint.layout import size_in_bytes
 from qsurgeon.errors import CheckpointError
 from qsurgeon.recipe import Recipe
 
@@ -79,6 +80,21 @@ def test_files_are_no_larger_than_asked(source: Path, tmp_path: Path) -> None:
     for file in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) <= 20_000  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("30 KB", 30_000), ("700B", 700), ("1TB", 10**12), ("42", 42), (42, 42)],
+)
+def test_sizes_of_files(size: int | str, count: int) -> None:
+    assert size_in_bytes(size) == count
+
+
+@pytest.mark.parametrize("size", ["10XB", "GB", "", "0", "0.1B", "-5GB", "1e3GB", 0, -1])
+def test_a_size_that_is_none_is_refused_before_anything_is_read(size: int | str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        rewrite(recipe(), "me/not-downloaded", tmp_path / "out", options=Options(max_shard_size=size))
+    assert str(caught.value) == (f"'{size}' is no size of a file; expected one like 5GB, 500MB or a number of bytes")
 
 
 def test_what_is_not_wrapped_is_the_sources_to_the_bit(source: Path, tmp_path: Path) -> None:

@@ -405,6 +405,13 @@ def test_an_output_inside_the_source_is_a_mistake(run: Run) -> None:
     assert apply(run, output="tiny/out") == "error: tiny/out lies inside the source tiny; write somewhere else\n"
 
 
+def test_a_size_that_is_none_is_a_mistake(run: Run) -> None:
+    result = run("apply", "mine.yaml", "--model", "tiny", "--output", "done", "--max-shard-size", "10XB")
+    assert (result.code, result.err) == (
+        2, "error: '10XB' is no size of a file; expected one like 5GB, 500MB or a number of bytes\n"
+    )  # fmt: skip
+
+
 def test_a_source_that_is_pickle_only_is_a_mistake(run: Run) -> None:
     Path("tiny/model.safetensors").rename("tiny/pytorch_model.bin")
     assert apply(run) == (
