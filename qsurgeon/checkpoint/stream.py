@@ -7,6 +7,7 @@ read and written at given places by ordinary calls: what fails is an error, wher
 import os
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Stream:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
     _handles: dict[Path, int] = field(default_factory=dict)
-    _left: dict[str, int] = field(default_factory=dict)
+    _left: Counter[Path] = field(default_factory=Counter)  # jobs that need a file, of those that are not done
 
     def run(self, shards: Sequence[Shard], done: Mapping[str, Entry]) -> dict[str, Entry]:
         """Do every job that ``done`` does not name, or whose bytes are not what it says; return all entries.
@@ -53,7 +54,8 @@ class Stream:
         pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
         try:
             for shard in shards:
-                self._left[shard.file] = len(shard.jobs)
+                self._left[self.folder / shard.file] += len(shard.jobs)
+                self._left.update(job.source.file for job in shard.jobs)
             tasks = [
                 pool.submit(self._do, shard, job, done.get(job.name))
                 for shard in shards
@@ -82,6 +84,8 @@ class Stream:
             else:
                 entry = self._written(job, output)
                 self.journal.add(job.name, entry)
+            self._leave(job.source.file)
+            self._leave(self.folder / shard.file, flush=True)
         except OSError as error:
             self._stop.set()
             raise OSError(error.errno, error.strerror, error.filename or str(self.folder / shard.file)) from error
@@ -91,11 +95,6 @@ class Stream:
         if not entry.finite:
             with self._lock:
                 self.events.note(f"{job.source.name} has values that are not finite")
-        with self._lock:
-            self._left[shard.file] -= 1
-            is_whole = not self._left[shard.file]
-        if is_whole:
-            os.fsync(output)
         return job.name, entry
 
     def _output(self, shard: Shard) -> int:
@@ -113,6 +112,19 @@ class Stream:
             if file not in self._handles:
                 self._handles[file] = os.open(file, os.O_RDONLY)
             return self._handles[file]
+
+    def _leave(self, file: Path, *, flush: bool = False) -> None:
+        """Close ``file`` if no other job needs it: a checkpoint may have more files than a process may open."""
+        with self._lock:
+            self._left[file] -= 1
+            handle = None if self._left[file] else self._handles.pop(file, None)
+        if handle is None:
+            return
+        try:
+            if flush:
+                os.fsync(handle)
+        finally:
+            os.close(handle)
 
     def _advance(self, count: int) -> None:
         if self._stop.is_set():

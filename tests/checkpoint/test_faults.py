@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -104,6 +105,30 @@ def test_a_file_system_that_is_too_small(source: Path, small_disk: Path, monkeyp
         f"{small_disk}/out.partial/out/model.safetensors: No space left on device" + KEPT.format(out=small_disk / "out")
     )
     assert entries(small_disk / "out.partial")
+
+
+def test_more_files_than_may_be_open(make_qwen2: Callable[..., Any], tmp_path: Path) -> None:
+    make_qwen2(num_hidden_layers=4).save_pretrained(tmp_path / "source", max_shard_size="20kB")
+    options = Options(max_shard_size="3kB")
+    rewrite(RECIPE, tmp_path / "source", tmp_path / "free", options=options)  # imports open files too
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path(os.devnull).open() as lowest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 16, limits[1]))
+    try:
+        rewrite(RECIPE, tmp_path / "source", tmp_path / "out", options=options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 16
+    assert contents(tmp_path / "out") == contents(tmp_path / "free")
+
+
+def test_a_disk_that_loses_what_was_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mend = failing("fsync", 1, errno.EIO, monkeypatch)
+    out = tmp_path / "out"
+    message = fails(OSError, source, out)
+    assert message == f"{out}.partial/out/model.safetensors: Input/output error{KEPT.format(out=out)}"
+    mend()
+    rewrite(RECIPE, source, out)
 
 
 @pytest.mark.parametrize("number", [1, 12, 20])
