@@ -1,6 +1,7 @@
 """Output appears whole or not at all: it is made in a folder beside its place, and moved there in the end."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qsurgeon.checkpoint.journal import entries
+from qsurgeon.checkpoint.journal import RUN, entries
 from qsurgeon.errors import CheckpointError
 
 LOCK = "lock"
@@ -59,19 +60,21 @@ def staged(final: Path, *, resumable: bool = False) -> Iterator[Path]:
         raise CheckpointError(f"{final} cannot be written: {error.strerror}") from error
     try:
         refuse_taken(final)  # the run that had the lock may have ended well
+        if not entries(partial):  # of a run that was killed before anything was done, nothing may end up in another's
+            (partial / RUN).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         yield folder
         for path in (*folder.rglob("*"), folder):
             _flush(path)
         folder.rename(final)
         _flush(final.parent)
-        shutil.rmtree(partial)
-    except BaseException:
-        if not (resumable and entries(partial)):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
     finally:
+        if not (resumable and folder.is_dir() and entries(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
         lock.release()
+        with contextlib.suppress(OSError):  # NFS keeps a file that is open, and so the folder, until the lock is closed
+            partial.rmdir()
 
 
 def _is_unfinished(partial: Path) -> bool:
@@ -80,8 +83,12 @@ def _is_unfinished(partial: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
+    """Let ``path`` reach the disk. Not every file system that is reached over a network can do that with a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -129,6 +130,52 @@ def test_a_disk_that_loses_what_was_written(source: Path, tmp_path: Path, monkey
     assert message == f"{out}.partial/out/model.safetensors: Input/output error{KEPT.format(out=out)}"
     mend()
     rewrite(RECIPE, source, out)
+
+
+def fsync_fails(code: int, folders: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what reaches the disk not be told of ``folders``, which are asked for when it is."""
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        if any(os.path.samestat(os.fstat(handle), folder.stat()) for folder in folders()):
+            raise OSError(code, os.strerror(code))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_file_system_that_flushes_no_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync_fails(errno.EINVAL, lambda: [tmp_path, *tmp_path.glob("out.partial/out")], monkeypatch)
+    rewrite(RECIPE, source, tmp_path / "out")
+    assert qsurgeon.inspect(tmp_path / "out").wrapped == 21
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_an_output_whose_name_does_not_reach_the_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync_fails(errno.EIO, lambda: [tmp_path], monkeypatch)
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path}: Input/output error") + "$"):
+        rewrite(RECIPE, source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_a_file_system_where_a_file_that_is_open_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS gives an open file another name when it is removed, so that its folder cannot be removed."""
+    original, removed = os.rmdir, []
+
+    def rmdir(path: Any, **where: Any) -> None:
+        if Path(path).name == "out.partial" and not removed:
+            removed.append(path)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        original(path, **where)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    rewrite(RECIPE, source, tmp_path / "out")
+    assert removed
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
 @pytest.mark.parametrize("number", [1, 12, 20])

@@ -222,6 +222,25 @@ def test_another_version_is_refused(source: Path, unfinished: Path) -> None:
     assert refused(source, unfinished).startswith("torch was 1.0, now it is ")
 
 
+def test_a_run_of_which_nothing_is_done_is_in_nobodys_way(source: Path, tmp_path: Path) -> None:
+    class Dies(Events):
+        def advance(self, count: int) -> None:
+            raise KeyboardInterrupt
+
+    out, other = tmp_path / "out", Options(max_shard_size="1MB")
+    partial = tmp_path / "out.partial"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if it were killed
+        with pytest.raises(KeyboardInterrupt):
+            rewrite(RECIPE, source, out, Dies(), OPTIONS)
+    left = {file.name for file in (partial / "out").iterdir()}
+    assert (partial / RUN).is_file()
+    rewrite(RECIPE, source, out, options=other)
+    rewrite(RECIPE, source, tmp_path / "new", options=other)
+    assert left - contents(tmp_path / "new").keys()
+    assert contents(out) == contents(tmp_path / "new")
+
+
 def test_resume_needs_something_to_go_on_with(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         rewrite(RECIPE, source, tmp_path / "out", options=Options(resume=True))
