@@ -3,12 +3,17 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from qsurgeon.checkpoint.layout import Shard
 from qsurgeon.errors import OtherRankError
+
+# Rank 0 may download for hours while the others wait, and one may have a file more than another. A process that is gone
+# is noticed at once, by its connection.
+PATIENCE = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,13 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
     return named and int(environment["WORLD_SIZE"]) > 1
 
 
+def leads(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process is the one of those that were launched together that speaks to the user."""
+    return not launched(environment) or environment["RANK"] == "0"
+
+
 def ranks() -> Ranks:
     """Return this process's place among those that were launched with it, over gloo."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-        return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))

@@ -1,6 +1,5 @@
 """How far a long run is, on stderr."""
 
-import os
 from types import TracebackType
 from typing import Self
 
@@ -8,14 +7,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from qsurgeon.checkpoint import Estimate, Events
+from qsurgeon.checkpoint.ranks import leads
 from qsurgeon.formats.native import say
 
 
 class Bar(Events):
-    """A bar of bytes, with their rate and the time that is left. Of several processes only rank 0 shows one."""
+    """A bar of bytes, with their rate and the time that is left. Of several processes one alone shows it."""
 
     def __init__(self, what: str) -> None:
-        self.leads = os.environ.get("RANK", "0") == "0"
+        self.leads = leads()
         columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         shown = self.leads and console.is_terminal

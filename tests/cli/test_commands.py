@@ -174,6 +174,11 @@ def test_apply_writes_a_folder_and_says_how_much_is_wrapped(run: Run) -> None:
     assert result.err.splitlines()[-1] == "see it with: qsurgeon inspect out"
 
 
+def test_apply_says_so_also_where_something_else_set_a_rank(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert run("apply", "mine.yaml", "--model", "tiny", "--output", "done").out == f"done: {WRAPPED}\n"
+
+
 def test_what_apply_writes_is_what_plan_said(run: Run) -> None:
     run("apply", "w4a4-nvfp4", "--model", "tiny", "--output", "out")
     planned = run("plan", "w4a4-nvfp4", "--model", "tiny")

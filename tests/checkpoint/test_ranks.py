@@ -1,0 +1,44 @@
+"""Processes that share an output: who speaks, and how long one waits for another."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qsurgeon.checkpoint.ranks import launched, leads, ranks
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_process_waits_longer_than_any_download_takes() -> None:
+    backend = ranks().group._get_backend(torch.device("cpu"))
+    assert backend.options._timeout >= timedelta(days=30)
+
+
+@pytest.mark.parametrize(
+    ("changed", "shares", "speaks"),
+    [
+        ({}, True, False),
+        ({"RANK": "0"}, True, True),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, False, True),
+        # A rank that something else set, in an environment that nobody launched this process from.
+        ({"WORLD_SIZE": None, "MASTER_PORT": None}, False, True),
+    ],
+)
+def test_of_those_that_were_launched_together_rank_0_speaks(
+    changed: dict[str, str | None], shares: bool, speaks: bool
+) -> None:
+    environment = {key: value for key, value in (TORCHRUN | changed).items() if value is not None}
+    assert launched(environment) == shares
+    assert leads(environment) == speaks
