@@ -18,6 +18,11 @@ OTHER_ENGINES = {".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite"}
 _HASH = re.compile(r"[0-9a-f]{64}")  # what the hub's cache calls a file that repositories share
 
 
+def suffix_of(file: Path) -> str:
+    """Return the suffix of a weight file, or of the files that an index names."""
+    return Path(file.name.removesuffix(".index.json")).suffix
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a JSON object as people read it."""
     path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
@@ -61,7 +66,7 @@ def companions(folder: Path) -> Iterator[Path]:
         inside = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
         ours = len(inside.parts) == 1 and (file.suffix == ".safetensors" or file.name == INDEX)
-        weights = ours or file.suffix in PICKLES | OTHER_ENGINES
+        weights = ours or suffix_of(file) in PICKLES | OTHER_ENGINES
         if hidden or weights:
             continue
         if file.is_symlink() and file.exists():

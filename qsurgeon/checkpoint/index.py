@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NoReturn
 
-from qsurgeon.checkpoint.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE, refuse_link_outside
+from qsurgeon.checkpoint.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE, refuse_link_outside, suffix_of
 from qsurgeon.checkpoint.headers import Tensor, read_header
 from qsurgeon.errors import CheckpointError, nearest
 from qsurgeon.reading import read_json
@@ -102,21 +102,16 @@ def _refuse_without_safetensors(folder: Path) -> NoReturn:
             raise CheckpointError(
                 f"{link}: is a link to {link.readlink()}, which is no file; is the download complete?"
             )
-    files = sorted(folder.iterdir(), key=lambda file: (_suffix(file) not in PICKLES, file.name))
+    files = sorted(folder.iterdir(), key=lambda file: (suffix_of(file) not in PICKLES, file.name))
     for file in files:
-        if _suffix(file) in PICKLES | OTHER_ENGINES:
+        if suffix_of(file) in PICKLES | OTHER_ENGINES:
             raise CheckpointError(f"{folder}: has no safetensors, only {file.name}; {_why_not(file)}")
     raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}")
 
 
-def _suffix(file: Path) -> str:
-    """Return the suffix of a weight file, or of the files in an index."""
-    return Path(file.name.removesuffix(".index.json")).suffix
-
-
 def _why_not(file: Path) -> str:
     """Return why weights in another format are not read, and what to do."""
-    if _suffix(file) in PICKLES:
+    if suffix_of(file) in PICKLES:
         return (
             "a pickle runs code when it is opened, so it is not read. "
             "Convert it with transformers: from_pretrained(…), then save_pretrained(…)"

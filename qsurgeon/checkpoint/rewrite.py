@@ -20,7 +20,7 @@ import transformers
 
 from qsurgeon.checkpoint import journal
 from qsurgeon.checkpoint.card import CARD, with_record
-from qsurgeon.checkpoint.files import INDEX, copy_companions, write_json
+from qsurgeon.checkpoint.files import INDEX, companions, copy_companions, write_json
 from qsurgeon.checkpoint.headers import Tensor
 from qsurgeon.checkpoint.hub import fetch, fetch_config
 from qsurgeon.checkpoint.index import read_headers
@@ -113,7 +113,10 @@ def rewrite(
 
 @dataclass(frozen=True)
 class _Work:
-    """What there is to do, and what of: enough to tell another run from this one."""
+    """What there is to do, and what of: enough to tell another run from this one.
+
+    beside: bytes of what is copied and is no weight of ours.
+    """
 
     plan: Plan
     source: Path
@@ -123,6 +126,7 @@ class _Work:
     card: str
     tensors: Mapping[str, Tensor]
     layout: Layout
+    beside: int
     unknown: tuple[str, ...]
     run: dict[str, Any]
 
@@ -153,7 +157,8 @@ def _prepare(recipe: Recipe | str | Path, source: str | Path, destination: Path,
     layout = layout_of(plan, tensors, names, folder, options.max_shard_size)
     run = _run(plan, tensors, folder, options)
     card = with_record(_text(folder / CARD), record_of(plan, __version__, origin))
-    return _Work(plan, folder, origin, destination, config, card, tensors, layout, names.unknown, run)
+    beside = sum((folder / one).stat().st_size for one in companions(folder))
+    return _Work(plan, folder, origin, destination, config, card, tensors, layout, beside, names.unknown, run)
 
 
 def _text(file: Path) -> str:
@@ -240,8 +245,8 @@ def _memory(layout: Layout, workers: int) -> int:
 
 
 def _check_space(work: _Work, folder: Path) -> None:
-    there = sum(file.stat().st_blocks * 512 for file in folder.iterdir() if file.is_file())
-    needed, free = work.layout.written - there, shutil.disk_usage(folder).free
+    there = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+    needed, free = work.layout.written + work.beside - there, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{folder}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")
 

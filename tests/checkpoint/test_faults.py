@@ -84,6 +84,15 @@ def test_a_disk_without_room_is_told_before_the_first_byte(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_what_lies_beside_the_weights_needs_room_too(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "checkpoint-7").mkdir()
+    (source / "checkpoint-7" / "model.safetensors").write_bytes(bytes(20_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**7))  # type: ignore[attr-defined]
+    assert "0.02 GB are to be written, 0.01 GB are free" in fails(OSError, source, tmp_path / "out")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 kB."""

@@ -144,6 +144,7 @@ def test_pickles_and_other_engines_weights_stay_behind(source: Path, tmp_path: P
     (source / "onnx").mkdir()
     (source / "onnx" / "model.onnx").write_bytes(b"x")
     (source / "pytorch_model.bin").write_bytes(b"x")
+    (source / "pytorch_model.bin.index.json").write_text("{}")
     (source / ".cache").mkdir()
     (source / ".cache" / "x.json").write_text("{}")
     (source / "tokenizer.json").write_text("{}")
@@ -217,6 +218,12 @@ def test_an_output_that_another_run_is_writing_is_left_alone(source: Path, tmp_p
 def test_an_output_below_a_file_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     assert fails(source, tmp_path / "file" / "out") == f"{tmp_path}/file/out cannot be written: Not a directory"
+
+
+def test_a_link_that_leads_elsewhere_is_found_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    (source / "vocab.txt").symlink_to("/etc/hostname")
+    assert fails(source, tmp_path / "out").startswith(f"{source}/vocab.txt: is a link to /etc/hostname, outside of")
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_second_rewrite_is_refused(source: Path, tmp_path: Path) -> None:
