@@ -16,6 +16,7 @@ from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import read_json
 
 RUN = "run.json"
+MOST_SHOWN = 40  # letters of what differs: a recipe and a hash tell nothing at a glance
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ def begin(folder: Path, run: Mapping[str, Any]) -> bool:
             )
         return True
     whole = file.with_suffix(".new")
-    whole.write_text(json.dumps(run), "utf-8")
+    with whole.open("w", encoding="utf-8") as opened:
+        json.dump(run, opened)
+        opened.flush()
+        os.fsync(opened.fileno())  # no checksum would tell that a crash of the machine tore it
     whole.replace(file)
     return False
 
@@ -91,10 +95,12 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: Sequenc
             if words:
                 return words
         elif old != new:
-            return f"{' '.join((*path, key))} was {_shown(old)}, now it is {_shown(new)}"
+            what = " ".join((*path, key))
+            if max(len(_shown(old)), len(_shown(new))) > MOST_SHOWN:
+                return f"{what} is another"
+            return f"{what} was {_shown(old)}, now it is {_shown(new)}"
     return ""
 
 
 def _shown(value: Any) -> str:
-    text = "not there" if value is None else str(value)
-    return text if len(text) <= 40 else "another"
+    return "not there" if value is None else str(value)

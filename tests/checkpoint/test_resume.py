@@ -174,6 +174,21 @@ def test_bytes_that_never_reached_the_disk_are_written_again(
     assert contents(unfinished) == uninterrupted
 
 
+def test_what_is_being_made_is_on_the_disk_before_it_has_its_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[os.stat_result] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def renamed(file: Path, target: Path) -> Path:
+        assert target.name != RUN or any(os.path.samestat(one, file.stat()) for one in flushed)
+        return replace(file, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle)), fsync(handle)))
+    monkeypatch.setattr(Path, "replace", renamed)
+    rewrite(RECIPE, source, tmp_path / "out", options=OPTIONS)
+
+
 def test_a_line_that_was_cut_off_spoils_no_other(
     source: Path, unfinished: Path, uninterrupted: dict[str, bytes]
 ) -> None:
@@ -198,7 +213,7 @@ def refused(source: Path, out: Path, recipe: Recipe = RECIPE, options: Options =
 
 def test_another_recipe_is_refused(source: Path, unfinished: Path) -> None:
     other = Recipe.model_validate({**RECIPE.model_dump(exclude_unset=True), "saved_inputs": "full"})
-    assert refused(source, unfinished, other) == "the recipe was another, now it is another"
+    assert refused(source, unfinished, other) == "the recipe is another"
 
 
 def test_another_size_of_files_is_refused(source: Path, unfinished: Path) -> None:
