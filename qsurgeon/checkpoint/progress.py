@@ -8,14 +8,13 @@ class Estimate:
     """What a run will take, known before its first byte.
 
     read, written: bytes of weights. files: how many are written. memory: bytes held at once beyond what the process
-    holds anyhow. done: bytes of ``read`` that an earlier run has dealt with.
+    holds anyhow. Of processes that share an output each has its own.
     """
 
     read: int
     written: int
     files: int
     memory: int
-    done: int = 0
 
 
 class Events:
