@@ -135,6 +135,8 @@ def apply(
     destination = output or loaded.output
     if destination is None:
         raise UsageError("no folder to write: say --output FOLDER, or 'output:' in the recipe")
+    if public and push_to_hub is None:
+        raise UsageError("--public is of a repository that is pushed to: say --push-to-hub REPO too")
     options = Options(workers, max_shard_size, resume, allow_nonfinite, launched(), revision, trust_remote_code)
     bar = Bar("writing weights")
     if push_to_hub is not None and bar.leads:

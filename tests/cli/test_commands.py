@@ -410,6 +410,14 @@ def test_an_output_inside_the_source_is_a_mistake(run: Run) -> None:
     assert apply(run, output="tiny/out") == "error: tiny/out lies inside the source tiny; write somewhere else\n"
 
 
+def test_public_without_a_repository_is_a_mistake(run: Run) -> None:
+    result = run("apply", "mine.yaml", "--model", "tiny", "--output", "done", "--public")
+    assert (result.code, result.err) == (
+        2, "error: --public is of a repository that is pushed to: say --push-to-hub REPO too\n"
+    )  # fmt: skip
+    assert not Path("done").exists()
+
+
 def test_a_size_that_is_none_is_a_mistake(run: Run) -> None:
     result = run("apply", "mine.yaml", "--model", "tiny", "--output", "done", "--max-shard-size", "10XB")
     assert (result.code, result.err) == (
