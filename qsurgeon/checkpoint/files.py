@@ -1,6 +1,8 @@
-"""The names of a checkpoint's files, which of them belong beside the weights, and links that lead elsewhere."""
+"""A checkpoint's files: names, what belongs beside the weights, links that lead elsewhere, and reaching the disk."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,6 +28,18 @@ def suffix_of(file: Path) -> str:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a JSON object as people read it."""
     path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+
+
+def flush(path: Path) -> None:
+    """Let ``path`` reach the disk. Not every file system that is reached over a network can do that with a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(handle)
 
 
 def refuse_link_outside(file: Path, folder: Path) -> None:

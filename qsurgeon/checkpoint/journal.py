@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qsurgeon.checkpoint.files import flush
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import read_json
 
@@ -59,10 +60,8 @@ def begin(folder: Path, run: Mapping[str, Any]) -> bool:
             )
         return True
     whole = file.with_suffix(".new")
-    with whole.open("w", encoding="utf-8") as opened:
-        json.dump(run, opened)
-        opened.flush()
-        os.fsync(opened.fileno())  # no checksum would tell that a crash of the machine tore it
+    whole.write_text(json.dumps(run), "utf-8")
+    flush(whole)  # no checksum would tell that a crash of the machine tore it
     whole.replace(file)
     return False
 

@@ -1,14 +1,13 @@
 """Output appears whole or not at all: it is made in a folder beside its place, and moved there in the end."""
 
 import contextlib
-import errno
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from qsurgeon.checkpoint.files import flush
 from qsurgeon.checkpoint.journal import RUN, entries
 from qsurgeon.errors import CheckpointError
 
@@ -66,9 +65,9 @@ def staged(final: Path, *, resumable: bool = False) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         yield folder
         for path in (*folder.rglob("*"), folder):
-            _flush(path)
+            flush(path)
         folder.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
     finally:
         if not (resumable and folder.is_dir() and entries(partial)):
             shutil.rmtree(partial, ignore_errors=True)
@@ -80,15 +79,3 @@ def staged(final: Path, *, resumable: bool = False) -> Iterator[Path]:
 def _is_unfinished(partial: Path) -> bool:
     """Return whether a folder is one that ``staged`` made, or might have: an empty one."""
     return partial.is_dir() and ((partial / LOCK).is_file() or not any(partial.iterdir()))
-
-
-def _flush(path: Path) -> None:
-    """Let ``path`` reach the disk. Not every file system that is reached over a network can do that with a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(handle)

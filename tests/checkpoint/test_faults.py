@@ -132,11 +132,15 @@ def test_more_files_than_may_be_open(make_qwen2: Callable[..., Any], tmp_path: P
     assert contents(tmp_path / "out") == contents(tmp_path / "free")
 
 
-def test_a_disk_that_loses_what_was_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mend = failing("fsync", 1, errno.EIO, monkeypatch)
+@pytest.mark.parametrize(
+    ("number", "file", "kept"), [(1, "run.new", ""), (2, "out/model.safetensors", KEPT)], ids=["run", "weights"]
+)
+def test_a_disk_that_loses_what_was_written(
+    source: Path, tmp_path: Path, number: int, file: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend = failing("fsync", number, errno.EIO, monkeypatch)
     out = tmp_path / "out"
-    message = fails(OSError, source, out)
-    assert message == f"{out}.partial/out/model.safetensors: Input/output error{KEPT.format(out=out)}"
+    assert fails(OSError, source, out) == f"{out}.partial/{file}: Input/output error{kept.format(out=out)}"
     mend()
     rewrite(RECIPE, source, out)
 
