@@ -33,8 +33,10 @@ class Bar(Events):
         """Say what it will take."""
         if self.leads:
             files = "1 file" if estimate.files == 1 else f"{estimate.files} files"
+            others = int(os.environ.get("WORLD_SIZE", "1"))
+            who = f"rank 0 of {others} " if others > 1 else ""
             say(
-                f"reads {_size(estimate.read)}, writes {_size(estimate.written)} in {files}, "
+                f"{who}reads {_size(estimate.read)}, writes {_size(estimate.written)} in {files}, "
                 f"in about {_size(estimate.memory)} of memory"
             )
         self._progress.update(self._task, total=estimate.read)
