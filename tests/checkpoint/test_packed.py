@@ -12,7 +12,7 @@ import transformers as hf
 from safetensors.torch import load_file, safe_open, save_file
 
 import qsurgeon
-from qsurgeon.checkpoint import Events, Options, read_headers, rewrite, stream
+from qsurgeon.checkpoint import Options, read_headers, rewrite, stream
 from qsurgeon.errors import CheckpointError
 from qsurgeon.recipe import Recipe
 
@@ -160,24 +160,13 @@ def test_a_wrapped_weight_that_is_missing_is_named_before_anything_is_written(so
     assert not (tmp_path / "out.partial").exists()
 
 
-class Heard(Events):
-    """What a rewrite noted."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def test_tensors_without_a_place_and_places_without_a_tensor_are_told(source: Path, tmp_path: Path) -> None:
+def test_tensors_without_a_place_and_places_without_a_tensor_are_told(source: Path, tmp_path: Path, heard: Any) -> None:
     folder = Path(shutil.copytree(source, tmp_path / "odd"))
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     tensors = tensors_of(source)
     tensors["model.mtp.weight"] = tensors.pop("model.norm.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    heard = Heard()
     rewrite(recipe(), folder, tmp_path / "out", heard)
     assert heard.notes == [
         "1 tensors that the model has no place for are copied as they are, such as model.mtp.weight",
@@ -186,8 +175,7 @@ def test_tensors_without_a_place_and_places_without_a_tensor_are_told(source: Pa
     assert torch.equal(tensors_of(tmp_path / "out")["model.mtp.weight"], tensors["model.mtp.weight"])
 
 
-def test_nothing_is_told_where_all_has_its_place(make_qwen2: Callable[..., Any], tmp_path: Path) -> None:
+def test_nothing_is_told_where_all_has_its_place(make_qwen2: Callable[..., Any], tmp_path: Path, heard: Any) -> None:
     make_qwen2(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
-    heard = Heard()
     rewrite(recipe(), tmp_path / "tied", tmp_path / "out", heard)
     assert heard.notes == []
