@@ -133,12 +133,12 @@ class _Product(torch.autograd.Function):
             )
         how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        weight = saved.pop() if wanted.reads_weight else None
+        weight = _once_more(saved.pop()) if wanted.reads_weight else None
         bits = saved.pop() if wanted.clips_input else None
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if wanted.input and weight is not None:
-            product = (flat @ _weight(weight, how).to(grad.dtype)).reshape(*grad.shape[:-1], ctx.inputs)
+            product = (flat @ _weight(weight, how)[0].to(grad.dtype)).reshape(*grad.shape[:-1], ctx.inputs)
             saturated = None if bits is None else _from_bits(bits, ctx.inputs)
             grad_x = _back(product, how, saturated, x_dtype)
         if wanted.weight:
@@ -147,32 +147,41 @@ class _Product(torch.autograd.Function):
             product = flat.T @ values.to(grad.dtype).reshape(-1, ctx.inputs)
             saturated, grid = None, _weight_grid(how)
             if wanted.clips_weight and grid is not None and weight is not None:
-                saturated = grid.saturates(_turned(weight.detach(), how))
+                saturated = grid.saturates(_turned(weight.detach(), how))[0]
             grad_weight = _back(product, how, saturated, weight_dtype)
         if wanted.bias:
             grad_bias = flat.sum(0).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
+def _once_more(operand: Tensor) -> Tensor:
+    """Return ``operand`` in one dimension more, for what the backward pass computes again.
+
+    torch.compile sees both passes in one graph, and computes once what they have in common: in the shape of the
+    forward pass, q(W) and all of q(x) would be that, and be kept in place of the weight and of the codes.
+    """
+    return operand[None] if operand.dim() else operand
+
+
 def _opened(saved: list[Tensor], format: Format, length: int, dtype: torch.dtype) -> Tensor:
     """Return q(x) from the codes and scales that ``saved`` holds, in the order of Quantized's fields."""
-    data, *scales = saved
+    data, *scales = map(_once_more, saved)
     scale = scales.pop(0) if format.scale is not None else None
     above = scales.pop(0) if format.tensor_scale != "none" else None
     return Quantized(data, scale, above, format, dtype, length).dequantize()
-
-
-_PLACES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def _bits(mask: Tensor) -> Tensor:
     """Return ``mask`` (..., k), bool, as bytes (..., ceil(k / 8))."""
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8))
     groups = padded.reshape(*padded.shape[:-1], padded.shape[-1] // 8, 8).to(torch.uint8)
-    return (groups * torch.tensor(_PLACES, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+    return (groups << _places(mask)).sum(-1, dtype=torch.uint8)
 
 
 def _from_bits(data: Tensor, length: int) -> Tensor:
     """Return the first ``length`` bits of each row of ``data``, as bool."""
-    places = torch.tensor(_PLACES, dtype=torch.uint8, device=data.device)
-    return ((data[..., None] & places) != 0).flatten(-2)[..., :length]
+    return (data[..., None] >> _places(data)).bitwise_and_(1).flatten(-2)[..., :length].bool()
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)
