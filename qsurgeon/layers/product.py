@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qsurgeon.errors import GradientError
 from qsurgeon.formats import Format, Quantized
+from qsurgeon.formats.rotation import rotated
 from qsurgeon.layers.quantization import Quantization
 
 
@@ -29,7 +30,7 @@ def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Quanti
         )
     if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))):
         return torch.nn.functional.linear(
-            _rounded(_turned(x.detach(), how), _input_grid(how), x.dtype), _weight(weight, how), bias
+            _rounded(rotated(x.detach(), how.rotation), _input_grid(how), x.dtype), _weight(weight, how), bias
         )
     result: Tensor = _Product.apply(x, weight, bias, how, _Wanted.of(x, weight, bias, how))  # type: ignore[no-untyped-call]
     return result
@@ -66,10 +67,6 @@ class _Wanted:
         return self.input or self.clips_weight
 
 
-def _turned(operand: Tensor, how: Quantization) -> Tensor:
-    return operand if how.rotation is None else how.rotation(operand)
-
-
 def _input_grid(how: Quantization) -> Format | None:
     """Return how an input is rounded once it is rotated."""
     return None if how.input is None else how.input.as_input.without_rotation
@@ -86,7 +83,7 @@ def _rounded(turned: Tensor, grid: Format | None, dtype: torch.dtype) -> Tensor:
 
 def _weight(weight: Tensor, how: Quantization) -> Tensor:
     """Return q(W) in the dtype of ``weight``, rotated where the formats rotate."""
-    return _rounded(_turned(weight.detach(), how), _weight_grid(how), weight.dtype)
+    return _rounded(rotated(weight.detach(), how.rotation), _weight_grid(how), weight.dtype)
 
 
 def _back(grad: Tensor, how: Quantization, saturated: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -106,7 +103,7 @@ class _Product(torch.autograd.Function):
         ctx.how, ctx.wanted, ctx.inputs = how, wanted, weight.shape[-1]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         saved: list[Tensor] = []
-        turned, grid = _turned(x.detach(), how), _input_grid(how)
+        turned, grid = rotated(x.detach(), how.rotation), _input_grid(how)
         if wanted.packs and grid is not None:
             codes = grid.quantize(turned)
             saved = [one for one in (codes.data, codes.scale, codes.tensor_scale) if one is not None]
@@ -147,7 +144,7 @@ class _Product(torch.autograd.Function):
             product = flat.T @ values.to(grad.dtype).reshape(-1, ctx.inputs)
             saturated, grid = None, _weight_grid(how)
             if wanted.clips_weight and grid is not None and weight is not None:
-                saturated = grid.saturates(_turned(weight.detach(), how))[0]
+                saturated = grid.saturates(rotated(weight.detach(), how.rotation))[0]
             grad_weight = _back(product, how, saturated, weight_dtype)
         if wanted.bias:
             grad_bias = flat.sum(0).to(bias_dtype)
