@@ -7,7 +7,7 @@ q(W) + ΔW are stored, one weight after the other.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qsurgeon.checkpoint.files import INDEX, copy_companions, write_json
 from qsurgeon.checkpoint.index import read_headers, weight_files
+from qsurgeon.checkpoint.progress import Estimate, Events
 from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.quality import decibels, energy
@@ -35,8 +36,6 @@ WEIGHTS = "adapter_model.safetensors"
 NAME = "default"
 REPORT = "qsurgeon-merge.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
-
-Advance = Callable[[int], None]  # called with the bytes done since the last call
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,11 @@ class Merged:
 
 
 def merge(
-    adapter: str | Path, destination: str | Path, model: str | Path | None = None, advance: Advance | None = None
+    adapter: str | Path, destination: str | Path, model: str | Path | None = None, events: Events | None = None
 ) -> Merged:
     """Write ``destination``: the base of a LoRA adapter with the adapter folded in, wrapped as the base is.
 
-    ``adapter``: its folder. ``model``: the base's folder, if not the one that the adapter names. ``advance`` hears of
+    ``adapter``: its folder. ``model``: the base's folder, if not the one that the adapter names. ``events`` hears of
     every file of weights that was written. What the adapter does not touch is copied to the bit; the report also lies
     in qsurgeon-merge.json.
 
@@ -132,10 +131,12 @@ def merge(
     ``destination`` does not exist then.
     """
     adapter, destination = Path(adapter), Path(os.path.normpath(destination))
-    base = base_of(adapter, model)
+    base, events = base_of(adapter, model), events or Events()
     for source in (adapter, base):
         refuse_inside(destination, source)
+    sizes = [file.stat().st_size for file in weight_files(base)]
     with staged(destination) as folder:
+        events.begin(Estimate(sum(sizes), sum(sizes), len(sizes), sum(sizes)))  # the model is held whole
         root = load(base, dtype="auto")
         ties = {one.name: one.tied_to for one in inventory(root) if one.tied_to is not None}
         loaded = _with_adapter(root, adapter, base)
@@ -147,7 +148,7 @@ def merge(
         tensors = {
             f"{name}.{key}": tensor for name in names for key, tensor in root.get_submodule(name).state_dict().items()
         }
-        _write(tensors, base, folder, advance)
+        _write(tensors, base, folder, events)
         merged = Merged(str(adapter), str(base), changes, replaced)
         write_json(folder / REPORT, merged.to_dict())
     return merged
@@ -307,7 +308,7 @@ def _fold_bias(layer: Any, base: Any) -> None:
         factor.bias.zero_()
 
 
-def _write(tensors: dict[str, Tensor], base: Path, folder: Path, advance: Advance | None) -> None:
+def _write(tensors: dict[str, Tensor], base: Path, folder: Path, events: Events) -> None:
     """Write the files of ``base`` to ``folder``, with ``tensors`` in place of their own."""
     headers = read_headers(base)
     for name, tensor in tensors.items():
@@ -331,5 +332,4 @@ def _write(tensors: dict[str, Tensor], base: Path, folder: Path, advance: Advanc
                 save_file({k: v.contiguous() for k, v in kept.items()}, folder / file.name, metadata=opened.metadata())
         else:
             shutil.copyfile(file, folder / file.name)
-        if advance is not None:
-            advance(file.stat().st_size)
+        events.advance(file.stat().st_size)

@@ -60,3 +60,26 @@ def tiny_folder(make_qwen2: Callable[..., Any], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-qwen2"
     make_qwen2().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def heard() -> Any:
+    """What listens to a long run: ``estimates``, ``bytes`` in all, and ``notes``."""
+    from qsurgeon.checkpoint import Estimate, Events
+
+    class Heard(Events):
+        def __init__(self) -> None:
+            self.bytes = 0
+            self.estimates: list[Estimate] = []
+            self.notes: list[str] = []
+
+        def begin(self, estimate: Estimate) -> None:
+            self.estimates.append(estimate)
+
+        def advance(self, count: int) -> None:
+            self.bytes += count
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    return Heard()

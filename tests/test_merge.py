@@ -197,10 +197,10 @@ def test_an_adapter_of_zeros_changes_nothing(base: Path, tmp_path: Path) -> None
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
-def test_progress_counts_every_byte_of_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
-    heard: list[int] = []
-    merge(adapter, tmp_path / "out", advance=heard.append)
-    assert sum(heard) == sum(file.stat().st_size for file in base.glob("*.safetensors"))
+def test_progress_counts_every_byte_of_weights(base: Path, adapter: Path, tmp_path: Path, heard: Any) -> None:
+    merge(adapter, tmp_path / "out", events=heard)
+    assert heard.bytes == sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    assert [one.written for one in heard.estimates] == [heard.bytes]
 
 
 # --- what is reported

@@ -17,12 +17,14 @@ class Names:
     """What becomes of the tensors of a checkpoint.
 
     stored: the tensor's name, by the name of the parameter that it is loaded into as it is. joined: the names of the
-    tensors that are made into one parameter, by its name. unknown: tensors that the model has no place for.
+    tensors that are made into one parameter, by its name. unknown: tensors that the model has no place for. missing:
+    parameters that no tensor is loaded into.
     """
 
     stored: dict[str, str]
     joined: dict[str, tuple[str, ...]]
     unknown: tuple[str, ...]
+    missing: tuple[str, ...]
 
 
 def names_in(model: Any, tensors: Iterable[str]) -> Names:
@@ -44,4 +46,9 @@ def names_in(model: Any, tensors: Iterable[str]) -> Names:
             stored[name] = tensor
         else:
             joined.setdefault(name, []).append(tensor)
-    return Names(stored, {name: tuple(parts) for name, parts in joined.items()}, tuple(unknown))
+    filled = stored.keys() | joined.keys()
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # one that is tied has several names
+        owners.setdefault(id(parameter), []).append(name)
+    missing = [names[0] for names in owners.values() if filled.isdisjoint(names)]
+    return Names(stored, {name: tuple(parts) for name, parts in joined.items()}, tuple(unknown), tuple(missing))

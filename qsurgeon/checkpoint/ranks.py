@@ -57,8 +57,13 @@ class Ranks:
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether torchrun (or what speaks as it does) started this process as one of several."""
+    return together(environment) > 1
+
+
+def together(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many processes were launched together, this one among them."""
     named = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
-    return named and int(environment["WORLD_SIZE"]) > 1
+    return int(environment["WORLD_SIZE"]) if named else 1
 
 
 def leads(environment: Mapping[str, str] = os.environ) -> bool:

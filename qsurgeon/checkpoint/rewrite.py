@@ -26,7 +26,7 @@ from qsurgeon.checkpoint.hub import fetch, fetch_config
 from qsurgeon.checkpoint.index import read_headers
 from qsurgeon.checkpoint.jobs import layout_of
 from qsurgeon.checkpoint.layout import Layout, size_in_bytes
-from qsurgeon.checkpoint.naming import names_in
+from qsurgeon.checkpoint.naming import Names, names_in
 from qsurgeon.checkpoint.progress import Estimate, Events
 from qsurgeon.checkpoint.ranks import Ranks, ranks
 from qsurgeon.checkpoint.staging import partial_of, refuse_inside, refuse_taken, staged
@@ -127,7 +127,7 @@ class _Work:
     tensors: Mapping[str, Tensor]
     layout: Layout
     beside: int
-    unknown: tuple[str, ...]
+    names: Names
     run: dict[str, Any]
 
 
@@ -158,7 +158,7 @@ def _prepare(recipe: Recipe | str | Path, source: str | Path, destination: Path,
     run = _run(plan, tensors, folder, options)
     card = with_record(_text(folder / CARD), record_of(plan, __version__, origin))
     beside = sum((folder / one).stat().st_size for one in companions(folder))
-    return _Work(plan, folder, origin, destination, config, card, tensors, layout, beside, names.unknown, run)
+    return _Work(plan, folder, origin, destination, config, card, tensors, layout, beside, names, run)
 
 
 def _text(file: Path) -> str:
@@ -205,8 +205,12 @@ def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
             events.note(
                 f"{partial} is an unfinished run of this: {len(done)} of {len(work.layout.jobs)} tensors are done"
             )
-        for name in work.unknown[:1]:
-            events.note(f"{len(work.unknown)} tensors that the model has no place for are copied, such as {name}")
+        for name in work.names.unknown[:1]:
+            count = len(work.names.unknown)
+            events.note(f"{count} tensors that the model has no place for are copied as they are, such as {name}")
+        for name in work.names.missing[:1]:
+            count = len(work.names.missing)
+            events.note(f"{count} parameters of the model have no tensor, and will be random when it is loaded: {name}")
         here.wait()
         _fill(work, here, events, options)
         here.wait()

@@ -162,19 +162,12 @@ def merge(
     every: All = False,
 ) -> None:
     """Fold an adapter into its wrapped base; show what rounding the sum anew changes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
-
-    from qsurgeon.checkpoint import weight_files
-    from qsurgeon.merging import base_of
+    from qsurgeon.cli.progress import Bar
     from qsurgeon.merging import merge as fold
     from qsurgeon.report.merging import merge_text
 
-    size = sum(file.stat().st_size for file in weight_files(base_of(adapter, model)))
-    columns = ("merging", BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=size)
-        done = fold(adapter, output, model, lambda count: bar.advance(task, count))
+    with Bar("merging") as bar:
+        done = fold(adapter, output, model, bar)
     typer.echo(json.dumps(done.to_dict(), indent=2) if as_json else merge_text(done, fold=not every, width=_width()))
     typer.echo(f"load it with: qsurgeon.load({output!r})", err=True)
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from qsurgeon.checkpoint import Estimate, Events
-from qsurgeon.checkpoint.ranks import leads
+from qsurgeon.checkpoint.ranks import leads, together
 from qsurgeon.formats.native import say
 
 
@@ -33,8 +33,10 @@ class Bar(Events):
         """Say what it will take."""
         if self.leads:
             files = "1 file" if estimate.files == 1 else f"{estimate.files} files"
+            processes = together()
+            who = f"rank 0 of {processes} " if processes > 1 else ""
             say(
-                f"reads {_size(estimate.read)}, writes {_size(estimate.written)} in {files}, "
+                f"{who}reads {_size(estimate.read)}, writes {_size(estimate.written)} in {files}, "
                 f"in about {_size(estimate.memory)} of memory"
             )
         self._progress.update(self._task, total=estimate.read)

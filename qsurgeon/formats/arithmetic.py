@@ -124,7 +124,9 @@ def block_scales(blocks: Tensor, above: Tensor | None, fields: Fields) -> Tensor
         wider = _clamped(fields.scale.round(amax / fields.element.magnitudes[-2]), fields)
         better = _error(blocks, product(wider, above), fields) < _error(blocks, product(scale, above), fields)
         scale = torch.where(better, wider, scale)
-    return torch.where(amax.isfinite(), scale, torch.nan)
+    # NaN from the values, not as a constant, which equals nothing: torch.compile would not see that three layers round
+    # the same input in the same way.
+    return torch.where(amax.isfinite(), scale, amax - amax)
 
 
 def _clamped(scale: Tensor, fields: Fields) -> Tensor:

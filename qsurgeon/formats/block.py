@@ -11,7 +11,7 @@ from qsurgeon.errors import FormatError, GradientError, ShapeError
 from qsurgeon.formats import arithmetic, kernels
 from qsurgeon.formats.fields import Fields
 from qsurgeon.formats.packing import packed_length, unpack
-from qsurgeon.formats.rotation import Rotation
+from qsurgeon.formats.rotation import Rotation, rotated
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Format(Fields):
         not fit. GradientError for a tensor that takes part in autograd: rounding has no gradient, QuantLinear gives
         it one. FormatError where a static tensor scale has no number.
         """
-        rows = self._rotated(_rows(x, dim))
+        rows = rotated(_rows(x, dim), self.rotation)
         self._check_number()
         values = kernels.fake_quantize(rows, self)
         if self.rotation is not None:
@@ -54,7 +54,7 @@ class Format(Fields):
 
         Raises: as ``fake_quantize``.
         """
-        rows = self._rotated(_rows(x, dim))
+        rows = rotated(_rows(x, dim), self.rotation)
         self._check_number()
         if top is None:
             data, scale, above = kernels.quantize(rows, self)
@@ -75,7 +75,7 @@ class Format(Fields):
         """
         if self.tensor_scale != "tensor":
             return None
-        return arithmetic.largest(self._rotated(_rows(x, dim)), self).reshape(())
+        return arithmetic.largest(rotated(_rows(x, dim), self.rotation), self).reshape(())
 
     def saturates(self, x: Tensor, dim: int = -1) -> Tensor:
         """Return where (bool, the shape of ``x``) a value exceeds the largest its block can hold.
@@ -88,9 +88,6 @@ class Format(Fields):
             )
         rows = _rows(x.detach(), dim)
         return _shaped(arithmetic.saturates(rows, self._tensor_scale(rows), self), x, dim)
-
-    def _rotated(self, rows: Tensor) -> Tensor:
-        return rows if self.rotation is None else self.rotation(rows)
 
     def _tensor_scale(self, rows: Tensor) -> Tensor | None:
         self._check_number()

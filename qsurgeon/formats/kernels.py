@@ -84,13 +84,12 @@ def _is_traced(rows: Tensor) -> bool:
 
 def quantize(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None, Above]:
     """Return the packed codes (…, rows, bytes) of ``rows``, their block scales' (…, rows, blocks), the tensor scale."""
-    if not (_is_opaque(rows) or torch.compiler.is_compiling()):
-        above = arithmetic.tensor_scale(rows, fields)
-        return *quantize_under(rows, above, fields), above
-    if rows.device.type == "cpu":
+    if _is_opaque(rows):
         data, scale, top = _quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
         return data, scale if fields.scale else None, None if fields.tensor_scale == "none" else top
     above = arithmetic.tensor_scale(rows, fields)
+    if not torch.compiler.is_compiling():
+        return *quantize_under(rows, above, fields), above
     codes, block_scale = arithmetic.quantize(rows, above, fields)
     return pack(codes, fields.element.bits), block_scale, above
 
@@ -120,12 +119,12 @@ def dequantize(
     data: Tensor, scale: Tensor | None, above: Above, fields: Fields, length: int, dtype: torch.dtype
 ) -> Tensor:
     """Return the values (…, rows, length), contiguous, of what ``quantize`` returned, in ``dtype``."""
-    if not (_is_opaque(data) or torch.compiler.is_compiling()):
-        return _dequantize(data, scale, above, fields, length, dtype)
-    if data.device.type == "cpu":
+    if _is_opaque(data):
         name, key = fields.name, fields.without_number.key
         values: Tensor = _dequantize_op(data, scale, above, name, key, length, dtype)
         return values
+    if not torch.compiler.is_compiling():
+        return _dequantize(data, scale, above, fields, length, dtype)
     return arithmetic.dequantize(unpack(data, fields.element.bits, length), scale, above, fields, dtype)
 
 

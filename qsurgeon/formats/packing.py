@@ -51,7 +51,9 @@ def unpack(data: Tensor, bits: int, length: int) -> Tensor:
     if count == 1:
         return data
     if size == 1:
-        return torch.stack([data & 0xF, data >> 4], dim=-1).flatten(-2)[..., :length]
+        # Not torch.stack: torch.compile would keep what is stacked for a backward pass, a byte a code.
+        shifts = torch.arange(0, 8, 4, dtype=torch.uint8, device=data.device)
+        return (data[..., None] >> shifts).bitwise_and_(0xF).flatten(-2)[..., :length]
     missing = -data.shape[-1] % size
     padded = torch.nn.functional.pad(data, (0, missing)) if missing else data
     low, middle, high = padded.reshape(*padded.shape[:-1], padded.shape[-1] // size, size).unbind(-1)

@@ -60,3 +60,8 @@ class Rotation:
             half *= 2
         runs = runs * (1 / math.sqrt(self.size))
         return (runs if signs_first else runs * signs).reshape(rows.shape)
+
+
+def rotated(rows: Tensor, rotation: Rotation | None) -> Tensor:
+    """Return ``rows`` (..., k) rotated, in float32; themselves without a rotation. Raises: as the rotation."""
+    return rows if rotation is None else rotation(rows)

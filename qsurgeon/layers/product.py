@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qsurgeon.errors import FormatError, GradientError, ShapeError
 from qsurgeon.formats import Format, Quantized
+from qsurgeon.formats.rotation import rotated
 from qsurgeon.formats.stored import from_stored, stored_shapes
 from qsurgeon.layers.quantization import Quantization
 
@@ -29,7 +30,7 @@ def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Quanti
     _refuse_transforms(x, weight)
     if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))):
         return torch.nn.functional.linear(
-            _rounded(_turned(x.detach(), how), _input_grid(how), x.dtype), _weight(weight, how), bias
+            _rounded(rotated(x.detach(), how.rotation), _input_grid(how), x.dtype), _weight(weight, how), bias
         )
     result: Tensor = _Product.apply(x, weight, bias, how, _Wanted.of(x, weight, bias, how))  # type: ignore[no-untyped-call]
     return result
@@ -83,10 +84,6 @@ class _Wanted:
         return self.input or self.clips_weight
 
 
-def _turned(operand: Tensor, how: Quantization) -> Tensor:
-    return operand if how.rotation is None else how.rotation(operand)
-
-
 def _input_grid(how: Quantization) -> Format | None:
     """Return how an input is rounded once it is rotated."""
     return None if how.input is None else how.input.as_input.without_rotation
@@ -103,7 +100,7 @@ def _rounded(turned: Tensor, grid: Format | None, dtype: torch.dtype) -> Tensor:
 
 def _weight(weight: Tensor, how: Quantization) -> Tensor:
     """Return q(W) in the dtype of ``weight``, rotated where the formats rotate."""
-    return _rounded(_turned(weight.detach(), how), _weight_grid(how), weight.dtype)
+    return _rounded(rotated(weight.detach(), how.rotation), _weight_grid(how), weight.dtype)
 
 
 def _back(grad: Tensor, how: Quantization, saturated: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -123,7 +120,7 @@ class _Product(torch.autograd.Function):
         ctx.how, ctx.wanted, ctx.inputs = how, wanted, weight.shape[-1]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         saved: list[Tensor] = []
-        turned, grid = _turned(x.detach(), how), _input_grid(how)
+        turned, grid = rotated(x.detach(), how.rotation), _input_grid(how)
         if wanted.packs and grid is not None:
             codes = grid.quantize(turned)
             saved = [one for one in (codes.data, codes.scale, codes.tensor_scale) if one is not None]
@@ -146,12 +143,12 @@ class _Product(torch.autograd.Function):
         _refuse_second_derivative()
         how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        weight = saved.pop() if wanted.reads_weight else None
+        weight = _once_more(saved.pop()) if wanted.reads_weight else None
         bits = saved.pop() if wanted.clips_input else None
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if wanted.input and weight is not None:
-            product = (flat @ _weight(weight, how).to(grad.dtype)).reshape(*grad.shape[:-1], ctx.inputs)
+            product = (flat @ _weight(weight, how)[0].to(grad.dtype)).reshape(*grad.shape[:-1], ctx.inputs)
             saturated = None if bits is None else _from_bits(bits, ctx.inputs)
             grad_x = _back(product, how, saturated, x_dtype)
         if wanted.weight:
@@ -160,35 +157,44 @@ class _Product(torch.autograd.Function):
             product = flat.T @ values.to(grad.dtype).reshape(-1, ctx.inputs)
             saturated, grid = None, _weight_grid(how)
             if wanted.clips_weight and grid is not None and weight is not None:
-                saturated = grid.saturates(_turned(weight.detach(), how))
+                saturated = grid.saturates(rotated(weight.detach(), how.rotation))[0]
             grad_weight = _back(product, how, saturated, weight_dtype)
         if wanted.bias:
             grad_bias = flat.sum(0).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
+def _once_more(operand: Tensor) -> Tensor:
+    """Return ``operand`` in one dimension more, for what the backward pass computes again.
+
+    torch.compile sees both passes in one graph, and computes once what they have in common: in the shape of the
+    forward pass, q(W) and all of q(x) would be that, and be kept in place of the weight and of the codes.
+    """
+    return operand[None] if operand.dim() else operand
+
+
 def _opened(saved: list[Tensor], format: Format, length: int, dtype: torch.dtype) -> Tensor:
     """Return q(x) from the codes and scales that ``saved`` holds, in the order of Quantized's fields."""
-    data, *scales = saved
+    data, *scales = map(_once_more, saved)
     scale = scales.pop(0) if format.scale is not None else None
     above = scales.pop(0) if format.tensor_scale != "none" else None
     return Quantized(data, scale, above, format, dtype, length).dequantize()
-
-
-_PLACES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def _bits(mask: Tensor) -> Tensor:
     """Return ``mask`` (..., k), bool, as bytes (..., ceil(k / 8))."""
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8))
     groups = padded.reshape(*padded.shape[:-1], padded.shape[-1] // 8, 8).to(torch.uint8)
-    return (groups * torch.tensor(_PLACES, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+    return (groups << _places(mask)).sum(-1, dtype=torch.uint8)
 
 
 def _from_bits(data: Tensor, length: int) -> Tensor:
     """Return the first ``length`` bits of each row of ``data``, as bool."""
-    places = torch.tensor(_PLACES, dtype=torch.uint8, device=data.device)
-    return ((data[..., None] & places) != 0).flatten(-2)[..., :length]
+    return (data[..., None] >> _places(data)).bitwise_and_(1).flatten(-2)[..., :length].bool()
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
 # ---- with a packed weight
@@ -211,7 +217,7 @@ def packed_linear(x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how:
     _refuse_transforms(x, *stored)
     dtype = _product_dtype(x)
     if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, bias))):
-        values = _rounded(_turned(x.detach(), how), _input_grid(how), x.dtype)
+        values = _rounded(rotated(x.detach(), how.rotation), _input_grid(how), x.dtype)
         return _times_opened(values.to(dtype), stored, bias, how)
     wanted = _Wanted.of(x, stored[0], bias, how)
     result: Tensor = _PackedProduct.apply(x, bias, how, wanted, dtype, *stored)  # type: ignore[no-untyped-call]
@@ -240,7 +246,7 @@ class _PackedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.how, ctx.wanted, ctx.inputs, ctx.stored = how, wanted, x.shape[-1], len(stored)
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
-        turned, grid = _turned(x.detach(), how), _input_grid(how)
+        turned, grid = rotated(x.detach(), how.rotation), _input_grid(how)
         saved = [*stored] if wanted.input else []
         if wanted.clips_input and grid is not None:
             saved.append(_bits(grid.saturates(turned)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qsurgeon.formats import Format, Quantized, arithmetic, kernels
 from qsurgeon.formats.packing import pack
-from qsurgeon.formats.rotation import Rotation
+from qsurgeon.formats.rotation import Rotation, rotated
 from qsurgeon.layers import PackedLinear, QuantLinear
 
 _SEED = 0
@@ -27,7 +27,7 @@ class Sample:
     @cached_property
     def quantized(self) -> Quantized:
         """The codes, of rows that are rotated where the format says so."""
-        rows, format = _rotated(self.rows, self.format.rotation), self.format.without_rotation
+        rows, format = rotated(self.rows, self.format.rotation), self.format.without_rotation
         if format.rounding == "stochastic":
             return _stochastic(rows, self.at, self.above, format)
         if self.above is None:
@@ -38,7 +38,7 @@ class Sample:
     @property
     def noise(self) -> Tensor:
         """The squares of what rounding changed, over those of the values; 0 where it changed nothing."""
-        values, rounded = _wide(_rotated(self.rows, self.format.rotation)), _wide(self.quantized.dequantize())
+        values, rounded = _wide(rotated(self.rows, self.format.rotation)), _wide(self.quantized.dequantize())
         noise = (rounded - values).square().sum()
         return torch.where(noise == 0, noise, noise / values.square().sum())
 
@@ -83,7 +83,7 @@ class Call:
         if self._y is None or (self.input is None and self._weight is None and not self._is_packed):
             return torch.tensor(False, device=self._x.device)
         y = _wide(self._y)
-        whole = _rotated(self._x, self._rotation) if self._is_packed else self._x
+        whole = rotated(self._x, self._rotation) if self._is_packed else self._x
         plain = torch.nn.functional.linear(whole.float(), self._w.float(), self._bias)
         x = _operand(self._x, self.input, self._rotation)
         w = self._w if self._is_packed else _operand(self._w, self._weight, self._rotation)
@@ -96,7 +96,7 @@ def sample(x: Tensor, format: Format, rows: tuple[int, ...]) -> Sample:
     """Return a copy of some rows of ``x``, with what says how they are rounded."""
     above = None
     if format.tensor_scale == "tensor":
-        above = arithmetic.tensor_scale(_rotated(x, format.rotation), format)
+        above = arithmetic.tensor_scale(rotated(x, format.rotation), format)
     return Sample(_taken(x, rows), rows, format, above)
 
 
@@ -140,13 +140,9 @@ def _taken(x: Tensor, rows: tuple[int, ...]) -> Tensor:
     return x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
 
 
-def _rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
-    return x if rotation is None else rotation(x)
-
-
 def _operand(rows: Tensor, sample: Sample | None, rotation: Rotation | None) -> Tensor:
     """Return what a QuantLinear multiplies, in float32."""
-    return (_rotated(rows, rotation) if sample is None else sample.quantized.dequantize()).float()
+    return (rotated(rows, rotation) if sample is None else sample.quantized.dequantize()).float()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A packed rewrite: what packing in memory gives, whatever the files, the threads and the slabs."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,24 @@ def test_a_wrapped_weight_that_is_missing_is_named_before_anything_is_written(so
         rewrite(recipe(), tmp_path / "broken", tmp_path / "out")
     assert str(caught.value) == "no file has a tensor for model.layers.1.mlp.up_proj.weight"
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_tensors_without_a_place_and_places_without_a_tensor_are_told(source: Path, tmp_path: Path, heard: Any) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "odd"))
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    tensors = tensors_of(source)
+    tensors["model.mtp.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rewrite(recipe(), folder, tmp_path / "out", heard)
+    assert heard.notes == [
+        "1 tensors that the model has no place for are copied as they are, such as model.mtp.weight",
+        "1 parameters of the model have no tensor, and will be random when it is loaded: model.norm.weight",
+    ]
+    assert torch.equal(tensors_of(tmp_path / "out")["model.mtp.weight"], tensors["model.mtp.weight"])
+
+
+def test_nothing_is_told_where_all_has_its_place(make_qwen2: Callable[..., Any], tmp_path: Path, heard: Any) -> None:
+    make_qwen2(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    rewrite(recipe(), tmp_path / "tied", tmp_path / "out", heard)
+    assert heard.notes == []

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsurgeon.checkpoint.ranks import launched, leads, ranks
+from qsurgeon.checkpoint.ranks import launched, leads, ranks, together
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -41,4 +41,5 @@ def test_of_those_that_were_launched_together_rank_0_speaks(
 ) -> None:
     environment = {key: value for key, value in (TORCHRUN | changed).items() if value is not None}
     assert launched(environment) == shares
+    assert together(environment) == (2 if shares else 1)
     assert leads(environment) == speaks

@@ -122,16 +122,6 @@ def test_killed_again_and_again_it_ends(source: Path, uninterrupted: dict[str, b
     assert contents(out) == uninterrupted
 
 
-class Heard(Events):
-    """What a rewrite told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 @pytest.fixture
 def unfinished(source: Path, tmp_path: Path) -> Path:
     """An output of which most is done; its folder is beside it."""
@@ -140,8 +130,8 @@ def unfinished(source: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_it_says_what_it_found(source: Path, unfinished: Path) -> None:
-    done, heard = len(entries(unfinished.with_name("out.partial"))), Heard()
+def test_it_says_what_it_found(source: Path, unfinished: Path, heard: Any) -> None:
+    done = len(entries(unfinished.with_name("out.partial")))
     rewrite(RECIPE, source, unfinished, heard, OPTIONS)
     assert heard.notes == [f"{unfinished}.partial is an unfinished run of this: {done} of 27 tensors are done"]
 

@@ -12,7 +12,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import qsurgeon
-from qsurgeon.checkpoint import Estimate, Events, read_headers, rewrite, weight_files
+from qsurgeon.checkpoint import read_headers, rewrite, weight_files
 from qsurgeon.errors import CheckpointError, PlanError
 from qsurgeon.recipe import Recipe
 
@@ -20,24 +20,6 @@ TOKENS = torch.arange(1, 13).reshape(2, 6)
 
 
 Maker = Callable[..., Any]
-
-
-class Heard(Events):
-    """What a rewrite told."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.estimates: list[Estimate] = []
-        self.notes: list[str] = []
-
-    def begin(self, estimate: Estimate) -> None:
-        self.estimates.append(estimate)
-
-    def advance(self, count: int) -> None:
-        self.bytes += count
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="session")
@@ -160,8 +142,7 @@ def test_pickles_and_other_engines_weights_stay_behind(source: Path, tmp_path: P
     ]
 
 
-def test_progress_hears_of_every_byte_of_the_weights(sharded: Path, tmp_path: Path) -> None:
-    heard = Heard()
+def test_progress_hears_of_every_byte_of_the_weights(sharded: Path, tmp_path: Path, heard: Any) -> None:
     rewrite("w4a4-mxfp4", sharded, tmp_path / "out", heard)
     assert heard.bytes == sum(tensor.size for tensor in read_headers(sharded).values())
     assert heard.estimates[0].read == heard.bytes

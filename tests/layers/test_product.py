@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsurgeon.errors import GradientError
-from qsurgeon.formats import CATALOG, Format, get_format
+from qsurgeon.formats import CATALOG, Format, get_format, kernels
 from qsurgeon.layers import Quantization, QuantLinear
 
 MXFP4, NVFP4 = get_format("mxfp4"), get_format("nvfp4")
@@ -199,6 +199,32 @@ def test_compiled_whole_it_gives_the_same_gradients(format: Format, gradient: st
     y.backward(grad)
     result = {"output": y.detach(), "input": x.grad, "weight": linear.weight.grad, "bias": linear.bias.grad}
     same(result, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # dynamo's own
+@pytest.mark.parametrize("seen", ["operators", "operations"])  # what a CPU and what a GPU shows to torch.compile
+@pytest.mark.parametrize(
+    ("format", "gradient", "count"),
+    [
+        pytest.param(MXFP4, "ste", 3, id="mxfp4"),
+        pytest.param(NVFP4, "ste", 3, id="nvfp4"),
+        pytest.param(MXFP4, "clipped", 3, id="clipped"),
+        pytest.param(STATIC, "ste", 3, id="static"),
+        pytest.param(ROTATED, "ste", 1, id="rotated"),  # each layer's signs are a constant of its own
+    ],
+)
+def test_compiled_layers_keep_the_codes_of_their_input_once_and_no_rounded_weight(
+    format: Format, gradient: str, count: int, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seen == "operations":
+        monkeypatch.setattr(kernels, "_is_opaque", lambda rows: False)
+    x = rand(64, 1024, dtype=torch.bfloat16).requires_grad_()
+    how = Quantization(format, format, gradient)  # type: ignore[arg-type]
+    layers = nn.ModuleList([make(how, 1024, 512, torch.bfloat16) for _ in range(count)])
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: sum(layer(x) for layer in layers), fullgraph=True, backend="aot_eager")
+    most = 0.30 + (1 / 16 if gradient == "clipped" else 0)
+    assert 0.25 <= saved_bytes(lambda: compiled(x), layers) / (x.numel() * 2) <= most
 
 
 @pytest.mark.parametrize("format", [MXFP4, NVFP4], ids=lambda one: one.name)
