@@ -242,9 +242,6 @@ def _is_finite(data: Values, dtype: str) -> bool:
     """Return whether all values are finite; those of dtypes that are not ordinary floats are taken to be."""
     if dtype not in FLOATS or not data.numel():
         return True
-    values = data.view(FLOATS[dtype])
-    # One pass tells it, but for values so large that their sum is not finite though they are.
-    wide = torch.float64 if dtype == "F64" else torch.float32
-    if values.sum(dtype=wide).isfinite():
-        return True
-    return bool(values.isfinite().all())
+    # NaN is the least and the greatest of what has one; torch.isfinite takes four times as long.
+    low, high = torch.aminmax(data.view(FLOATS[dtype]))
+    return bool(low.isfinite() and high.isfinite())
