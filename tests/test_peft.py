@@ -338,53 +338,6 @@ def test_adapters_of_a_bf16_model_keep_their_dtype_and_learn(model: Maker, autoc
     assert not [name for name in quant_linears(adapted) if "lora_" in name]
 
 
-def train(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        tokens = torch.randint(0, 96, (2, 8), generator=torch.Generator().manual_seed(step))
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
-
-
-@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=str)
-@pytest.mark.parametrize("autocast", [True, False], ids=["fp32", "bf16"])
-def test_resumed_training_is_uninterrupted_training_to_the_bit(
-    model: Maker, tmp_path: Path, autocast: bool, fields: dict[str, Any]
-) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    qsurgeon.apply("w4a4-mxfp4", model().bfloat16()).save_pretrained(base)
-
-    def fresh() -> Any:
-        torch.manual_seed(5)
-        config = peft.LoraConfig(**EVERY, **fields)
-        return peft.get_peft_model(qsurgeon.load(base, dtype="auto"), config, autocast_adapter_dtype=autocast).train()
-
-    whole = fresh()
-    expected = train(whole, adam(whole), range(6))
-    assert expected[0] != expected[-1]
-    first = fresh()
-    optimizer = adam(first)
-    losses = train(first, optimizer, range(3))
-    first.save_pretrained(adapter)
-    again = peft.PeftModel.from_pretrained(
-        qsurgeon.load(base, dtype="auto"), adapter, is_trainable=True, autocast_adapter_dtype=autocast
-    ).train()
-    resumed = adam(again)
-    resumed.load_state_dict(optimizer.state_dict())
-    losses += train(again, resumed, range(3, 6))
-    assert losses == expected
-    ends = [dict(one.named_parameters()) for one in (whole, again)]
-    assert [name for name, one in ends[0].items() if not torch.equal(one, ends[1][name])] == []
-
-
 def test_modules_to_save_of_a_wrapped_model_are_wrapped_copies(model: Maker) -> None:
     wrapped = qsurgeon.apply("w4a4-mxfp4", model())
     adapted = peft.get_peft_model(wrapped, lora(target_modules=["q_proj"], modules_to_save=["down_proj"])())
