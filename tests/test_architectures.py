@@ -10,6 +10,7 @@ import transformers as hf
 
 import qsurgeon
 from qsurgeon.layers import quant_linears
+from qsurgeon.recipe import Recipe
 
 _DECODER = {
     "vocab_size": 96,
@@ -98,6 +99,51 @@ def test_a_wrapped_model_computes_trains_and_reloads_with_equal_logits(name: str
     again = qsurgeon.load(tmp_path, auto_class=model_class)
     assert sorted(quant_linears(again)) == sorted(quant_linears(model))
     assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
+
+
+_MOE = {**_DECODER, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+# Whose files have other names than their modules, or whose experts are stored one by one and joined when they load.
+RENAMED: dict[str, Callable[[], Any]] = {
+    "Qwen3MoeForCausalLM": lambda: hf.Qwen3MoeConfig(**_MOE, num_experts=4),
+    "MixtralForCausalLM": lambda: hf.MixtralConfig(**_DECODER, num_local_experts=4),
+    "DeepseekV3ForCausalLM": lambda: hf.DeepseekV3Config(
+        **{**_MOE, "num_key_value_heads": 4},
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+    ),
+    "Qwen2_5_VLForConditionalGeneration": lambda: hf.Qwen2_5_VLConfig(
+        text_config={**_DECODER, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RENAMED])
+def test_a_packed_folder_is_the_model_packed_in_memory(name: str, tmp_path: Path) -> None:
+    config, inputs = RENAMED[name]() if name in RENAMED else ARCHITECTURES[name][0](), {"input_ids": _TOKENS}
+    inputs = ARCHITECTURES[name][1] if name in ARCHITECTURES else inputs
+    config.architectures = [name]
+    model_class = getattr(hf, name)
+    torch.manual_seed(0)
+    model_class(config).eval().save_pretrained(tmp_path / "model", max_shard_size="100kB")
+    # T5 casts what goes into `wo` to the dtype of its weight.
+    rule = {"target": ["**"], "exclude": ["lm_head?", "wo?", "gate?"], "weight": "nvfp4", "input": "nvfp4"}
+    recipe = Recipe.model_validate({"version": 1, "storage": "packed", "rules": [rule]})
+    qsurgeon.rewrite(recipe, tmp_path / "model", tmp_path / "out")
+    live = qsurgeon.apply(recipe, model_class.from_pretrained(tmp_path / "model"))
+    again = qsurgeon.load(tmp_path / "out", auto_class=model_class)
+    state, other = live.state_dict(), again.state_dict()
+    assert state.keys() == other.keys()
+    assert [key for key in state if not torch.equal(state[key], other[key])] == []
+    assert torch.equal(again.eval()(**inputs).logits, live.eval()(**inputs).logits)
 
 
 def _has_gradient(layer: torch.nn.Module) -> bool:
