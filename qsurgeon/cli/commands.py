@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qsurgeon.errors import UsageError
+from qsurgeon.errors import CheckpointError, UsageError
 from qsurgeon.launch import run as become
 from qsurgeon.version import __version__
 
@@ -147,7 +147,11 @@ def apply(
         return
     typer.echo(f"{destination}: {report_of(done).summary}")
     if push_to_hub is not None:
-        typer.echo(push(destination, push_to_hub, private=not public))
+        try:
+            typer.echo(push(destination, push_to_hub, private=not public))
+        except (CheckpointError, ConnectionError):
+            typer.echo(f"{destination} is whole; upload it with: hf upload {push_to_hub} {destination}", err=True)
+            raise
     typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
 
 

@@ -80,6 +80,21 @@ def test_a_failing_disk_is_one_line_and_exit_1(run: Run, monkeypatch: pytest.Mon
     assert sorted(path.name for path in Path().iterdir()) == ["mine.yaml", "tiny"]
 
 
+def test_an_upload_that_fails_says_how_to_repeat_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("me/x: the upload was cut off")
+
+    monkeypatch.setattr("qsurgeon.checkpoint.reserve", lambda repo, **_: repo)
+    monkeypatch.setattr("qsurgeon.checkpoint.push", unreachable)
+    result = run("apply", "mine.yaml", "--model", "tiny", "--output", "done", "--push-to-hub", "me/x")
+    assert result.code == 1
+    assert result.err.splitlines()[-2:] == [
+        "done is whole; upload it with: hf upload me/x done",
+        "error: me/x: the upload was cut off",
+    ]
+    assert Path("done/config.json").is_file()
+
+
 # --- plan
 
 
