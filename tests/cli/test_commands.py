@@ -489,6 +489,7 @@ import os, signal, sys
 from qsurgeon.cli import main
 from qsurgeon.cli.progress import Bar
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without
 left = [{after}]
 
 def advance(self, count):
