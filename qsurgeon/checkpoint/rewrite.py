@@ -101,7 +101,7 @@ def rewrite(
         work = _prepare(recipe, source, destination, options)
     try:
         if here.rank:
-            _join(work, here, events, options)
+            _fill(work, here, events, options)
         else:
             _lead(work, here, events, options)
     except OSError as error:
@@ -205,27 +205,23 @@ def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
             events.note(
                 f"{partial} is an unfinished run of this: {len(done)} of {len(work.layout.jobs)} tensors are done"
             )
-        for name in work.names.unknown[:1]:
-            count = len(work.names.unknown)
-            events.note(f"{count} tensors that the model has no place for are copied as they are, such as {name}")
-        for name in work.names.missing[:1]:
-            count = len(work.names.missing)
-            events.note(f"{count} parameters of the model have no tensor, and will be random when it is loaded: {name}")
-        here.wait()
+        unknown, missing = work.names.unknown, work.names.missing
+        if unknown:
+            events.note(
+                f"{len(unknown)} tensors that the model has no place for are copied as they are, such as {unknown[0]}"
+            )
+        if missing:
+            events.note(
+                f"{len(missing)} parameters of the model have no tensor, and will be random when it is loaded: "
+                f"{missing[0]}"
+            )
         _fill(work, here, events, options)
-        here.wait()
         _finish(work, folder, options)
 
 
-def _join(work: _Work, here: Ranks, events: Events, options: Options) -> None:
-    """Do another rank's part: its own files."""
-    here.wait()
-    _fill(work, here, events, options)
-    here.wait()
-
-
 def _fill(work: _Work, here: Ranks, events: Events, options: Options) -> None:
-    """Write this process's files."""
+    """Write this process's files, between two waits: until there is a folder, and until all files are whole."""
+    here.wait()
     shards = here.mine(work.layout.shards)
     workers = options.workers or _cores()
     partial = partial_of(work.destination)
@@ -237,6 +233,7 @@ def _fill(work: _Work, here: Ranks, events: Events, options: Options) -> None:
         Stream(partial / work.destination.name, own, events, workers).run(shards, done)
     finally:
         own.close()
+    here.wait()
 
 
 def _cores() -> int:

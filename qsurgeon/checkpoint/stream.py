@@ -18,11 +18,11 @@ from torch import Tensor as Values
 
 from qsurgeon.checkpoint.headers import Tensor
 from qsurgeon.checkpoint.journal import Entry, Journal
-from qsurgeon.checkpoint.layout import Job, Piece, Shard
+from qsurgeon.checkpoint.layout import Job, Shard
 from qsurgeon.checkpoint.progress import Events
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
-from qsurgeon.formats.stored import TENSOR_SCALE, to_stored
+from qsurgeon.formats.stored import to_stored
 
 SLAB = 4 * 2**20  # bytes: small enough for a CPU's cache, large enough to make calls few
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -45,8 +45,8 @@ class Stream:
     _handles: dict[Path, int] = field(default_factory=dict)
     _left: Counter[Path] = field(default_factory=Counter)  # jobs that need a file, of those that are not done
 
-    def run(self, shards: Sequence[Shard], done: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Do every job that ``done`` does not name, or whose bytes are not what it says; return all entries.
+    def run(self, shards: Sequence[Shard], done: Mapping[str, Entry]) -> None:
+        """Do every job that ``done`` does not name, or whose bytes are not what it says.
 
         Raises: OSError, and CheckpointError for a source that changes meanwhile.
         """
@@ -62,11 +62,15 @@ class Stream:
                 # The longest first, so that no thread is left alone with it in the end.
                 for job in sorted(shard.jobs, key=lambda one: -one.source.size)
             ]
+            failed = []
+            for task in as_completed(tasks):
+                error = task.exception()
+                if error is not None:
+                    self._stop.set()
+                    failed.append(error)
             # Those that were told to stop do not say why.
-            failed = (task for task in as_completed(tasks) if task.exception() is not None)
-            for task in sorted(failed, key=lambda one: isinstance(one.exception(), _StoppedError)):
-                task.result()
-            return dict(task.result() for task in tasks)
+            for error in sorted(failed, key=lambda one: isinstance(one, _StoppedError)):
+                raise error
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
@@ -74,7 +78,7 @@ class Stream:
             for handle in self._handles.values():
                 os.close(handle)
 
-    def _do(self, shard: Shard, job: Job, before: Entry | None) -> tuple[str, Entry]:
+    def _do(self, shard: Shard, job: Job, before: Entry | None) -> None:
         if self._stop.is_set():
             raise _StoppedError
         try:
@@ -87,15 +91,10 @@ class Stream:
             self._leave(job.source.file)
             self._leave(self.folder / shard.file, flush=True)
         except OSError as error:
-            self._stop.set()
             raise OSError(error.errno, error.strerror, error.filename or str(self.folder / shard.file)) from error
-        except BaseException:
-            self._stop.set()
-            raise
         if not entry.finite:
             with self._lock:
                 self.events.note(f"{job.source.name} has values that are not finite")
-        return job.name, entry
 
     def _output(self, shard: Shard) -> int:
         path = self.folder / shard.file
@@ -172,20 +171,15 @@ class Stream:
         for slab in slabs:
             finite = finite and _is_finite(slab, job.source.dtype)
             stored = to_stored(format.quantize(slab, top=top))
-            for at, (piece, part) in enumerate(zip(job.pieces, stored, strict=True)):
-                data = _fresh(part, stored[part], places[at] > piece.start, piece)
+            for at, (piece, values) in enumerate(zip(job.pieces, stored.values(), strict=True)):
+                if places[at] == piece.start + piece.size:
+                    continue  # a scale that all slabs share is whole with the first
+                data = _bytes(values.contiguous())
                 crcs[at] = zlib.crc32(data, crcs[at])
                 _write(output, data, places[at])
                 places[at] += len(data)
             self._advance(slab.nbytes)
         return Entry(tuple(crcs), finite)
-
-
-def _fresh(part: str, values: Values, begun: bool, piece: Piece) -> memoryview:
-    """Return the bytes of a slab's part; nothing of a tensor scale that all slabs share and the first one wrote."""
-    if part == TENSOR_SCALE and begun and piece.shape[0] == 1:
-        return memoryview(b"")
-    return _bytes(values.contiguous())
 
 
 @dataclass(frozen=True)
