@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from qsurgeon.errors import CheckpointError, FormatError, NothingWrappedError, ShapeError, SurgeryError
 from qsurgeon.formats import Format, Quantized
+from qsurgeon.formats.rotation import rotated
 from qsurgeon.formats.stored import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
 from qsurgeon.layers.linear import QuantLinear, quant_linears
 from qsurgeon.layers.phases import without
-from qsurgeon.layers.product import packed_linear
+from qsurgeon.layers.product import packed_format, packed_linear
 from qsurgeon.layers.quantization import Quantization
 
 
@@ -139,24 +140,12 @@ class PackedLinear(QuantLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def packed_format(quantization: Quantization) -> Format:
-    """Return the format of a packed weight's codes.
-
-    Raises: FormatError if the weight has no format, or a static scale that has no number.
-    """
-    if quantization.weight is None:
-        raise FormatError("a weight without a format cannot be packed")
-    return quantization.weight.as_weight.without_rotation
-
-
 def pack(weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
     """Return the tensors of ``weight`` (outputs, inputs) packed, by the names of ``formats.stored``.
 
     Raises: as ``Format.quantize``.
     """
-    grid, rotation = packed_format(quantization), quantization.rotation
-    values = weight.detach()
-    return to_stored(grid.quantize(values if rotation is None else rotation(values)))
+    return to_stored(packed_format(quantization).quantize(rotated(weight.detach(), quantization.rotation)))
 
 
 def empty(grid: Format, rows: int, columns: int) -> dict[str, Tensor]:

@@ -272,7 +272,7 @@ class _PackedProduct(torch.autograd.Function):
 
 def _times_opened(values: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization) -> Tensor:
     """Return values · Wᵀ + b in the dtype of ``values``."""
-    grid = _packed_grid(how)
+    grid = packed_format(how)
     bias = bias if bias is None else bias.to(values.dtype)
     if torch.compiler.is_compiling():
         result: Tensor = _forward_op(values, bias, list(stored), grid.name, grid.without_number.key)
@@ -282,17 +282,18 @@ def _times_opened(values: Tensor, stored: Sequence[Tensor], bias: Tensor | None,
 
 def _opened_times(grad: Tensor, stored: Sequence[Tensor], how: Quantization, inputs: int) -> Tensor:
     """Return grad · W, (rows, inputs), in the dtype of ``grad``."""
-    grid = _packed_grid(how)
+    grid = packed_format(how)
     if torch.compiler.is_compiling():
         result: Tensor = _backward_op(grad, list(stored), grid.name, grid.without_number.key, inputs)
         return result
     return grad @ _open(stored, grid, inputs, grad.dtype)
 
 
-def _packed_grid(how: Quantization) -> Format:
+def packed_format(how: Quantization) -> Format:
+    """Return the format of a packed weight's codes. Raises: FormatError if the weight has no format."""
     grid = _weight_grid(how)
     if grid is None:
-        raise FormatError("a packed weight needs the format that it is packed in")
+        raise FormatError("a weight without a format cannot be packed")
     return grid
 
 
