@@ -17,16 +17,18 @@ import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qsurgeon.checkpoint.files import INDEX, copy_companions, write_json
+from qsurgeon.checkpoint.headers import FLOATS, read_header
 from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.progress import Estimate, Events
 from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.quality import decibels, energy
+from qsurgeon.formats.rotation import rotated
 from qsurgeon.hf import ADAPTER, load
 from qsurgeon.layers import AS_IT_IS, PackedLinear, QuantLinear
 from qsurgeon.reading import read_json
@@ -35,7 +37,7 @@ from qsurgeon.surgery import inventory
 WEIGHTS = "adapter_model.safetensors"
 NAME = "default"
 REPORT = "qsurgeon-merge.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
+DTYPES = {**FLOATS, "U8": torch.uint8}  # of what a base holds: weights, or codes and scales
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def _with_adapter(model: nn.Module, adapter: Path, base: Path) -> Any:
     # peft would only warn of what is missing, and leave it random.
     state = peft.get_peft_model_state_dict(loaded, adapter_name=NAME, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    found = _shapes(adapter / WEIGHTS)
+    found = {tensor.name: tensor.shape for tensor in read_header(adapter / WEIGHTS).tensors}
     for key, shape in expected.items():
         if key not in found:
             raise CheckpointError(f"{adapter} does not fit {base}: it has no tensor {key}")
@@ -210,14 +212,6 @@ def _with_adapter(model: nn.Module, adapter: Path, base: Path) -> Any:
         raise CheckpointError(f"{adapter} does not fit {base}: the model has no place for {unknown[0]}")
     loaded.load_adapter(str(adapter), NAME)
     return loaded.eval()
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: is not a whole safetensors file: {error}") from error
 
 
 def _adapted(root: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -285,9 +279,9 @@ def _fold(name: str, layer: Any) -> Change:
 
 def _fold_packed(name: str, layer: Any, base: PackedLinear) -> Change:
     """Pack q(W) + ΔW in place of q(W), where both are rotated if the format rotates, and return what that changed."""
-    rotation, grid, shape = base.quantization.rotation, base.grid, (base.out_features, base.in_features)
-    before, delta = base.opened(torch.float32), layer.get_delta_weight(NAME).float()
-    delta = delta if rotation is None else rotation(delta)
+    grid, shape = base.grid, (base.out_features, base.in_features)
+    before = base.opened(torch.float32)
+    delta = rotated(layer.get_delta_weight(NAME).float(), base.quantization.rotation)
     trained = before + delta
     if not trained.isfinite().all():
         raise CheckpointError(f"{name}: W + ΔW is not finite everywhere")

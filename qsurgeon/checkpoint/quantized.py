@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-from qsurgeon.checkpoint.headers import Tensor
+from qsurgeon.checkpoint.headers import FLOATS, Tensor
 from qsurgeon.errors import CheckpointError
 
-FULL_PRECISION = ("F16", "BF16", "F32", "F64")
 NO_NUMBERS_OF_WEIGHTS = {"BOOL", "C64"}
 
 # What lies beside a quantized weight, or in its place, and who leaves it: the first that is there tells. {weight} is
@@ -29,9 +28,9 @@ def refuse_quantized_weight(name: str, tensors: Mapping[str, Tensor]) -> None:
     F64, or that was replaced by something packed, naming who did it where that can be told.
     """
     tensor = tensors.get(name)
-    if tensor is not None and tensor.dtype in FULL_PRECISION:
+    if tensor is not None and tensor.dtype in FLOATS:
         return
-    expected = f"expected a weight in full precision: {', '.join(FULL_PRECISION)}"
+    expected = f"expected a weight in full precision: {', '.join(FLOATS)}"
     mark, how = _mark(name, tensors)
     if tensor is None:
         if mark is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor as Values
 
-from qsurgeon.checkpoint.headers import Tensor
+from qsurgeon.checkpoint.headers import FLOATS, Tensor
 from qsurgeon.checkpoint.journal import Entry, Journal
 from qsurgeon.checkpoint.layout import Job, Shard
 from qsurgeon.checkpoint.progress import Events
@@ -25,7 +25,6 @@ from qsurgeon.formats import Format
 from qsurgeon.formats.stored import to_stored
 
 SLAB = 4 * 2**20  # bytes: small enough for a CPU's cache, large enough to make calls few
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class _StoppedError(Exception):
