@@ -48,6 +48,17 @@ Revision = Annotated[
 TrustCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that a model brings with it; read it first.")
 ]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads; one a core without it.")]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Of each file of weights, like 5GB; without it files that do not change stay."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run, and fail if there is none.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write weights with NaN or infinity too.")]
+Repository = Annotated[
+    str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository of the hub.")
+]
+Public = Annotated[bool, typer.Option("--public", help="Let a repository that is created be public.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 All = Annotated[bool, typer.Option("--all", help="One line a module, also where they differ only in a number.")]
 
@@ -100,31 +111,20 @@ def apply(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder to write; wins over the recipe's.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; one a core without it.")] = None,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Of each file of weights, like 5GB; without it files that do not change stay."
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an unfinished run, and fail if there is none.")
-    ] = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Write weights with NaN or infinity too.")
-    ] = False,
+    workers: Workers = None,
+    max_shard_size: ShardSize = None,
+    resume: Resume = False,
+    allow_nonfinite: AllowNonfinite = False,
     trust_remote_code: TrustCode = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository of the hub.")
-    ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let a repository that is created be public.")] = False,
+    push_to_hub: Repository = None,
+    public: Public = False,
 ) -> None:
     """Write a folder that from_pretrained opens as the model with the recipe applied.
 
     Interrupted, it leaves FOLDER.partial, and the same command goes on from there. Below torchrun or accelerate launch
     the processes share the work.
     """
-    from qsurgeon.checkpoint import Options, push, reserve, rewrite
+    from qsurgeon.checkpoint import Options, reserve, rewrite
     from qsurgeon.checkpoint.ranks import launched
     from qsurgeon.cli.progress import Bar
     from qsurgeon.recipe import load_recipe
@@ -147,11 +147,7 @@ def apply(
         return
     typer.echo(f"{destination}: {report_of(done).summary}")
     if push_to_hub is not None:
-        try:
-            typer.echo(push(destination, push_to_hub, private=not public))
-        except (CheckpointError, ConnectionError):
-            typer.echo(f"{destination} is whole; upload it with: hf upload {push_to_hub} {destination}", err=True)
-            raise
+        typer.echo(_pushed(destination, push_to_hub, private=not public))
     typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
 
 
@@ -244,6 +240,17 @@ def run(
 ) -> None:
     """Start a program in which every Python process knows qsurgeon, and says what was wrapped in what it loads."""
     become(command or [])
+
+
+def _pushed(folder: str, repo: str, *, private: bool) -> str:
+    """Return where the commit is that has the folder, or say how to repeat the upload and fail."""
+    from qsurgeon.checkpoint import push
+
+    try:
+        return push(folder, repo, private=private)
+    except (CheckpointError, ConnectionError):
+        typer.echo(f"{folder} is whole; upload it with: hf upload {repo} {folder}", err=True)
+        raise
 
 
 def _model_of(recipe: "Recipe", model: str | None) -> str:
