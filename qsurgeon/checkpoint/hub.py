@@ -68,7 +68,7 @@ def fetch(model: str | Path, revision: str | None = None, *, trust_remote_code: 
     """
     here = _here(model, revision)
     if here is not None:
-        return Source(here, origin(here))
+        return here
     name, api = str(model), _api()
     with _reading(name, revision):
         pinned = _pinned(api, name, revision)
@@ -90,7 +90,7 @@ def fetch_config(model: str | Path, revision: str | None = None, *, trust_remote
     """
     here = _here(model, revision)
     if here is not None:
-        return Source(here, origin(here))
+        return here
     name, api = str(model), _api()
     with _reading(name, revision):
         pinned = _pinned(api, name, revision)
@@ -174,13 +174,14 @@ def _api() -> HfApi:
 # --- what is on this disk
 
 
-def _here(model: str | Path, revision: str | None) -> Path | None:
-    """Return ``model`` as a path if that is what it is, or None if it can only be a hub id."""
+def _here(model: str | Path, revision: str | None) -> Source | None:
+    """Return ``model`` as a folder if that is what it is, or None if it can only be a hub id."""
     path = Path(model)
     if path.exists():
         if revision is not None:
             raise CheckpointError(f"{path} is on this disk; a revision is of a model on the hub")
-        return path.parent if path.name == CONFIG else path
+        folder = path.parent if path.name == CONFIG else path
+        return Source(folder, origin(folder))
     text = str(model)
     if path.is_absolute() or len(path.parts) > 2 or text.startswith((".", "~")) or text.endswith("/"):
         raise CheckpointError(f"{path}: no such folder{_nearby(path)}")
