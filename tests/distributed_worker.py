@@ -69,24 +69,32 @@ def ddp(folder: Path, output: Path, tokens: torch.Tensor) -> None:
     torch.save(gradients(model.module), output / f"ddp-{dist.get_rank()}.pt")
 
 
-def fsdp2(folder: Path, output: Path, tokens: torch.Tensor) -> None:
-    model = sharded(qsurgeon.load(folder))
-    assert all(isinstance(one, DTensor) for one in model.parameters())
-    step(model, tokens)
-    torch.save(gradients(model), output / f"fsdp2-{dist.get_rank()}.pt")
-
+def save_whole_and_sharded(model: Any, folder: Path, output: Path) -> None:
+    """Save a whole and a sharded state dict; load the second into a model whose own values are gone, and save that."""
     state = whole(model)
     if dist.get_rank() == 0:
         model.save_pretrained(output / "full", state_dict=state)
 
     checkpoint.save(get_model_state_dict(model), checkpoint_id=output / "sharded")
     fresh = sharded(qsurgeon.load(folder))
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.to_local().zero_()
     state = get_model_state_dict(fresh)
     checkpoint.load(state, checkpoint_id=output / "sharded")
     set_model_state_dict(fresh, state)
     state = whole(fresh)
     if dist.get_rank() == 0:
         torch.save(state, output / "fresh.pt")
+
+
+def fsdp2(folder: Path, output: Path, tokens: torch.Tensor) -> None:
+    model = sharded(qsurgeon.load(folder))
+    assert all(isinstance(one, DTensor) for one in model.parameters())
+    step(model, tokens)
+    torch.save(gradients(model), output / f"fsdp2-{dist.get_rank()}.pt")
+
+    save_whole_and_sharded(model, folder, output)
 
 
 def lora(folder: Path, output: Path, tokens: torch.Tensor) -> None:
@@ -112,21 +120,7 @@ def packed(folder: Path, output: Path, tokens: torch.Tensor) -> None:
     with torch.no_grad():
         torch.save(model(input_ids=tokens).logits, output / f"logits-{dist.get_rank()}.pt")
 
-    state = whole(model)
-    if dist.get_rank() == 0:
-        model.save_pretrained(output / "full", state_dict=state)
-
-    checkpoint.save(get_model_state_dict(model), checkpoint_id=output / "sharded")
-    fresh = sharded(qsurgeon.load(folder))
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.to_local().zero_()
-    state = get_model_state_dict(fresh)
-    checkpoint.load(state, checkpoint_id=output / "sharded")
-    set_model_state_dict(fresh, state)
-    state = whole(fresh)
-    if dist.get_rank() == 0:
-        torch.save(state, output / "fresh.pt")
+    save_whole_and_sharded(model, folder, output)
 
 
 def bfloat16(folder: Path, output: Path, tokens: torch.Tensor) -> None:
