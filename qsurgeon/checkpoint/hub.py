@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,13 @@ _REFUSED = (401, 402, 403, 404)
 class Source:
     """A model's folder on this disk, and where its files came from.
 
-    origin: ``owner/name@commit`` for a snapshot of the hub, the folder's own name for another.
+    origin: ``owner/name@commit`` for a snapshot of the hub, the folder's own name for another. commit: at which the
+    rest of a model is to be fetched that was asked for by its id.
     """
 
     folder: Path
     origin: str
+    commit: str | None = field(default=None, compare=False)  # one snapshot, by its id and by its path, is the same
 
 
 def fetch(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
@@ -78,7 +80,7 @@ def fetch(model: str | Path, revision: str | None = None, *, trust_remote_code: 
         wanted += _weights(folder)
         folder = Path(api.snapshot_download(name, revision=pinned, allow_patterns=wanted))
     _check_whole(folder)
-    return Source(folder, origin(folder))
+    return Source(folder, origin(folder), pinned.resolved)
 
 
 def fetch_config(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
@@ -98,7 +100,7 @@ def fetch_config(model: str | Path, revision: str | None = None, *, trust_remote
         if trust_remote_code:
             api.snapshot_download(name, revision=pinned, allow_patterns=[CODE])
     folder = Path(file).parent
-    return Source(folder, origin(folder))
+    return Source(folder, origin(folder), pinned.resolved)
 
 
 def config_of(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:

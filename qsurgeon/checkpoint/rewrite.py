@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +146,14 @@ def _prepare(recipe: Recipe | str | Path, source: str | Path, destination: Path,
         size_in_bytes(options.max_shard_size)
     # What does not fit is found before weights are downloaded.
     trusted = options.trust_remote_code
-    there = fetch_config(source, options.revision, trust_remote_code=trusted).folder
-    config = read_json(there / "config.json")
+    found = fetch_config(source, options.revision, trust_remote_code=trusted)
+    config = read_json(found.folder / "config.json")
     refuse_quantized(config, str(source))
-    model = skeleton(read_config(there, trusted), trusted)
+    model = skeleton(read_config(found.folder, trusted), trusted)
     plan = build_plan(recipe, inventory(model))
-    folder, origin = astuple(fetch(source, options.revision, trust_remote_code=trusted))
+    # By the commit: a branch may have moved since.
+    whole = fetch(source, found.commit, trust_remote_code=trusted)
+    folder, origin = whole.folder, whole.origin
     tensors = read_headers(folder)
     names = names_in(model, tensors)
     layout = layout_of(plan, tensors, names, folder, options.max_shard_size)

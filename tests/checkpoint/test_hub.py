@@ -12,10 +12,10 @@ import transformers as hf
 from huggingface_hub import constants
 
 import qsurgeon
-from qsurgeon.checkpoint import fetch, fetch_config, push, reserve
+from qsurgeon.checkpoint import Options, fetch, fetch_config, push, reserve
 from qsurgeon.checkpoint.hub import hub_id, origin
 from qsurgeon.cli import main
-from qsurgeon.errors import CheckpointError
+from qsurgeon.errors import CheckpointError, PlanError
 
 HINT = "log in with `hf auth login`"
 
@@ -372,6 +372,65 @@ def test_a_folders_path_stays_at_home(tiny_folder: Path) -> None:
     assert hub_id("tiny-qwen2") is None
     assert origin("/gone/away/tiny") == "tiny"
     assert origin("") == ""
+
+
+# --- rewriting what is on the hub
+
+
+def test_a_hub_id_is_rewritten_and_its_commit_is_in_the_record(
+    hub: Any, tiny_folder: Path, sharded: Path, tmp_path: Path
+) -> None:
+    hub.add("me/tiny", sharded)
+    commit = hub.add("me/tiny", tiny_folder, branch="big")
+    qsurgeon.rewrite("w4a4-mxfp4-packed", "me/tiny", tmp_path / "out", options=Options(revision="big"))
+    qsurgeon.rewrite("w4a4-mxfp4-packed", tiny_folder, tmp_path / "local")
+    here, there = contents(tmp_path / "out"), contents(tmp_path / "local")
+    assert here["model.safetensors"] == there["model.safetensors"]
+    record = json.loads(here["config.json"])["quantization_config"]
+    assert record["source"] == json.loads(here["qsurgeon-plan.json"])["source"] == f"me/tiny@{commit}"
+    assert f"at commit `{commit[:12]}`" in here["README.md"].decode()
+    assert qsurgeon.load(tmp_path / "out").config.num_hidden_layers == 3
+
+
+def test_config_and_weights_are_of_one_commit(
+    hub: Any, tiny_folder: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the branch moves after the config was read."""
+    commit = hub.add("me/tiny", tiny_folder, branch="old")
+    hub.add("me/tiny", tiny_folder)
+    module = sys.modules["qsurgeon.checkpoint.rewrite"]
+    plan = vars(module)["build_plan"]
+
+    def move_branch(*args: Any) -> Any:
+        hub.add("me/tiny", sharded)
+        return plan(*args)
+
+    monkeypatch.setattr(module, "build_plan", move_branch)
+    qsurgeon.rewrite("w4a4-mxfp4", "me/tiny", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "qsurgeon-plan.json").read_text())["source"] == f"me/tiny@{commit}"
+    assert qsurgeon.load(tmp_path / "out").config.num_hidden_layers == 3
+
+
+def test_a_recipe_that_does_not_fit_downloads_no_weight(hub: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    hub.add("me/tiny", tiny_folder)
+    (tmp_path / "mine.yaml").write_text("version: 1\nrules:\n  - {target: [layrs], weight: mxfp4}\n")
+    with pytest.raises(PlanError, match="'layrs' names no module"):
+        qsurgeon.rewrite(tmp_path / "mine.yaml", "me/tiny", tmp_path / "out")
+    assert set(hub.served) == {"config.json"}
+
+
+def test_apply_takes_a_hub_id_and_pushes_what_it_wrote(
+    hub: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("me/tiny", tiny_folder)
+    out = tmp_path / "out"
+    command = ["apply", "w4a4-mxfp4-packed", "--model", "me/tiny", "--output", str(out), "--push-to-hub", "me/packed"]
+    monkeypatch.setattr(sys, "argv", ["qsurgeon", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert hub.repos["me/packed"]["main"] == contents(out)
+    assert f"{hub.endpoint}/me/packed/commit/{hub.commit('me/packed')}" in capsys.readouterr().out
 
 
 # --- writing
