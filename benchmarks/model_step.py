@@ -13,6 +13,7 @@ import ctypes
 import gc
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cpu-time", action="store_true", help="of all threads; for a machine that others work on")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--saved-inputs", choices=("packed", "full"), default="packed")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # what a process of its own measures
@@ -99,8 +101,8 @@ def main() -> None:
         print(peak(args.memory_of, args))
         return
     torch._dynamo.config.recompile_limit = 64  # models of several formats in one process share the code of a layer
-    names = [PLAIN, *args.formats]
-    seconds = medians({name: make_step(name, args) for name in names}, args.rounds, args.device)
+    names, clock = [PLAIN, *args.formats], time.process_time if args.cpu_time else time.perf_counter
+    seconds = medians({name: make_step(name, args) for name in names}, args.rounds, args.device, clock)
     print(
         f"Qwen2, {args.layers} layers of {args.hidden}, {args.tokens} tokens, saved_inputs {args.saved_inputs}, "
         f"{'eager' if args.eager else 'compiled'}, {args.device}, torch {torch.__version__}"

@@ -1,120 +1,70 @@
-"""A sample of what a QuantLinear computes with: whole rows of its weight, tokens of its input, what came out."""
+"""A sample of a tensor: whole rows of a weight, tokens of an input, and what says how they are rounded."""
 
 import random
+from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from qsurgeon.formats import Format, Quantized, arithmetic, kernels
-from qsurgeon.formats.packing import pack
+from qsurgeon.formats import Format, arithmetic
 from qsurgeon.formats.rotation import Rotation, rotated
-from qsurgeon.layers import PackedLinear, QuantLinear
 
 _SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Some rows of a tensor and where they stand in it, their format, and the whole tensor's scale where it has one."""
+    """Some rows of a tensor, and how a QuantLinear rounds them.
+
+    at: where they stand in it. format: None leaves them as they are, but for the rotation. above: the tensor scale of
+    the whole tensor, or the static one. state: the tensor's place in memory, and autograd's count of writes to it.
+    """
 
     rows: Tensor
     at: tuple[int, ...]
-    format: Format
+    format: Format | None
+    rotation: Rotation | None
     above: Tensor | None
-
-    @cached_property
-    def quantized(self) -> Quantized:
-        """The codes, of rows that are rotated where the format says so."""
-        rows, format = rotated(self.rows, self.format.rotation), self.format.without_rotation
-        if format.rounding == "stochastic":
-            return _stochastic(rows, self.at, self.above, format)
-        if self.above is None:
-            return format.quantize(rows)
-        data, scale = kernels.quantize_under(rows, self.above, format)
-        return Quantized(data, scale, self.above.reshape(()), format, rows.dtype, rows.shape[-1])
+    state: tuple[int, int] | None
 
     @property
-    def noise(self) -> Tensor:
-        """The squares of what rounding changed, over those of the values; 0 where it changed nothing."""
-        values, rounded = _wide(rotated(self.rows, self.format.rotation)), _wide(self.quantized.dequantize())
-        noise = (rounded - values).square().sum()
-        return torch.where(noise == 0, noise, noise / values.square().sum())
+    def kind(self) -> Hashable:
+        """What is the same of samples that can be rounded together."""
+        format = None if self.format is None else self.format.without_number.key
+        return format, self.rotation, self.rows.shape, self.rows.dtype, self.rows.device
 
 
-class Call:
-    """A sample of what goes into a layer's call, weight and bias included, and of what comes out."""
+def sample(
+    x: Tensor, format: Format | None, rotation: Rotation | None, rows: tuple[int, ...], known: Sample | None = None
+) -> Sample:
+    """Return a copy of some rows of ``x``, (rows, k), with what says how they are rounded.
 
-    def __init__(self, layer: QuantLinear, x: Tensor, rows: int) -> None:
-        how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), local(layer.weight)
-        self._tokens = rows_of(len(tokens), rows, 1)
-        self._outputs = rows_of(len(weight), rows, how.weight.block_shape[0] if how.weight else 1)
-        self._rotation = how.rotation
-        self.input = None if how.input is None else sample(tokens, how.input.as_input, self._tokens)
-        self._is_packed = isinstance(layer, PackedLinear)
-        self._weight = None
-        if how.weight is not None and not self._is_packed:
-            self._weight = sample(weight, how.weight.as_weight, self._outputs)
-        self._x = _taken(tokens, self._tokens) if self.input is None else self.input.rows
-        if isinstance(layer, PackedLinear):
-            self._w = layer.opened_rows(self._outputs)
+    The scale of a whole tensor costs a pass over it; that of ``known`` is taken if the tensor is the same, by its
+    place, by autograd's count of writes to it, and by what these rows hold.
+    """
+    taken = x.index_select(0, places(rows, x.device))  # a copy: what is kept of them must not keep the rest
+    above = state = None
+    if format is not None and format.tensor_scale == "static":
+        above = arithmetic.tensor_scale(rotated(taken, rotation), format)
+    elif format is not None and format.tensor_scale == "tensor":
+        state = None if x.is_inference() else (x.data_ptr(), x._version)
+        if (
+            known is not None
+            and known.state == state is not None
+            and known.format == format
+            and _same(known, taken, rows)
+        ):
+            above = known.above
         else:
-            self._w = _taken(weight, self._outputs) if self._weight is None else self._weight.rows
-        self._bias = None if layer.bias is None else _taken(local(layer.bias), self._outputs).float()
-        self._y: Tensor | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the call returned."""
-        return self._y is not None
-
-    def end(self, output: Tensor) -> None:
-        """Take the sample of what the call returned."""
-        y = _taken(output.detach().reshape(-1, output.shape[-1]), self._tokens)
-        self._y = _taken(y.T, self._outputs).T.to(self._x.device)
-
-    def is_rounded(self) -> Tensor:
-        """Return whether the outputs are at least as near to the product of the rounded operands as to the plain one.
-
-        Where nothing is lost there is no telling, and True. NaN, which says nothing of rounding, is True too. A packed
-        weight is rounded, and rotated, for good.
-        """
-        if self._y is None or (self.input is None and self._weight is None and not self._is_packed):
-            return torch.tensor(False, device=self._x.device)
-        y = _wide(self._y)
-        whole = rotated(self._x, self._rotation) if self._is_packed else self._x
-        plain = torch.nn.functional.linear(whole.float(), self._w.float(), self._bias)
-        x = _operand(self._x, self.input, self._rotation)
-        w = self._w if self._is_packed else _operand(self._w, self._weight, self._rotation)
-        rounded = torch.nn.functional.linear(x, w, self._bias)
-        far, near = ((_wide(one) - y).square().sum() for one in (plain, rounded))
-        return ~(near > far)
+            above = arithmetic.tensor_scale(rotated(x, rotation), format)
+    return Sample(taken, rows, format, rotation, above, state)
 
 
-def sample(x: Tensor, format: Format, rows: tuple[int, ...]) -> Sample:
-    """Return a copy of some rows of ``x``, with what says how they are rounded."""
-    above = None
-    if format.tensor_scale == "tensor":
-        above = arithmetic.tensor_scale(rotated(x, format.rotation), format)
-    return Sample(_taken(x, rows), rows, format, above)
-
-
-def _stochastic(rows: Tensor, at: tuple[int, ...], above: Tensor | None, format: Format) -> Quantized:
-    """Return the codes of ``rows`` with the random numbers that they get where they stand, a band of blocks a time."""
-    above, height = arithmetic.tensor_scale(rows, format) if above is None else above, format.block_shape[0]
-    codes, scales = [], []
-    for first in range(0, len(at), height):
-        band = slice(first, first + height)
-        part = above if above is None or above.numel() == 1 else above[band]
-        one, scale = arithmetic.quantize(rows[band], part, format, (at[first], 0))
-        codes.append(one)
-        scales.append(scale)
-    data = pack(torch.cat(codes), format.element.bits)
-    scale = torch.cat([one for one in scales if one is not None]) if format.scale is not None else None
-    if above is not None:
-        above = above.reshape(()) if above.numel() == 1 and format.tensor_scale != "row" else above.squeeze(-1)
-    return Quantized(data, scale, above, format, rows.dtype, rows.shape[-1])
+def as_it_is(rows: Tensor, at: tuple[int, ...]) -> Sample:
+    """Return some rows, (rows, k), that are neither rounded nor rotated any more."""
+    return Sample(rows, at, None, None, None, None)
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -135,15 +85,13 @@ def rows_of(count: int, rows: int, height: int) -> tuple[int, ...]:
     return tuple(row for band in sorted(drawn) for row in range(band * height, min(count, (band + 1) * height)))
 
 
-def _taken(x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """Return a copy of some rows: what is kept of them must not keep the rest."""
-    return x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
+@lru_cache(256)
+def places(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return ``rows`` as an index that is on ``device`` already."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def _operand(rows: Tensor, sample: Sample | None, rotation: Rotation | None) -> Tensor:
-    """Return what a QuantLinear multiplies, in float32."""
-    return (rotated(rows, rotation) if sample is None else sample.quantized.dequantize()).float()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # Apple's GPUs have no float64
+def _same(known: Sample, rows: Tensor, at: tuple[int, ...]) -> bool:
+    count = len(rows)
+    return known.at[:count] == at and known.rows.dtype == rows.dtype and torch.equal(known.rows[:count], rows)

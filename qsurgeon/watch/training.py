@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from math import inf, log10
 from statistics import fmean
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
-from qsurgeon.formats import Format
-from qsurgeon.layers import PackedLinear, QuantLinear, quant_linears
-from qsurgeon.watch.sample import Call, Sample, local, rows_of, sample
+from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.watch.calls import Call, Calls, returned
+from qsurgeon.watch.weights import Weights, fetched
 
 Numbers = dict[str, float]
 PREFIX = "qsurgeon"
@@ -41,17 +40,18 @@ class Watch:
 
     They are of a sample: of each weight ``rows`` whole rows (or as few bands of rows as hold that many, for blocks that
     span rows), and ``rows`` tokens of the input of each layer's first call, drawn once and always the same. With a
-    scale per tensor the scale is that of the whole tensor, not the sample's, which costs a pass over it. Stochastic
-    rounding draws the numbers that the layer draws. Of a sharded weight (FSDP2) each process samples its shard, and
-    takes that for the tensor.
+    scale per tensor the scale is that of the whole tensor, not the sample's, which costs a pass over it each time that
+    autograd has counted a write to the tensor, or the sample changed. Stochastic rounding draws the numbers that the
+    layer draws. Of a sharded weight (FSDP2) each process samples its shard, and takes that for the tensor.
 
-    A measured step of 256 tokens took 1.06 to 1.08 times a CPU's time of one that is not (benchmarks/watching.py): with
-    every tenth measured, under 1 % in all; larger batches make it less.
+    A measured step took 1.04 (MXFP4) and 1.05 (NVFP4) times a CPU's time of one that is not with 256 tokens, 1.014 and
+    1.017 times with 1024 (benchmarks/watching.py): larger batches make it less, and a larger ``every``.
 
-    Hooks are attached for the step that is measured, and nothing is kept from one to the next but the sample's packed
-    codes. A compiled model runs that step eagerly, with all compiled functions of the process, since it would not call
-    hooks: then ``every`` should not be 1. ``model`` is known to be compiled if it is what torch.compile returned, or a
-    part of it was compiled in place; say ``compiled`` for a model of which only the outside knows.
+    Hooks are attached for the step that is measured. Nothing is kept from one to the next but the sample's packed
+    codes, and the rows themselves of weights with a scale per tensor. A compiled model runs that step eagerly, with all
+    compiled functions of the process, since it would not call hooks: then ``every`` should not be 1. ``model`` is known
+    to be compiled if it is what torch.compile returned, or a part of it was compiled in place; say ``compiled`` for a
+    model of which only the outside knows.
 
     ``groups``: from a layer's name to that of its group.
 
@@ -84,11 +84,7 @@ class Watch:
         self._steps = 0
         self._open: _Window | None = None
         self._closed = False
-        self._codes = {
-            name: (format, self._sample(layer, format).quantized.data)
-            for name, layer, format in self._weights()
-            if layer.weight.requires_grad
-        }
+        self._weights = Weights(self._layers, rows)
         self._arm()
 
     def __enter__(self) -> "Watch":
@@ -101,7 +97,7 @@ class Watch:
         """Remove all hooks; there are no numbers any more. A second call does nothing."""
         self._closed = True
         self._disarm()
-        self._codes.clear()
+        self._weights.clear()
 
     def step(self) -> Numbers:
         """Return the numbers; {} on a step that is not measured. Call it after ``optimizer.step()``.
@@ -113,7 +109,6 @@ class Watch:
         try:
             return {} if self._open is None else self._measured(self._open.calls)
         finally:
-            self._disarm()
             self._arm()
 
     @contextmanager
@@ -129,63 +124,55 @@ class Watch:
         outside, self._open = self._open, None
         if outside is not None:
             outside.close()
-        window = _Window(self._layers, self._rows, self._compiled)
+        window = self._window()
         try:
             yield numbers
-            numbers.update(self._seen(window.calls))
+            numbers.update(self._seen(window.calls)[0])
         finally:
             window.close()
             if outside is not None and self._open is None and not self._closed:
-                self._open = _Window(self._layers, self._rows, self._compiled, outside.calls)
+                self._open = self._window(outside.calls)
 
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this Watch is closed; make another")
 
     def _arm(self) -> None:
-        if (self._steps + 1) % self._every == 0:
-            self._open = _Window(self._layers, self._rows, self._compiled)
+        """Have hooks if the next step is one that is measured, those that are there if there are some."""
+        if (self._steps + 1) % self._every:
+            self._disarm()
+        elif self._open is None:
+            self._open = self._window()
+        else:
+            self._open.calls = {}
+
+    def _window(self, calls: dict[str, Call] | None = None) -> "_Window":
+        return _Window(self._layers, self._rows, self._weights, self._compiled, calls)
 
     def _disarm(self) -> None:
         window, self._open = self._open, None
         if window is not None:
             window.close()
 
-    def _weights(self) -> Iterator[tuple[str, QuantLinear, Format]]:
-        for name, layer in self._layers.items():
-            packed = isinstance(layer, PackedLinear)  # its codes are not trained, and what they lost is gone
-            if layer.quantization.weight is not None and layer.weight.numel() and not packed:
-                yield name, layer, layer.quantization.weight.as_weight
-
-    def _sample(self, layer: QuantLinear, format: Format) -> Sample:
-        weight = local(layer.weight)
-        return sample(weight, format, rows_of(len(weight), self._rows, format.block_shape[0]))
-
     @torch.no_grad()
-    def _seen(self, calls: Mapping[str, Call]) -> Numbers:
-        rounded = _floats({name: call.is_rounded() for name, call in calls.items()})
-        return {
+    def _seen(self, calls: Mapping[str, Call]) -> tuple[Numbers, list[tuple[list[str], Calls]]]:
+        """Return what evaluations log too, and the calls that returned."""
+        found = returned(calls)
+        rounded = fetched((names, ones.are_rounded) for names, ones in found)
+        numbers = {
             f"{PREFIX}/called": len(calls) / len(self._layers),
             f"{PREFIX}/active": sum(rounded.values()) / len(self._layers),
         }
+        return numbers, found
 
     @torch.no_grad()
     def _measured(self, calls: Mapping[str, Call]) -> Numbers:
-        numbers = self._seen(calls)
-        noise: dict[str, dict[str, Tensor]] = {"weight": {}, "input": {}}
-        flips: dict[str, Tensor] = {}
-        for name, layer, format in self._weights():
-            rows = self._sample(layer, format)
-            noise["weight"][name] = rows.noise
-            if layer.weight.requires_grad:
-                now, before = rows.quantized, self._codes.get(name)
-                if before is not None and before[0] == format:  # not one that was frozen so far, or in another format
-                    flips[name] = (replace(now, data=before[1]).codes != now.codes).double().mean()
-                self._codes[name] = format, now.data
-        noise["input"] = {name: call.input.noise for name, call in calls.items() if call.input is not None}
-        numbers |= self._flip_rates(_floats(flips))
-        for role, of in noise.items():
-            for group, ratios in self._by_group(_floats(of)).items():
+        numbers, found = self._seen(calls)
+        weights, flips = self._weights.measure()
+        inputs = fetched((names, ones.x.noise) for names, ones in found if ones.x.is_rounded)
+        numbers |= self._flip_rates(flips)
+        for role, noise in (("weight", weights), ("input", inputs)):
+            for group, ratios in self._by_group(noise).items():
                 numbers[f"{PREFIX}/{role}_sqnr_db/{group}"] = _decibel(fmean(ratios))
         return numbers
 
@@ -194,9 +181,9 @@ class Watch:
         if not rates:
             return {}
         sizes = {
-            name: local(layer.weight).numel()
-            for name, layer, _ in self._weights()
-            if name in rates or not layer.weight.requires_grad
+            name: size
+            for name, size in self._weights.sizes().items()
+            if name in rates or not self._layers[name].weight.requires_grad
         }
         flipped = {name: size * rates.get(name, 0.0) for name, size in sizes.items()}
         numbers = {f"{PREFIX}/flip_rate": sum(flipped.values()) / sum(sizes.values())}
@@ -216,10 +203,15 @@ class _Window:
     """Hooks on the layers, for a time; ``calls`` has each one's first call that returned."""
 
     def __init__(
-        self, layers: Mapping[str, QuantLinear], rows: int, compiled: bool, calls: dict[str, Call] | None = None
+        self,
+        layers: Mapping[str, QuantLinear],
+        rows: int,
+        weights: Weights,
+        compiled: bool,
+        calls: dict[str, Call] | None = None,
     ) -> None:
         self.calls = {} if calls is None else calls
-        self._rows = rows
+        self._rows, self._weights = rows, weights
         self._stack = ExitStack()
         if compiled:
             # Compiled code does not look for hooks that came later.
@@ -241,7 +233,7 @@ class _Window:
             if torch.compiler.is_compiling() or not x.numel() or self._has(name):
                 return
             with torch.no_grad():
-                self.calls[name] = Call(layer, x, self._rows)
+                self.calls[name] = Call(layer, x, self._rows, self._weights.known.get(name))
 
         return hook
 
@@ -255,7 +247,7 @@ class _Window:
         return hook
 
     def _has(self, name: str) -> bool:
-        return name in self.calls and self.calls[name].is_complete
+        return name in self.calls and self.calls[name].y is not None
 
 
 def check_counts(every: int, rows: int) -> None:
@@ -268,14 +260,6 @@ def check_counts(every: int, rows: int) -> None:
 def _is_compiled(model: nn.Module) -> bool:
     """Return whether torch.compile made ``model`` or a part of it, as a copy or in place."""
     return any(hasattr(one, "_orig_mod") or one._compiled_call_impl is not None for one in model.modules())
-
-
-def _floats(of: Mapping[str, Tensor]) -> Numbers:
-    """Return tensors of one number as numbers, fetched from a device all at once."""
-    if not of:
-        return {}
-    device = next(iter(of.values())).device
-    return dict(zip(of, torch.stack([one.to(device, torch.float32) for one in of.values()]).tolist(), strict=True))
 
 
 def _decibel(noise: float) -> float:

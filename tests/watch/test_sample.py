@@ -1,11 +1,13 @@
 """Which rows are sampled, and with what scale they are rounded."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import qsurgeon
-from qsurgeon.formats import get_format
+from qsurgeon.formats import arithmetic, get_format
 from qsurgeon.formats.quality import sqnr
 from qsurgeon.layers import Quantization, QuantLinear
 from qsurgeon.watch.sample import rows_of
@@ -40,3 +42,30 @@ def test_rows_are_drawn_in_whole_bands_and_always_the_same() -> None:
     assert len(bands) == 24
     assert {one // 12 for one in bands} == {one // 12 for one in bands if one % 12 == 11}
     assert rows_of(20, ALL, 16) == tuple(range(20))
+
+
+@pytest.mark.parametrize("past_autograd", [False, True])
+def test_the_scale_of_a_tensor_is_computed_once_and_again_after_a_write(
+    past_autograd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def passes(*given: Any) -> Any:
+        shapes.append(tuple(given[0].shape))
+        return tensor_scale(*given)
+
+    layer = nn.Linear(64, 200, bias=False)
+    QuantLinear.wrap(layer, Quantization(get_format("nvfp4"), None))
+    unseen = next(row for row in range(200) if row not in rows_of(200, 16, 1))
+    tensor_scale, shapes = arithmetic.tensor_scale, list[tuple[int, ...]]()
+    with torch.no_grad(), qsurgeon.Watch(nn.ModuleDict({"one": layer}), every=1) as watch:
+        monkeypatch.setattr(arithmetic, "tensor_scale", passes)
+        layer(torch.randn(8, 64))
+        assert shapes.count((200, 64)) == 1  # the layer's own
+        assert watch.step()["qsurgeon/active"] == 1.0
+        assert shapes.count((200, 64)) == 1
+        if past_autograd:
+            layer.weight.data.mul_(3)
+        else:
+            layer.weight[unseen, 3] = 50.0
+        layer(torch.randn(8, 64))
+        assert shapes.count((200, 64)) == 3
+        assert watch.step()["qsurgeon/active"] == 1.0

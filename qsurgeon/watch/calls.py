@@ -1,0 +1,80 @@
+"""What goes into a layer's call and what comes out, as a sample, and whether its operands were rounded."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from qsurgeon.layers import PackedLinear, QuantLinear
+from qsurgeon.watch.sample import Sample, as_it_is, local, places, rows_of, sample
+from qsurgeon.watch.stack import Stack, alike, energy
+
+OUTPUTS = 4  # of each token of a sample: enough to tell by, and little to compute
+
+
+class Call:
+    """A sample of what goes into a layer's call, weight and bias included, and of what comes out."""
+
+    def __init__(self, layer: QuantLinear, x: Tensor, rows: int, known: Sample | None = None) -> None:
+        how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), local(layer.weight)
+        height = how.weight.block_shape[0] if how.weight else 1
+        outputs = rows_of(len(weight), rows, height)[: -(-OUTPUTS // height) * height]
+        input, format = how.input and how.input.as_input, how.weight and how.weight.as_weight
+        self.x = sample(tokens, input, how.rotation, rows_of(len(tokens), rows, 1))
+        self.is_packed = isinstance(layer, PackedLinear)
+        if isinstance(layer, PackedLinear):
+            self.w = as_it_is(layer.opened_rows(outputs), outputs)
+        else:
+            self.w = sample(weight, format, how.rotation, outputs, known)
+        self.bias: Tensor | None = None
+        if layer.bias is not None:
+            self.bias = local(layer.bias).index_select(0, places(self.w.at, layer.bias.device)).float()
+        self.y: Tensor | None = None
+
+    def end(self, output: Tensor) -> None:
+        """Take the sample of what the call returned, (tokens, outputs)."""
+        y = output.detach().take(_crossings(self.x.at, self.w.at, output.shape[-1], output.device))
+        self.y = y.to(self.x.rows.device)
+
+    @property
+    def kind(self) -> Hashable:
+        """What is the same of calls that can be looked at together."""
+        return self.is_packed, self.x.kind, self.w.kind, None if self.y is None else self.y.dtype
+
+
+class Calls:
+    """Calls of one kind that returned, and the stacks of their operands."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls, self._are_packed = calls, calls[0].is_packed
+        self.x, self.w = Stack([one.x for one in calls]), Stack([one.w for one in calls])
+
+    @property
+    def are_rounded(self) -> Tensor:
+        """Whether outputs are at least as near to the product of the rounded operands as to the plain one, (calls,).
+
+        Where nothing is lost there is no telling, and True. NaN, which says nothing of rounding, is True too. A packed
+        weight is rounded, and rotated, for good. A layer that rounds neither operand is False.
+        """
+        if not (self.x.is_rounded or self.w.is_rounded or self._are_packed):
+            return torch.zeros(len(self._calls), dtype=torch.bool, device=self.x.rows.device)
+        y = torch.stack([one.y for one in self._calls if one.y is not None])
+        whole = self.x.turned if self._are_packed else self.x.rows
+        plain, rounded = whole.float() @ self.w.rows.float().mT, self.x.values @ self.w.values.mT
+        none = plain.new_zeros(y.shape[-1])
+        bias = torch.stack([none if one.bias is None else one.bias for one in self._calls])
+        far, near = (energy(product + bias[:, None] - y) for product in (plain, rounded))
+        return ~(near > far)
+
+
+@lru_cache(256)
+def _crossings(rows: tuple[int, ...], columns: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Return where the crossings of some rows and columns, (rows, columns), lie in a tensor of that width."""
+    return places(rows, device)[:, None] * width + places(columns, device)
+
+
+def returned(calls: Mapping[str, Call]) -> list[tuple[list[str], Calls]]:
+    """Return the calls that returned, those of a kind together, with the names of their layers."""
+    ended = {name: call for name, call in calls.items() if call.y is not None}
+    return [(names, Calls(ones)) for names, ones in alike(ended, lambda call: call.kind)]

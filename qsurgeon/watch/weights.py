@@ -1,0 +1,88 @@
+"""The weights of a model in training, by samples: what rounding loses, and how many codes change."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qsurgeon.formats import Format, Quantized
+from qsurgeon.formats.packing import unpack
+from qsurgeon.layers import PackedLinear, QuantLinear
+from qsurgeon.watch.sample import Sample, local, rows_of, sample
+from qsurgeon.watch.stack import Stack, alike
+
+Named = tuple[Sequence[str], Tensor]  # names, and a number for each, (names,)
+
+
+class Weights:
+    """Samples of the weights that have a format, ``rows`` rows of each.
+
+    known: the latest of those with a scale for the whole tensor, which is a pass over it to compute.
+    """
+
+    def __init__(self, layers: Mapping[str, QuantLinear], rows: int) -> None:
+        self._layers, self._rows = layers, rows
+        self._codes: dict[str, tuple[Format, Tensor]] = {}
+        self.known: dict[str, Sample] = {}
+        self.measure()
+
+    @torch.no_grad()
+    def measure(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the noise of each weight, and the share of the codes of each that changed since the last measure.
+
+        Of the second are only those that are trainable, and were then, in the same format.
+        """
+        samples = {name: self._sample(name, layer, format) for name, layer, format in self._with_format()}
+        noise: list[Named] = []
+        flips: list[Named] = []
+        for names, ones in alike(samples, lambda one: one.kind):
+            stack = Stack(ones)
+            noise.append((names, stack.noise))
+            flips.append(self._flipped(dict(zip(names, ones, strict=True)), stack.quantized))
+        self.known = {name: one for name, one in samples.items() if one.state is not None}
+        return fetched(noise), fetched(flips)
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many values each weight has; of a sharded one, this process's shard."""
+        return {name: local(layer.weight).numel() for name, layer, _ in self._with_format()}
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._codes, self.known = {}, {}
+
+    def _with_format(self) -> Iterator[tuple[str, QuantLinear, Format]]:
+        for name, layer in self._layers.items():
+            packed = isinstance(layer, PackedLinear)  # its codes are not trained, and what they lost is gone
+            if layer.quantization.weight is not None and layer.weight.numel() and not packed:
+                yield name, layer, layer.quantization.weight.as_weight
+
+    def _sample(self, name: str, layer: QuantLinear, format: Format) -> Sample:
+        weight = local(layer.weight)
+        rows = rows_of(len(weight), self._rows, format.block_shape[0])
+        return sample(weight, format, layer.quantization.rotation, rows, self.known.get(name))
+
+    def _flipped(self, samples: Mapping[str, Sample], now: Quantized) -> Named:
+        """Return what can be compared, and the share of its codes that changed; remember the new ones."""
+        names, before, after = [], [], []
+        for (name, one), data in zip(samples.items(), now.data, strict=True):
+            if one.format is None or not self._layers[name].weight.requires_grad:
+                continue
+            if name in self._codes and self._codes[name][0] == one.format:
+                names.append(name)
+                before.append(self._codes[name][1])
+                after.append(data)
+            self._codes[name] = one.format, data
+        if not names:
+            return [], now.data.new_zeros(0)
+        changed = unpack(torch.stack(before) ^ torch.stack(after), now.format.element.bits, now.length).flatten(1)
+        return names, torch.count_nonzero(changed, 1) / changed.shape[-1]
+
+
+def fetched(of: Iterable[Named]) -> dict[str, float]:
+    """Return the numbers by name, fetched from a device all at once."""
+    found = [(names, numbers) for names, numbers in of if names]
+    if not found:
+        return {}
+    device = found[0][1].device
+    joined = torch.cat([numbers.to(device, torch.float32) for _, numbers in found]).tolist()
+    return dict(zip((name for names, _ in found for name in names), joined, strict=True))
