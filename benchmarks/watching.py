@@ -1,5 +1,8 @@
 """What watching costs a training step of a Qwen2 model, as ratios to one that nobody watches, in one run.
 
+Twice: by how much watched steps take longer, which has all in it and the noise of whole steps as well; and how long a
+Watch's own code ran, to which a loaded machine does less.
+
 python benchmarks/watching.py                                                           # a CPU
 python benchmarks/watching.py --device cuda --hidden 2048 --tokens 4096
 """
@@ -7,41 +10,47 @@ python benchmarks/watching.py --device cuda --hidden 2048 --tokens 4096
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import qsurgeon
+from qsurgeon.watch import training
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=("w4a4-mxfp4", "w4a4-nvfp4"))
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="of all threads; for a machine that others work on")
-    parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--rounds", type=int, default=20)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     torch.manual_seed(0)
+    inside = Inside(time.process_time if args.cpu_time else time.perf_counter)
     print(f"{args.layers} layers, hidden {args.hidden}, {args.tokens} tokens, {args.device}, torch {torch.__version__}")
     for recipe in args.recipes:
-        plain, cost = measure(recipe, args)
-        print(f"\n{recipe}\na step that nobody watches {plain * 1e3:9.1f} ms")
-        for every in (1, 10):
-            print(f"{f'every={every}':26s} {1e3 * cost / every:10.1f} ms more {1 + cost / every / plain:7.3f} x")
+        plain, more, within = measure(recipe, args, inside)
+        print(f"\n{recipe}\n{'a step that nobody watches':26s} {plain * 1e3:9.1f} ms")
+        for what, cost in (("longer", more), ("in its own code", within)):
+            for every in (1, 10):
+                share = cost / every / plain
+                print(f"{f'every={every}, {what}':26s} {1e3 * cost / every:9.1f} ms {share:8.2%}")
 
 
-def measure(recipe: str, args: argparse.Namespace) -> tuple[float, float]:
-    """Return the median seconds of a step that nobody watches, and by how many one that is watched takes longer.
+def measure(recipe: str, args: argparse.Namespace, inside: "Inside") -> tuple[float, float, float]:
+    """Return the median seconds of a step that nobody watches, by how many a watched one is longer, and its Watch's.
 
-    Both are of one model, in turn: two models differ by more than that, for their memory lies elsewhere.
+    All are of one model, in turn: two models differ by more than that, for their memory lies elsewhere.
     """
     config = Qwen2Config(
         vocab_size=1024,
@@ -54,10 +63,9 @@ def measure(recipe: str, args: argparse.Namespace) -> tuple[float, float]:
     ids = torch.randint(1024, (1, args.tokens), device=args.device)
     model = qsurgeon.apply(recipe, Qwen2ForCausalLM(config).to(args.device)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    clock = time.process_time if args.cpu_time else time.perf_counter
 
     def seconds(watch: qsurgeon.Watch | None) -> float:
-        start = clock()
+        start = inside.clock()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -65,14 +73,42 @@ def measure(recipe: str, args: argparse.Namespace) -> tuple[float, float]:
             watch.step()
         if args.device != "cpu":
             torch.accelerator.synchronize()
-        return clock() - start
+        return inside.clock() - start
 
-    plain, more = [], []
-    for _ in range(args.rounds + 1):
-        plain.append(seconds(None))
+    def watched() -> tuple[float, float]:
         with qsurgeon.Watch(model, every=1, rows=args.rows) as watch:
-            more.append(seconds(watch) - plain[-1])
-    return statistics.median(plain[1:]), statistics.median(more[1:])  # the first ones make the optimizer's state
+            inside.seconds = 0.0
+            return seconds(watch), inside.seconds
+
+    seconds(None)  # makes the optimizer's state
+    plain, more, within = [], [], []
+    for number in range(args.rounds):
+        before = seconds(None) if number % 2 else None  # each comes second as often as the other
+        taken, own = watched()
+        plain.append(seconds(None) if before is None else before)
+        more.append(taken - plain[-1])
+        within.append(own)
+    return statistics.median(plain), statistics.median(more), statistics.median(within)
+
+
+class Inside:
+    """Seconds that ran in a Watch's hooks and in its ``step``."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.seconds = clock, 0.0
+        window: Any = training._Window
+        training.Watch.step = self._timed(training.Watch.step)  # type: ignore[method-assign]
+        make = window._after
+        window._after = lambda *args: self._timed(make(*args))
+
+    def _timed(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            start = self.clock()
+            result = act(*args)
+            self.seconds += self.clock() - start
+            return result
+
+        return timed
 
 
 if __name__ == "__main__":

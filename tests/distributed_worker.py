@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import qsurgeon
-from qsurgeon.layers import QuantLinear
+from qsurgeon.layers import PackedLinear, QuantLinear
 
 LEARNING_RATE = 0.1
 
@@ -136,10 +136,28 @@ def bfloat16(folder: Path, output: Path, tokens: torch.Tensor) -> None:
     torch.save(result, output / f"bfloat16-{dist.get_rank()}.pt")
 
 
+def watched(folder: Path, output: Path, tokens: torch.Tensor) -> None:
+    """Watch a step under DDP, of sharded layers, and of QuantLinears each of which is sharded by itself."""
+    numbers = {}
+    for how in ("ddp", "fsdp2", "each"):
+        model = qsurgeon.load(folder)
+        if any(isinstance(one, PackedLinear) for one in model.modules()):
+            model = adapted(model)
+        if how == "each":
+            for module in model.modules():
+                if isinstance(module, QuantLinear):
+                    fully_shard(module)
+        model = DistributedDataParallel(model) if how == "ddp" else sharded(model)
+        with qsurgeon.Watch(model, every=1) as watch:
+            step(model, tokens)
+            numbers[how] = watch.step()
+    torch.save(numbers, output / f"watched-{dist.get_rank()}.pt")
+
+
 def main(base: Path) -> None:
     dist.init_process_group("gloo")
-    masters: tuple[Check, ...] = (ddp, fsdp2, lora, bfloat16)
-    packs: tuple[Check, ...] = (packed, lora, lora_ddp, bfloat16)
+    masters: tuple[Check, ...] = (ddp, fsdp2, lora, bfloat16, watched)
+    packs: tuple[Check, ...] = (packed, lora, lora_ddp, bfloat16, watched)
     for folder in sorted(base.iterdir()):
         tokens = torch.load(folder / "tokens.pt").chunk(dist.get_world_size())[dist.get_rank()]
         for check in packs if folder.name.startswith("packed") else masters:

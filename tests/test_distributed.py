@@ -163,6 +163,23 @@ def check_lora(run: Run, worker: Any) -> None:
     assert torch.equal(again(run.tokens).logits, model.eval()(run.tokens).logits)
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "each"])
+def test_a_watched_step_sees_every_layer_round_and_its_codes_move(how: str, run: Run) -> None:
+    for rank in range(PROCESSES):
+        numbers = run.read(f"watched-{rank}.pt")[how]
+        assert (numbers["qsurgeon/called"], numbers["qsurgeon/active"]) == (1.0, 1.0)
+        assert 0 < numbers["qsurgeon/flip_rate"] < 1
+        assert all(10 < number < 40 for name, number in numbers.items() if "_sqnr_db" in name)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "each"])
+def test_a_watched_step_on_packed_weights_sees_every_layer_round(how: str, packed: Run) -> None:
+    for rank in range(PROCESSES):
+        numbers = packed.read(f"watched-{rank}.pt")[how]
+        assert (numbers["qsurgeon/called"], numbers["qsurgeon/active"]) == (1.0, 1.0)
+        assert not any("flip_rate" in name or "weight_sqnr" in name for name in numbers)
+
+
 def test_bfloat16_parameters_compute_what_a_bfloat16_model_computes(run: Run) -> None:
     found = run.read("bfloat16-0.pt")
     assert found["seen"] == {(torch.bfloat16, torch.bfloat16)}

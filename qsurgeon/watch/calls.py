@@ -16,7 +16,7 @@ OUTPUTS = 4  # of each token of a sample: enough to tell by, and little to compu
 class Call:
     """A sample of what goes into a layer's call, weight and bias included, and of what comes out."""
 
-    def __init__(self, layer: QuantLinear, x: Tensor, rows: int, known: Sample | None = None) -> None:
+    def __init__(self, layer: QuantLinear, x: Tensor, output: Tensor, rows: int, known: Sample | None = None) -> None:
         how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), local(layer.weight)
         height = how.weight.block_shape[0] if how.weight else 1
         outputs = rows_of(len(weight), rows, height)[: -(-OUTPUTS // height) * height]
@@ -29,22 +29,17 @@ class Call:
             self.w = sample(weight, format, how.rotation, outputs, known)
         self.bias: Tensor | None = None
         if layer.bias is not None:
-            self.bias = local(layer.bias).index_select(0, places(self.w.at, layer.bias.device)).float()
-        self.y: Tensor | None = None
-
-    def end(self, output: Tensor) -> None:
-        """Take the sample of what the call returned, (tokens, outputs)."""
-        y = output.detach().take(_crossings(self.x.at, self.w.at, output.shape[-1], output.device))
-        self.y = y.to(self.x.rows.device)
+            self.bias = local(layer.bias).index_select(0, places(outputs, layer.bias.device)).float()
+        self.y = output.detach().take(_crossings(self.x.at, outputs, output.shape[-1], output.device)).to(x.device)
 
     @property
     def kind(self) -> Hashable:
         """What is the same of calls that can be looked at together."""
-        return self.is_packed, self.x.kind, self.w.kind, None if self.y is None else self.y.dtype
+        return self.is_packed, self.x.kind, self.w.kind, self.y.dtype
 
 
 class Calls:
-    """Calls of one kind that returned, and the stacks of their operands."""
+    """Calls of one kind, and the stacks of their operands."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls, self._are_packed = calls, calls[0].is_packed
@@ -59,7 +54,7 @@ class Calls:
         """
         if not (self.x.is_rounded or self.w.is_rounded or self._are_packed):
             return torch.zeros(len(self._calls), dtype=torch.bool, device=self.x.rows.device)
-        y = torch.stack([one.y for one in self._calls if one.y is not None])
+        y = torch.stack([one.y for one in self._calls])
         whole = self.x.turned if self._are_packed else self.x.rows
         plain, rounded = whole.float() @ self.w.rows.float().mT, self.x.values @ self.w.values.mT
         none = plain.new_zeros(y.shape[-1])
@@ -74,7 +69,6 @@ def _crossings(rows: tuple[int, ...], columns: tuple[int, ...], width: int, devi
     return places(rows, device)[:, None] * width + places(columns, device)
 
 
-def returned(calls: Mapping[str, Call]) -> list[tuple[list[str], Calls]]:
-    """Return the calls that returned, those of a kind together, with the names of their layers."""
-    ended = {name: call for name, call in calls.items() if call.y is not None}
-    return [(names, Calls(ones)) for names, ones in alike(ended, lambda call: call.kind)]
+def by_kind(calls: Mapping[str, Call]) -> list[tuple[list[str], Calls]]:
+    """Return the calls, those of a kind together, with the names of their layers."""
+    return [(names, Calls(ones)) for names, ones in alike(calls, lambda call: call.kind)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
 from qsurgeon.layers import QuantLinear, quant_linears
-from qsurgeon.watch.calls import Call, Calls, returned
+from qsurgeon.watch.calls import Call, Calls, by_kind
 from qsurgeon.watch.weights import Weights, fetched
 
 Numbers = dict[str, float]
@@ -44,8 +44,8 @@ class Watch:
     autograd has counted a write to the tensor, or the sample changed. Stochastic rounding draws the numbers that the
     layer draws. Of a sharded weight (FSDP2) each process samples its shard, and takes that for the tensor.
 
-    A measured step took 1.04 (MXFP4) and 1.05 (NVFP4) times a CPU's time of one that is not with 256 tokens, 1.014 and
-    1.017 times with 1024 (benchmarks/watching.py): larger batches make it less, and a larger ``every``.
+    Watching every step of 1024 tokens through 84 layers took 1.0 % (MXFP4) and 1.7 % (NVFP4) of a CPU's time, of 256
+    tokens 3.3 and 6.5 % (docs/benchmarks.md): larger batches make it less, and a larger ``every``.
 
     Hooks are attached for the step that is measured. Nothing is kept from one to the next but the sample's packed
     codes, and the rows themselves of weights with a scale per tensor. A compiled model runs that step eagerly, with all
@@ -156,8 +156,8 @@ class Watch:
 
     @torch.no_grad()
     def _seen(self, calls: Mapping[str, Call]) -> tuple[Numbers, list[tuple[list[str], Calls]]]:
-        """Return what evaluations log too, and the calls that returned."""
-        found = returned(calls)
+        """Return what evaluations log too, and the calls, by kind."""
+        found = by_kind(calls)
         rounded = fetched((names, ones.are_rounded) for names, ones in found)
         numbers = {
             f"{PREFIX}/called": len(calls) / len(self._layers),
@@ -218,36 +218,24 @@ class _Window:
             stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
             self._stack.enter_context(stance)
         for name, layer in layers.items():
-            self._stack.callback(layer.register_forward_pre_hook(self._before(name), with_kwargs=True).remove)
-            self._stack.callback(layer.register_forward_hook(self._after(name)).remove)
+            # First: FSDP has the whole weight there by then, and takes it away in a hook of its own.
+            hook = layer.register_forward_hook(self._after(name), with_kwargs=True, prepend=True)
+            self._stack.callback(hook.remove)
 
     def close(self) -> None:
         """Remove the hooks."""
         self._stack.close()
 
-    def _before(self, name: str) -> Callable[[QuantLinear, tuple[Tensor, ...], dict[str, Tensor]], None]:
-        # Before: FSDP has the whole weight there by then, and may take it away before a hook that comes after.
-        def hook(layer: QuantLinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x = args[0] if args else kwargs["input"]
+    def _after(self, name: str) -> Callable[[QuantLinear, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        def hook(layer: QuantLinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             # Recomputing under gradient checkpointing is a later call.
-            if torch.compiler.is_compiling() or not x.numel() or self._has(name):
+            if torch.compiler.is_compiling() or name in self.calls or not output.numel():
                 return
+            x = args[0] if args else kwargs["input"]
             with torch.no_grad():
-                self.calls[name] = Call(layer, x, self._rows, self._weights.known.get(name))
+                self.calls[name] = Call(layer, x, output, self._rows, self._weights.known.get(name))
 
         return hook
-
-    def _after(self, name: str) -> Callable[[QuantLinear, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: QuantLinear, __: tuple[Tensor, ...], output: Tensor) -> None:
-            if torch.compiler.is_compiling() or name not in self.calls or self._has(name):
-                return
-            with torch.no_grad():
-                self.calls[name].end(output)
-
-        return hook
-
-    def _has(self, name: str) -> bool:
-        return name in self.calls and self.calls[name].y is not None
 
 
 def check_counts(every: int, rows: int) -> None:

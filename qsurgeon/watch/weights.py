@@ -75,7 +75,7 @@ class Weights:
         if not names:
             return [], now.data.new_zeros(0)
         changed = unpack(torch.stack(before) ^ torch.stack(after), now.format.element.bits, now.length).flatten(1)
-        return names, torch.count_nonzero(changed, 1) / changed.shape[-1]
+        return names, changed.bool().sum(1) / changed.shape[-1]
 
 
 def fetched(of: Iterable[Named]) -> dict[str, float]:

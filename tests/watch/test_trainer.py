@@ -93,7 +93,7 @@ def test_a_run_that_failed_is_closed_by_the_next_one_or_by_hand(model: Any, tmp_
     running = trainer(model, tmp_path, [callback, fail])
     with pytest.raises(KeyError):
         running.train()
-    assert hooks(model) == 28
+    assert hooks(model) == 14
     callback.close()
     assert hooks(model) == 0
     running.evaluate()
