@@ -6,7 +6,6 @@ Importing this module registers both; ``qsurgeon/__init__.py`` sees to it that i
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from inspect import signature
 from typing import Any
 
@@ -25,6 +24,7 @@ from qsurgeon.checkpoint import carry_cards
 from qsurgeon.errors import CheckpointError, NothingWrappedError
 from qsurgeon.formats.stored import WEIGHT
 from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears, rollout_unless_told
+from qsurgeon.patching import Method, patch
 from qsurgeon.surgery import QUANT_METHOD, Record, inventory, operate, read_record
 
 
@@ -100,7 +100,7 @@ class QSurgeonQuantizer(HfQuantizer):
         follow_rollouts(quantizations.values())
         carry_cards(record_in)
         if self.is_packed:
-            _save_what_is_given()
+            patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         self._slots = {
             f"{name}.{key}": (tuple(parameter.shape), parameter.dtype)
             for name, module in packed_linears(model).items()
@@ -225,26 +225,22 @@ def _same(name: str) -> str | None:
 
 
 def follow_rollouts(quantizations: Iterable[Quantization]) -> None:
-    """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase.
+    """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase."""
+    if any(how.phases != "both" for how in quantizations):
+        patch(transformers.GenerationMixin, "generate", _in_rollout)
 
-    Trainers call ``generate`` on what they unwrapped themselves, so that only the class knows of all calls.
-    """
-    generate = transformers.GenerationMixin.generate
-    if all(how.phases == "both" for how in quantizations) or hasattr(generate, "enters_rollout"):
-        return
 
-    @wraps(generate)
+def _in_rollout(generate: Method) -> Method:
     def in_rollout(self: Any, *args: Any, **kwargs: Any) -> Any:
         with rollout_unless_told():
             return generate(self, *args, **kwargs)
 
-    vars(in_rollout)["enters_rollout"] = True
-    transformers.GenerationMixin.generate = in_rollout  # type: ignore[method-assign]
+    return in_rollout
 
 
 def attach(model: Any, config: QSurgeonConfig) -> None:
     """Give a model that was packed in memory the quantizer that one which was loaded so has."""
-    _save_what_is_given()
+    patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
     if isinstance(model, transformers.PreTrainedModel):
         vars(model)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
         vars(model).update(is_quantized=True, quantization_method=QUANT_METHOD)
@@ -253,16 +249,12 @@ def attach(model: Any, config: QSurgeonConfig) -> None:
                 module.config._is_quantized = True
 
 
-def _save_what_is_given() -> None:
+def _saving_what_is_given(save: Method) -> Method:
     """Let ``save_pretrained(state_dict=...)`` save that, also of a model that has our quantizer.
 
     transformers throws it away where there is a quantizer, and FSDP has whole tensors nowhere else.
     """
-    save = transformers.PreTrainedModel.save_pretrained
-    if hasattr(save, "saves_what_is_given"):
-        return
 
-    @wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantizer = getattr(self, "hf_quantizer", None)
         if not isinstance(quantizer, QSurgeonQuantizer):
@@ -271,8 +263,7 @@ def _save_what_is_given() -> None:
         with quantizer.saving(given):
             return save(self, *args, **kwargs)
 
-    vars(save_pretrained)["saves_what_is_given"] = True
-    transformers.PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    return save_pretrained
 
 
 def register() -> None:

@@ -5,21 +5,21 @@ Importing this module changes ``PreTrainedModel.from_pretrained``; ``qsurgeon/__
 makes none for a model that is not quantized, and that model is the one to know about.
 """
 
-from functools import wraps
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
 from qsurgeon.launch.announce import announce
-
-_load = vars(PreTrainedModel)["from_pretrained"].__func__
-
-
-@wraps(_load)
-def _load_and_announce(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    loaded = _load(cls, *args, **kwargs)
-    announce(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple with output_loading_info=True
-    return loaded
+from qsurgeon.patching import Method, patch
 
 
-PreTrainedModel.from_pretrained = classmethod(_load_and_announce)  # type: ignore[method-assign, assignment]
+def _announcing(load: Method) -> Method:
+    def load_and_announce(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(cls, *args, **kwargs)
+        announce(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple with output_loading_info=True
+        return loaded
+
+    return load_and_announce
+
+
+patch(PreTrainedModel, "from_pretrained", _announcing)

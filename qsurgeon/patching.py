@@ -1,0 +1,28 @@
+"""Methods of other libraries that do more once qsurgeon is there. All that is changed is changed by ``patch``."""
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import getattr_static
+from typing import Any
+
+_DONE = "patched_by_qsurgeon"
+
+Method = Callable[..., Any]
+
+
+def patch(owner: type, name: str, make: Callable[[Method], Method]) -> None:
+    """Replace a method of a class by what ``make`` makes of it; a second call for the same ``make`` does nothing.
+
+    A method of the class, because one of an object would be lost by whoever copies it, and trainers call methods of
+    what they unwrapped themselves. A staticmethod stays one, and a classmethod.
+    """
+    found = getattr_static(owner, name)
+    kind = type(found) if isinstance(found, (staticmethod, classmethod)) else None
+    method = found if kind is None else found.__func__
+    maker = f"{make.__module__}.{make.__qualname__}"
+    done: tuple[str, ...] = getattr(method, _DONE, ())
+    if maker in done:
+        return
+    new = wraps(method)(make(method))
+    vars(new)[_DONE] = (*done, maker)
+    setattr(owner, name, new if kind is None else kind(new))
