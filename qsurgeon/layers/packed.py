@@ -163,8 +163,7 @@ def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
 def disabled(*models: nn.Module) -> Iterator[None]:
     """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.
 
-    Only the thread that enters the block sees it. With gradient checkpointing, which computes the forward pass again
-    in the backward pass, call ``backward`` inside the block too.
+    Only the thread that enters the block sees it. Where ``backward`` is called makes no difference.
 
     Raises: NothingWrappedError for a model without a QuantLinear, which is in full precision everywhere. SurgeryError
     for one with packed weights, whose full precision is nowhere any more.

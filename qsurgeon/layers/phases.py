@@ -1,5 +1,8 @@
 """When a QuantLinear rounds: in training, in rollouts, or in both, and not at all inside ``without``.
 
+torch's gradient checkpointing computes a forward pass again in the state that it was in the first time: importing this
+module sees to it, as torch itself does for autocast and random numbers.
+
 The state belongs to a thread. Dynamo guards on what it reads of a ``threading.local``, so that a compiled model
 follows a change of phase by compiling once more; a ``contextvars.ContextVar`` it cannot read at all.
 """
@@ -7,13 +10,15 @@ follows a change of phase by compiling once more; a ``contextvars.ContextVar`` i
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from qsurgeon.errors import UsageError, nearest
 from qsurgeon.formats import Phase, Phases
+from qsurgeon.patching import Method, patch
 
 _KEY = "qsurgeon.phase"  # of a copy that torch hands on to the threads that run a backward pass on a GPU
 
@@ -57,8 +62,7 @@ def phase(name: Phase) -> Iterator[None]:
 
     A rule with ``phases: training`` does not round in rollouts, and the other way round. Inside
     ``model.generate`` the phase is rollout by itself, unless a block says otherwise. Only the thread that enters the
-    block is in the phase. With gradient checkpointing, which computes the forward pass again in the backward pass,
-    call ``backward`` inside the block too.
+    block is in the phase. Where ``backward`` is called makes no difference, with torch's gradient checkpointing too.
 
     Raises: UsageError for another name.
     """
@@ -88,3 +92,22 @@ def is_active(layer: nn.Module, phases: Phases) -> bool:
     """Return whether ``layer``, which rounds in ``phases``, rounds now."""
     named, off = _state()
     return (phases in ("both", named or "training")) and id(layer) not in off
+
+
+def _computing_again_alike(begin: Method) -> Method:
+    """Let ``begin(itself, function, ...)``, with which checkpointing begins, keep the state for ``function``."""
+
+    def begin_in_state(itself: Any, function: Method, *args: Any, **kwargs: Any) -> Any:
+        state = _state()
+
+        def in_state(*inputs: Any) -> Any:
+            with _entered(state):
+                return function(*inputs)
+
+        return begin(itself, in_state, *args, **kwargs)
+
+    return begin_in_state
+
+
+patch(checkpoint.CheckpointFunction, "forward", _computing_again_alike)  # reentrant
+patch(checkpoint._CheckpointFrame, "__init__", _computing_again_alike)  # not reentrant

@@ -1,11 +1,12 @@
 """When a layer rounds: by phase, by thread, and not at all for a teacher."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import checkpoint
 
 import qsurgeon
 from qsurgeon.errors import NothingWrappedError, UsageError
@@ -142,20 +143,52 @@ def test_a_compiled_model_follows_the_phase_and_the_thread() -> None:
     assert torch.equal(compiled(X), rounded)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_with_checkpointing_the_backward_pass_belongs_inside(reentrant: bool) -> None:
-    linear = make("training")
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("saved_inputs", ["packed", "full"])
+@pytest.mark.parametrize("rounded", ["both", "weight", "input"])
+def test_what_is_recomputed_is_what_was_computed_wherever_backward_is_called(
+    rounded: str, saved_inputs: Any, reentrant: bool, inside: bool
+) -> None:
+    linear = nn.Linear(64, 64)
+    weight, input = MXFP4 if rounded != "input" else None, MXFP4 if rounded != "weight" else None
+    how = Quantization(weight, input, phases="training", saved_inputs=saved_inputs)
+    QuantLinear.wrap(linear, how)
     x = X.clone().requires_grad_()
     with qsurgeon.phase("rollout"):
-        checkpoint(linear, x, use_reentrant=reentrant).square().sum().backward()
-    y = nn.functional.linear(X, linear.weight, linear.bias)
-    assert torch.equal(x.grad, (2 * y) @ linear.weight)  # type: ignore[arg-type]
+        y = checkpoint(linear, x, use_reentrant=reentrant)
+        if inside:
+            y.square().sum().backward()
+    if not inside:
+        y.square().sum().backward()
+    assert torch.equal(x.grad, (2 * plain(linear)) @ linear.weight)  # type: ignore[arg-type]
 
 
-def test_a_recomputation_in_another_phase_is_loud() -> None:
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_a_student_is_recomputed_rounded_inside_of_its_teachers_block(reentrant: bool) -> None:
+    def gradient(checkpointed: bool) -> Tensor:
+        linear, x = make(), X.clone().requires_grad_()
+        y = checkpoint(linear, x, use_reentrant=reentrant) if checkpointed else linear(x)
+        with qsurgeon.disabled(linear):
+            (y - linear(X).detach()).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(gradient(checkpointed=True), gradient(checkpointed=False))
+
+
+def test_the_state_is_what_it_was_after_a_recomputation_that_stopped_early_or_failed() -> None:
     linear = make("training")
+
+    def failing(x: Tensor) -> Tensor:
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError("out of memory")
+        return torch.sin(linear(x))
+
     x = X.clone().requires_grad_()
     with qsurgeon.phase("rollout"):
-        y = checkpoint(linear, x, use_reentrant=False)
-    with pytest.raises(CheckpointError):
+        y = checkpoint(failing, x, use_reentrant=False)
+        assert not rounds(linear)
+    with pytest.raises(RuntimeError, match="out of memory"):
         y.sum().backward()
+    assert rounds(linear)
