@@ -1,7 +1,8 @@
 """Rewrite a Hugging Face model as a recipe says: Linear layers that compute in 4 bits and still train.
 
-Importing the package has one side effect: as soon as transformers' quantizers are imported (at once, if they are
-already), ``quant_method: qsurgeon`` is registered with them. Below ``qsurgeon run``, and only there, loaded models are
+Importing the package has two side effects: as soon as transformers' quantizers are imported (at once, if they are
+already), ``quant_method: qsurgeon`` is registered with them; and as soon as peft is, it refuses adapters that would
+compute past wrapped layers. Below ``qsurgeon run``, and only there, loaded models are
 announced too. Nothing else is imported until it is used, so that ``qsurgeon --help`` answers without torch.
 """
 
@@ -115,5 +116,6 @@ def _follow(watched: str, ours: str) -> None:
 
 
 _follow("transformers.quantizers.auto", "qsurgeon.quantizer")
+_follow("peft.tuners.tuners_utils", "qsurgeon.adapting")
 if VARIABLE in os.environ:
     _follow("transformers.modeling_utils", "qsurgeon.launch.loading")

@@ -17,10 +17,8 @@ from qsurgeon.surgery import (
     Plan,
     architecture,
     build_plan,
-    bypassed,
     foreign_method,
     inventory,
-    misread,
     operate,
     plain_model,
     read_config,
@@ -132,16 +130,11 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     register()
     if auto_class is None:
         auto_class = _class_of(Path(path), bool(kwargs.get("trust_remote_code"))) or transformers.AutoModelForCausalLM
-    model = auto_class.from_pretrained(path, **kwargs)
+    try:
+        model = auto_class.from_pretrained(path, **kwargs)
+    except SurgeryError as error:
+        raise SurgeryError(f"{path}: {error}") from error
     if quant_linears(model):
-        past = bypassed(model)
-        if past:
-            name, how = next(iter(past.items()))
-            raise SurgeryError(f"{path}: {len(past)} wrapped modules would have no effect, such as {name}: {how}")
-        wrong = misread(model)
-        if wrong:
-            name, how = next(iter(wrong.items()))
-            raise SurgeryError(f"{path}: {len(wrong)} packed weights would be misread, such as that of {name}: {how}")
         return model
     if (Path(path) / ADAPTER).is_file():
         base = model.config.name_or_path

@@ -19,7 +19,7 @@ ORDER = (
     {"layers", "recipe"},
     {"surgery"},
     {"checkpoint"},
-    {"launch", "quantizer"},
+    {"adapting", "launch", "quantizer"},
     {"hf"},
     {"calibration", "noise", "scan", "export", "merging", "watch"},
     {"report"},
@@ -165,11 +165,17 @@ def test_transformers_knows_qsurgeon_if_it_comes_first() -> None:
     assert fresh(f"import transformers.quantizers.auto; import qsurgeon; {REGISTERED}") == "True"
 
 
+@pytest.mark.parametrize("order", ["qsurgeon, peft", "peft, qsurgeon", "qsurgeon, transformers.trainer, peft"])
+def test_peft_refuses_what_computes_past_wrapped_layers_whichever_comes_first(order: str) -> None:
+    shows = "print('patched_by_qsurgeon' in vars(peft.tuners.tuners_utils.BaseTuner.inject_adapter))"
+    assert fresh(f"import {order}; {shows}") == "True"
+
+
 def test_importing_twice_is_harmless() -> None:
     code = f"""
 import importlib, sys, qsurgeon
 importlib.reload(qsurgeon)  # before transformers
-import transformers.quantizers.auto
+import peft, transformers.quantizers.auto
 importlib.reload(qsurgeon)  # and after
 assert not [finder for finder in sys.meta_path if type(finder).__module__ == "qsurgeon"]
 {REGISTERED}

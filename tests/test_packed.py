@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qsurgeon
+from qsurgeon import adapting
 from qsurgeon.errors import CheckpointError, PlanError, ShapeError, SurgeryError
 from qsurgeon.formats import get_format
 from qsurgeon.formats.quality import sqnr
@@ -307,7 +308,7 @@ def test_a_record_that_a_packed_weight_cannot_follow_is_refused(copy: Path) -> N
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.load(copy)
     assert str(caught.value) == (
-        f"{Q} cannot be wrapped: a packed weight is rounded in every phase, not in rollout only"
+        f"{copy}: {Q} cannot be wrapped: a packed weight is rounded in every phase, not in rollout only"
     )
 
 
@@ -546,14 +547,40 @@ def test_an_adapter_that_takes_codes_for_values_is_refused_by_surgery(small_mode
     assert quant_linears(model) == {}
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_on_packed_weights_it_is_refused_and_changes_nothing(small_model: Maker, name: str) -> None:
+    config, how = REFUSED[name]
+    config = deepcopy(config)
+    config.target_modules = [] if name == "target_parameters" else ["q_proj"]
+    model = qsurgeon.apply(recipe(), small_model())
+    before, modules = {key: one.clone() for key, one in model.state_dict().items()}, list(model.named_modules())
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(SurgeryError) as caught:
+        peft.get_peft_model(model, config)
+    assert str(caught.value) == (
+        "DoRA computes with the weights of what it sits on, and some of these are packed: leave use_dora out, or write "
+        "the base with storage: master"
+        if name == "dora"
+        else f"2 wrapped modules have codes that would be misread, such as {Q}.base_layer: the adapter on it ({how} "
+        "its weight, which is packed"
+    )
+    assert list(model.named_modules()) == modules
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    after = model.state_dict()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
 @pytest.mark.parametrize("name", ["kasa", "velora", "unilora"])
-def test_put_on_packed_weights_it_is_wrong_in_silence_and_inspect_says_so(small_model: Maker, name: str) -> None:
+def test_put_on_packed_weights_it_is_wrong_in_silence_indeed_and_inspect_says_so(
+    small_model: Maker, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def make(storage: str) -> Any:
         config = deepcopy(REFUSED[name][0])
         config.target_modules = ["q_proj"]
         torch.manual_seed(2)
         return moved(peft.get_peft_model(qsurgeon.apply(recipe(storage), small_model()), config))
 
+    monkeypatch.setattr(adapting, "refuse_adapters", lambda _: None)
     packed, master = make("packed"), make("master")
     (logits_, grads), (expected, expected_grads) = step(packed), step(master)
     wrong = [one for one in grads if not torch.equal(grads[one], expected_grads[one])]
@@ -573,8 +600,8 @@ def test_load_refuses_an_adapter_that_takes_codes_for_values(small_model: Maker,
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.load(adapter)
     assert str(caught.value) == (
-        f"{adapter}: 2 packed weights would be misread, such as that of {Q}.base_layer: the adapter on it (Linear "
-        "of peft's hira) computes with its weight, which is packed"
+        f"{adapter}: 2 wrapped modules have codes that would be misread, such as {Q}.base_layer: the adapter on it "
+        "(Linear of peft's hira) computes with its weight, which is packed"
     )
 
 

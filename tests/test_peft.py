@@ -1,6 +1,7 @@
 """Every adapter method of peft on wrapped layers: it calls them, or it is refused."""
 
 import pkgutil
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import qsurgeon
+from qsurgeon import adapting
 from qsurgeon.errors import SurgeryError
 from qsurgeon.layers import Quantization, QuantLinear, quant_linears
 from qsurgeon.surgery import bypassed
@@ -132,6 +135,12 @@ def trained(model: Any) -> Any:
     return model
 
 
+@pytest.fixture
+def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let peft put on what would be refused, to see what it does."""
+    monkeypatch.setattr(adapting, "refuse_adapters", lambda _: None)
+
+
 def on(model: Any, config: Any) -> Any:
     return trained(peft.get_peft_model(model, config))
 
@@ -233,6 +242,35 @@ def test_an_adapter_that_computes_past_its_layer_is_refused_by_surgery(model: Ma
 
 
 @pytest.mark.parametrize("name", PAST)
+def test_on_a_wrapped_model_it_is_refused_and_changes_nothing(model: Maker, name: str) -> None:
+    config, how = PAST[name]
+    wrapped = qsurgeon.apply("w4a4-mxfp4", model())
+    before, modules = {key: one.clone() for key, one in wrapped.state_dict().items()}, list(wrapped.named_modules())
+    with pytest.raises(SurgeryError) as caught:
+        peft.get_peft_model(wrapped, config())
+    assert str(caught.value) == f"2 wrapped modules would have no effect, such as {Q}.base_layer: {how}"
+    assert list(wrapped.named_modules()) == modules
+    assert all(parameter.requires_grad for parameter in wrapped.parameters())
+    after = wrapped.state_dict()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    assert on(wrapped, CALL["lora"]())(input_ids=TOKENS, labels=TOKENS).loss > 0
+
+
+def test_a_second_adapter_that_is_refused_leaves_the_first(model: Maker) -> None:
+    adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL["lora"]()).eval()
+    expected = adapted(input_ids=TOKENS).logits
+    trains = [parameter.requires_grad for parameter in adapted.parameters()]
+    with pytest.raises(SurgeryError, match="DoRA with lora_dropout"):
+        adapted.add_adapter("second", DORA())
+    assert list(adapted.peft_config) == ["default"]
+    assert [parameter.requires_grad for parameter in adapted.parameters()] == trains
+    assert bypassed(adapted) == {}
+    assert torch.equal(adapted(input_ids=TOKENS).logits, expected)
+    adapted.add_adapter("second", CALL["lora"]())
+
+
+@pytest.mark.usefixtures("unguarded")
+@pytest.mark.parametrize("name", PAST)
 def test_on_a_wrapped_model_it_computes_past_it_indeed_and_inspect_says_so(model: Maker, name: str) -> None:
     config, how = PAST[name]
     adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), config())
@@ -254,6 +292,7 @@ def test_glora_is_refused_by_surgery_and_refuses_wrapped_layers_itself(model: Ma
         peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), config())
 
 
+@pytest.mark.usefixtures("unguarded")
 def test_dora_with_dropout_computes_past_its_layer_while_it_trains(model: Maker) -> None:
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.apply("w4a4-mxfp4", peft.get_peft_model(model(), DORA()))
@@ -282,13 +321,18 @@ def test_a_norm_tuner_of_a_linear_trains_a_copy_and_is_refused_if_that_stays_in_
 
 def test_load_refuses_an_adapter_that_computes_past_its_base(model: Maker, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model().save_pretrained(base)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), PAST["hra"][0]()).save_pretrained(adapter)
+    shutil.rmtree(base)
     qsurgeon.apply("w4a4-mxfp4", model()).save_pretrained(base)
-    peft.get_peft_model(qsurgeon.load(base), PAST["hra"][0]()).save_pretrained(adapter)
+    says = f"2 wrapped modules would have no effect, such as {Q}.base_layer: {PAST['hra'][1]}"
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.load(adapter)
-    assert str(caught.value) == (
-        f"{adapter}: 2 wrapped modules would have no effect, such as {Q}.base_layer: {PAST['hra'][1]}"
-    )
+    assert str(caught.value) == f"{adapter}: {says}"
+    for load in (AutoModelForCausalLM.from_pretrained, peft.AutoPeftModelForCausalLM.from_pretrained):
+        with pytest.raises(SurgeryError) as caught:
+            load(adapter)
+        assert str(caught.value) == says
 
 
 # --- LoRA before and after surgery, and trained

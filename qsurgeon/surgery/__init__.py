@@ -1,6 +1,6 @@
 """From a recipe to a changed model: list its modules, decide each one's fate, operate."""
 
-from qsurgeon.surgery.adapters import bypassed, misread
+from qsurgeon.surgery.adapters import bypassed, misread, refuse_adapters
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
@@ -26,6 +26,7 @@ __all__ = [
     "read_config",
     "read_record",
     "record_of",
+    "refuse_adapters",
     "refuse_foreign",
     "refuse_quantized",
     "skeleton",

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from qsurgeon.errors import SurgeryError
 from qsurgeon.layers import QuantLinear, packed_linears, quant_linears
 
 _HELD = ".base_layer"
@@ -40,6 +41,17 @@ def misread(model: nn.Module) -> dict[str, str]:
 def misreading(model: nn.Module, path: str) -> str | None:
     """Return how an adapter on the module at ``path`` would take codes for values; None if it leaves them alone."""
     return _first(model, path, _into_what_it_holds)
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Do nothing if all adapters call the QuantLinears that they sit on. Raises: SurgeryError with the first others."""
+    for found, what in (
+        (bypassed(model), "would have no effect"),
+        (misread(model), "have codes that would be misread"),
+    ):
+        if found:
+            name, how = next(iter(found.items()))
+            raise SurgeryError(f"{len(found)} wrapped modules {what}, such as {name}: {how}")
 
 
 def _first(model: nn.Module, path: str, ask: Callable[[nn.Module], str | None]) -> str | None:
