@@ -4,8 +4,8 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal, Self, get_args
+from functools import cache, cached_property
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 
@@ -181,6 +181,16 @@ class Fields:
         if unknown:
             raise FormatError(f"a format has no field '{unknown[0]}'; {nearest(unknown[0], FIELDS)}")
         return cls(name, **{field: FIELDS[field](field, value) for field, value in values.items()})
+
+    @classmethod
+    def from_key(cls, name: str, key: str) -> Self:
+        """Return the format of which ``key`` is the key; the same object each time."""
+        return cast(Self, _from_key(cls, name, key))  # type: ignore[arg-type]  # a class is hashable
+
+
+@cache
+def _from_key(kind: type[Fields], name: str, key: str) -> Fields:
+    return kind.from_dict(name, json.loads(key))
 
 
 def check_operands(weight: Fields | None, input: Fields | None) -> None:

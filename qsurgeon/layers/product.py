@@ -5,10 +5,8 @@ grad_x = g · q(W), grad_W = gᵀ · q(x). All that the second needs of x is q(x
 scales; q(W) is rounded once more from the weight, which is there anyhow.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -305,14 +303,9 @@ def _open(stored: Sequence[Tensor], grid: Format, inputs: int, dtype: torch.dtyp
 # Opaque to torch.compile, which would otherwise open a weight once for forward and backward, and keep it in between.
 
 
-@cache
-def _grid_of(name: str, key: str) -> Format:
-    return Format.from_dict(name, json.loads(key))
-
-
 @torch.library.custom_op("qsurgeon::times_opened", mutates_args=())
 def _forward_op(values: Tensor, bias: Tensor | None, stored: list[Tensor], name: str, key: str) -> Tensor:
-    weight = _open(stored, _grid_of(name, key), values.shape[-1], values.dtype)
+    weight = _open(stored, Format.from_key(name, key), values.shape[-1], values.dtype)
     return torch.nn.functional.linear(values, weight, bias)
 
 
@@ -323,7 +316,7 @@ def _(values: Tensor, bias: Tensor | None, stored: list[Tensor], name: str, key:
 
 @torch.library.custom_op("qsurgeon::opened_times", mutates_args=())
 def _backward_op(grad: Tensor, stored: list[Tensor], name: str, key: str, inputs: int) -> Tensor:
-    return grad @ _open(stored, _grid_of(name, key), inputs, grad.dtype)
+    return grad @ _open(stored, Format.from_key(name, key), inputs, grad.dtype)
 
 
 @_backward_op.register_fake

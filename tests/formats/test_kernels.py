@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qsurgeon.errors import FormatError
-from qsurgeon.formats import CATALOG, Format, Quantized, get_format, kernels, native
+from qsurgeon.formats import CATALOG, Format, Quantized, compiled, get_format, kernels, native
 from qsurgeon.formats.packing import pack
 from qsurgeon.layers import Quantization, QuantLinear
 
@@ -51,6 +51,8 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def bits(x: Tensor) -> Tensor:
     """Return the bits of ``x``, the sign of a zero included, and one pattern for every NaN."""
+    if not x.is_floating_point():
+        return x
     return torch.where(x.isnan(), torch.nan, x).view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
@@ -159,19 +161,28 @@ def test_the_number_of_threads_changes_no_bit(fmt: Format, monkeypatch: pytest.M
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own imports
-@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=attrgetter("name"))
+@pytest.mark.parametrize(
+    "fmt",
+    [MXFP4, NVFP4.as_input.with_fields("row", tensor_scale="row"), get_format("mxfp6_e2m3")],
+    ids=attrgetter("name"),
+)
 def test_torch_compile_of_the_same_operations_agrees_and_serves_all_shapes_with_one_graph(
     fmt: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def all_of(x: Tensor) -> list[Any]:
+        codes = fmt.quantize(x)
+        return [fmt.fake_quantize(x), codes.data, codes.scale, codes.tensor_scale, codes.dequantize()]
+
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for rows, columns in ((3, 64), (17, 128), (64, 32), (128, 256)):
-        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+    for shape in ((3, 64), (17, 128), (2, 32, 32), (128, 256)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])).to(torch.bfloat16)
         monkeypatch.setenv(kernels.VARIABLE, "eager")
-        eager = fmt.fake_quantize(x)
+        eager = all_of(x)
         monkeypatch.setenv(kernels.VARIABLE, "compile")
-        assert torch.equal(bits(fmt.fake_quantize(x)), bits(eager))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        for one, other in zip(all_of(x), eager, strict=True):
+            assert one is other is None or (one.shape == other.shape and torch.equal(bits(one), bits(other)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -180,15 +191,15 @@ def test_many_formats_in_one_process_compile_to_one_graph_each(monkeypatch: pyte
     counter = CompileCounter()
     monkeypatch.setenv(kernels.VARIABLE, "compile")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    monkeypatch.setattr(kernels, "_codes", [])
-    kernels._whole.cache_clear()
+    monkeypatch.setattr(compiled, "_kernels", [])
+    compiled._kernel.cache_clear()
     x = torch.randn(8, 128)
     formats = {fmt.as_weight.key: fmt.as_weight for fmt in CATALOG.values()}.values()
     for place, fmt in enumerate(formats, 1):
-        rounded = fmt.fake_quantize(x)
-        assert counter.frame_count == place, fmt.name
-        assert torch.equal(bits(rounded), bits(fmt.quantize(x).dequantize()))
-    kernels._whole.cache_clear()
+        rounded, codes = fmt.fake_quantize(x), fmt.quantize(x)
+        assert torch.equal(bits(rounded), bits(codes.dequantize()))
+        assert counter.frame_count == 3 * place, fmt.name
+    compiled._kernel.cache_clear()
 
 
 @pytest.mark.parametrize("fmt", [NVFP4, VARIANTS[-3], get_format("int8")], ids=attrgetter("name"))
