@@ -20,6 +20,12 @@ class Estimate:
 class Events:
     """A listener that ignores everything; override what is of interest. No two methods run at the same time."""
 
+    def ready(self) -> None:
+        """Hear that recipe and model fit each other; nothing was downloaded but the config, and nothing written.
+
+        What this raises ends the run. Of processes that share an output each hears it.
+        """
+
     def begin(self, estimate: Estimate) -> None:
         """Hear what the run will take."""
 

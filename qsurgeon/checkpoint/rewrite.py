@@ -91,14 +91,14 @@ def rewrite(
     here = ranks() if options.shared else Ranks()
     destination = Path(os.path.normpath(destination))
     try:
-        work = _prepare(recipe, source, destination, options) if here.rank == 0 else None
+        work = _prepare(recipe, source, destination, events, options) if here.rank == 0 else None
     except BaseException:
         here.share(False)
         raise
     if not here.share(True):
         raise OtherRankError("rank 0 could not begin")
     if work is None:
-        work = _prepare(recipe, source, destination, options)
+        work = _prepare(recipe, source, destination, events, options)
     try:
         if here.rank:
             _fill(work, here, events, options)
@@ -131,7 +131,9 @@ class _Work:
     run: dict[str, Any]
 
 
-def _prepare(recipe: Recipe | str | Path, source: str | Path, destination: Path, options: Options) -> _Work:
+def _prepare(
+    recipe: Recipe | str | Path, source: str | Path, destination: Path, events: Events, options: Options
+) -> _Work:
     """Find out all that can be wrong before anything is written."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
@@ -151,6 +153,7 @@ def _prepare(recipe: Recipe | str | Path, source: str | Path, destination: Path,
     refuse_quantized(config, str(source))
     model = skeleton(read_config(found.folder, trusted), trusted)
     plan = build_plan(recipe, inventory(model))
+    events.ready()
     # By the commit: a branch may have moved since.
     whole = fetch(source, found.commit, trust_remote_code=trusted)
     folder, origin = whole.folder, whole.origin

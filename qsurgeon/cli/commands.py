@@ -138,16 +138,19 @@ def apply(
     if public and push_to_hub is None:
         raise UsageError("--public is of a repository that is pushed to: say --push-to-hub REPO too")
     options = Options(workers, max_shard_size, resume, allow_nonfinite, launched(), revision, trust_remote_code)
-    bar = Bar("writing weights")
-    if push_to_hub is not None and bar.leads:
-        push_to_hub = reserve(push_to_hub, private=not public)
-    with bar:
+    reserved: list[str] = []
+
+    def reserve_repository() -> None:
+        if push_to_hub is not None:
+            reserved.append(reserve(push_to_hub, private=not public))
+
+    with Bar("writing weights", reserve_repository) as bar:
         done = rewrite(loaded, source, destination, bar, options)
     if not bar.leads:
         return
     typer.echo(f"{destination}: {report_of(done).summary}")
-    if push_to_hub is not None:
-        typer.echo(_pushed(destination, push_to_hub, private=not public))
+    for repo in reserved:
+        typer.echo(_pushed(destination, repo, private=not public))
     typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
 
 

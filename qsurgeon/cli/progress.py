@@ -1,5 +1,6 @@
 """How far a long run is, on stderr."""
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -12,10 +13,13 @@ from qsurgeon.formats.native import say
 
 
 class Bar(Events):
-    """A bar of bytes, with their rate and the time that is left. Of several processes one alone shows it."""
+    """A bar of bytes, with their rate and the time that is left. Of several processes one alone shows it.
 
-    def __init__(self, what: str) -> None:
-        self.leads = leads()
+    first: what that one does as soon as the run has found nothing wrong, and before it downloads and writes.
+    """
+
+    def __init__(self, what: str, first: Callable[[], None] = lambda: None) -> None:
+        self.leads, self._first = leads(), first
         columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         shown = self.leads and console.is_terminal
@@ -28,6 +32,11 @@ class Bar(Events):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.stop()
+
+    def ready(self) -> None:
+        """Do what is to be done first."""
+        if self.leads:
+            self._first()
 
     def begin(self, estimate: Estimate) -> None:
         """Say what it will take."""

@@ -12,6 +12,7 @@ import pytest
 import qsurgeon
 import qsurgeon.hf  # before any output is captured: libraries print while they are imported
 from qsurgeon.cli import main
+from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import CATALOG
 from qsurgeon.recipe import shipped_recipes
 
@@ -93,6 +94,28 @@ def test_an_upload_that_fails_says_how_to_repeat_it(run: Run, monkeypatch: pytes
         "error: me/x: the upload was cut off",
     ]
     assert Path("done/config.json").is_file()
+
+
+def test_a_repository_is_made_when_all_else_is_right_and_before_anything_is_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(repo: str, **_: Any) -> None:
+        asked.append(sorted(path.name for path in Path().iterdir()))
+        raise CheckpointError(f"{repo}: the hub does not let us write there")
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr("qsurgeon.checkpoint.reserve", refused)
+    there = ["mine.yaml", "tiny"]
+    push = ("--output", "done", "--push-to-hub", "me/x")
+    assert run("apply", "mine.yaml", "--model", "nowhere", *push).code == 2
+    Path("wrong.yaml").write_text(Path("mine.yaml").read_text().replace("layers", "layer", 1))
+    assert run("apply", "wrong.yaml", "--model", "tiny", *push).code == 2
+    Path("wrong.yaml").unlink()
+    assert asked == []
+    result = run("apply", "mine.yaml", "--model", "tiny", *push)
+    assert result == Result(2, "", "error: me/x: the hub does not let us write there\n")
+    assert asked == [there]
+    assert sorted(path.name for path in Path().iterdir()) == there
 
 
 # --- plan
@@ -364,7 +387,7 @@ def test_an_unknown_format_is_a_mistake(run: Run) -> None:
 
 
 def test_a_pattern_that_names_nothing_is_a_mistake(run: Run) -> None:
-    Path("mine.yaml").write_text(RECIPE.replace("layers", "layer"))
+    Path("mine.yaml").write_text(RECIPE.replace("layers", "layer", 1))
     assert mistake(run("plan", "mine.yaml", "--model", "tiny")) == (
         "error: mine.yaml:3:14: 'layer' names no module; did you mean 'layers'?\n"
         "      - target: [layer]\n"
@@ -487,6 +510,7 @@ def interrupted(after: int) -> subprocess.CompletedProcess[str]:
     program = f"""
 import os, signal, sys
 from qsurgeon.cli import main
+from qsurgeon.errors import CheckpointError
 from qsurgeon.cli.progress import Bar
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without
