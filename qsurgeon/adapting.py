@@ -1,69 +1,88 @@
-"""An adapter that peft puts on a wrapped layer and that would compute past it is refused, and taken off again.
+"""An adapter that peft would put on a wrapped layer, and that would compute past it, is refused before it is there.
 
-Importing this module changes ``BaseTuner.inject_adapter``, through which peft puts on all adapters that sit on layers;
+So is merging one into packed weights. Importing this module changes ``BaseTuner.inject_adapter``, through which peft
+puts on all adapters that sit on layers, and what it asks before it merges them;
 ``qsurgeon/__init__.py`` imports it right after ``peft.tuners.tuners_utils``.
 """
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
 
 from qsurgeon.errors import SurgeryError
-from qsurgeon.layers import packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
 from qsurgeon.patching import Method, patch
-from qsurgeon.surgery import refuse_adapters
-
-
-class _Before:
-    """A model as it is before an adapter is put on it: its modules, what they hold, and which parameters train.
-
-    peft writes into all of these: modules and adapters' settings are kept in dicts of modules, KaSA replaces the data
-    of weights, and whatever is not the adapter's is frozen. No tensor is copied.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._dicts = [
-            (held, dict(held))
-            for module in model.modules()
-            for held in vars(module).values()
-            if isinstance(held, dict)  # _modules and _parameters too
-        ]
-        self._parameters = [(one, one.data, one.requires_grad) for one in model.parameters()]
-
-    def restore(self) -> None:
-        """Make the model what it was."""
-        for held, before in self._dicts:
-            held.clear()
-            held.update(before)
-        for parameter, data, requires_grad in self._parameters:
-            parameter.data = data
-            parameter.requires_grad_(requires_grad)
+from qsurgeon.surgery import objection, refuse_adapters
 
 
 def _refusing(inject: Method) -> Method:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if not quant_linears(model):
-            inject(self, model, adapter_name, *args, **kwargs)
-            return
-        before = _Before(model)
-        with ExitStack() as undo:
-            undo.callback(before.restore)
+        is_wrapped = bool(quant_linears(model))
+        if is_wrapped:
             try:
-                inject(self, model, adapter_name, *args, **kwargs)
-            except RuntimeError as error:
-                # It computes with a weight before it is on the layer, and what fails are the shapes of codes.
-                if getattr(self.peft_config[adapter_name], "use_dora", False) and packed_linears(model):
-                    raise SurgeryError(
-                        "DoRA computes with the weights of what it sits on, and some of these are packed: "
-                        "leave use_dora out, or write the base with storage: master"
-                    ) from error
+                _check(self, model, self.peft_config[adapter_name])
+            except SurgeryError:
+                _forget(self, model, adapter_name)
                 raise
-            refuse_adapters(model)
-            undo.pop_all()
+        inject(self, model, adapter_name, *args, **kwargs)
+        if is_wrapped:
+            refuse_adapters(model)  # for what no config tells; the adapter is on the model then
 
     return inject_adapter
 
 
+def _check(tuner: Any, model: nn.Module, config: Any) -> None:
+    """Do nothing if adapters of ``config`` call what they sit on. Raises: SurgeryError with the first that would not.
+
+    Nothing of the model, nor of the config, is changed.
+    """
+    if objection(config, is_packed=True) is None:
+        return
+    for path, layer in _targets(tuner, model, config):
+        how = objection(config, is_packed=isinstance(layer, PackedLinear))
+        if how is not None:
+            raise SurgeryError(f"{path} cannot have this adapter: {how}")
+
+
+def _targets(tuner: Any, model: nn.Module, config: Any) -> Iterator[tuple[str, QuantLinear]]:
+    """Yield the wrapped layers that peft would put adapters of ``config`` on, as it finds them itself."""
+    parameters = tuple(getattr(config, "target_parameters", None) or ())
+    for path, layer in packed_linears(model).items() if parameters else ():
+        if f"{path}.weight".endswith(parameters):
+            yield path, layer
+    filled = tuner._prepare_adapter_config(deepcopy(config), tuner.get_model_config(model))
+    filled = _maybe_include_all_linear_layers(filled, model)
+    for path, module in model.named_modules():
+        held = module
+        while hasattr(held, "base_layer"):
+            held = held.base_layer
+        if path and isinstance(held, QuantLinear) and tuner._check_target_module_exists(filled, path):
+            yield path, held
+
+
+def _forget(tuner: Any, model: nn.Module, adapter_name: str) -> None:
+    """Take back what was noted of an adapter before it was put on: peft notes its config, transformers that it is."""
+    tuner.peft_config.pop(adapter_name, None)
+    if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
+        vars(model)["_hf_peft_config_loaded"] = False
+
+
+def _refusing_codes(check: Method) -> Method:
+    def check_merge_allowed(self: Any) -> None:
+        check(self)
+        for path in packed_linears(self.model):
+            adapters = getattr(self.model.get_submodule(path.rpartition(".")[0]), "active_adapters", ())
+            if path.endswith(".base_layer") and adapters:
+                raise SurgeryError(
+                    f"the weight of {path} is packed, and peft would add {adapters[0]!r} to its codes: save the "
+                    "adapter, and use qsurgeon merge ADAPTER --output FOLDER"
+                )
+
+    return check_merge_allowed
+
+
 patch(BaseTuner, "inject_adapter", _refusing)
+patch(BaseTuner, "_check_merge_allowed", _refusing_codes)  # before merge_adapter, merge_and_unload

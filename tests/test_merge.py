@@ -231,14 +231,14 @@ def test_modules_without_a_format_are_reported_and_not_in_the_total(base: Path, 
     assert (head["module"], head["codes"], head["share"], head["sqnr"]) == ("lm_head", 0, None, None)
     assert done.to_dict()["total"]["codes"] == 2 * 64 * 64
     lines = merge_text(done).splitlines()
-    assert lines[-2].startswith("3 modules are merged, 2 of them in another format: ΔW/W ")
+    assert lines[-2].startswith("3 modules are merged, 2 of them rounded anew: ΔW/W ")
 
 
 def test_an_adapter_of_modules_without_a_format_has_no_total(base: Path, tmp_path: Path) -> None:
     adapter_of(base, tmp_path / "adapter", target_modules=["lm_head"])
     done = merge(tmp_path / "adapter", tmp_path / "out")
     assert done.to_dict()["total"] is None
-    assert merge_text(done).splitlines()[-2] == "1 modules are merged, 0 of them in another format"
+    assert merge_text(done).splitlines()[-2] == "1 modules are merged, 0 of them rounded anew"
 
 
 # --- what is refused

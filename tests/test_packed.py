@@ -490,9 +490,17 @@ def test_the_base_of_a_trained_adapter_is_saved_as_it_was(folder: Path, tmp_path
     assert different(qsurgeon.load(tmp_path), qsurgeon.load(folder)) == []
 
 
-def test_peft_does_not_merge_into_codes(folder: Path) -> None:
-    with pytest.raises(RuntimeError, match="size"):
-        adapted(qsurgeon.load(folder)).merge_and_unload()
+@pytest.mark.parametrize("weight", ["mxfp4", "mxfp8", "int8"])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_peft_does_not_merge_into_codes(small_model: Maker, weight: str, safe_merge: bool) -> None:
+    rule = {"target": ["layers"], "weight": weight, "input": "mxfp8"}
+    model = adapted(qsurgeon.apply(recipe(rules=[rule]), small_model()))
+    before, says = logits(model), f"{Q}.base_layer is packed, and peft would add 'default' to its codes: save the "
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(SurgeryError, match=says):
+            merge(safe_merge=safe_merge)
+    assert torch.equal(logits(model), before)
+    assert logits(model.unload()).isfinite().all()
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
@@ -549,20 +557,17 @@ def test_an_adapter_that_takes_codes_for_values_is_refused_by_surgery(small_mode
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_on_packed_weights_it_is_refused_and_changes_nothing(small_model: Maker, name: str) -> None:
-    config, how = REFUSED[name]
-    config = deepcopy(config)
+    config = deepcopy(REFUSED[name][0])
     config.target_modules = [] if name == "target_parameters" else ["q_proj"]
     model = qsurgeon.apply(recipe(), small_model())
     before, modules = {key: one.clone() for key, one in model.state_dict().items()}, list(model.named_modules())
     trains = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(SurgeryError) as caught:
         peft.get_peft_model(model, config)
+    method = {"dora": "DoRA", "kasa": "KaSA", "velora": "VeLoRA", "target_parameters": "LoRA with target_parameters"}
     assert str(caught.value) == (
-        "DoRA computes with the weights of what it sits on, and some of these are packed: leave use_dora out, or write "
-        "the base with storage: master"
-        if name == "dora"
-        else f"2 wrapped modules have codes that would be misread, such as {Q}.base_layer: the adapter on it ({how} "
-        "its weight, which is packed"
+        f"{Q} cannot have this adapter: {method.get(name, name)} computes with the weight of what it sits on, "
+        "which is packed"
     )
     assert list(model.named_modules()) == modules
     assert [parameter.requires_grad for parameter in model.parameters()] == trains
@@ -580,7 +585,8 @@ def test_put_on_packed_weights_it_is_wrong_in_silence_indeed_and_inspect_says_so
         torch.manual_seed(2)
         return moved(peft.get_peft_model(qsurgeon.apply(recipe(storage), small_model()), config))
 
-    monkeypatch.setattr(adapting, "refuse_adapters", lambda _: None)
+    for guard in ("_check", "refuse_adapters"):
+        monkeypatch.setattr(adapting, guard, lambda *_: None)
     packed, master = make("packed"), make("master")
     (logits_, grads), (expected, expected_grads) = step(packed), step(master)
     wrong = [one for one in grads if not torch.equal(grads[one], expected_grads[one])]
@@ -600,8 +606,7 @@ def test_load_refuses_an_adapter_that_takes_codes_for_values(small_model: Maker,
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.load(adapter)
     assert str(caught.value) == (
-        f"{adapter}: 2 wrapped modules have codes that would be misread, such as {Q}.base_layer: the adapter on it "
-        "(Linear of peft's hira) computes with its weight, which is packed"
+        f"{adapter}: {Q} cannot have this adapter: hira computes with the weight of what it sits on, which is packed"
     )
 
 

@@ -18,6 +18,7 @@ import qsurgeon
 from qsurgeon import adapting
 from qsurgeon.errors import SurgeryError
 from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.recipe import Recipe, Rule
 from qsurgeon.surgery import bypassed
 
 # FRoD's own.
@@ -138,7 +139,8 @@ def trained(model: Any) -> Any:
 @pytest.fixture
 def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let peft put on what would be refused, to see what it does."""
-    monkeypatch.setattr(adapting, "refuse_adapters", lambda _: None)
+    for name in ("_check", "refuse_adapters"):
+        monkeypatch.setattr(adapting, name, lambda *_: None)
 
 
 def on(model: Any, config: Any) -> Any:
@@ -241,14 +243,34 @@ def test_an_adapter_that_computes_past_its_layer_is_refused_by_surgery(model: Ma
     assert quant_linears(adapted) == {}
 
 
-@pytest.mark.parametrize("name", PAST)
+SAYS = {
+    "glora": "glora multiplies with its weight itself and never calls it",
+    "frod": "frod multiplies with its weight itself and never calls it",
+    "hra": "hra multiplies with its weight itself and never calls it",
+    "shira": "shira multiplies with its weight itself and never calls it",
+    "supertuning": "supertuning multiplies with its weight itself and never calls it",
+    "miss, bat": "miss with init_weights='bat' multiplies with its weight itself and never calls it",
+    "dora": "DoRA with lora_dropout multiplies with its weight itself and never calls it while it trains; "
+    "set lora_dropout=0",
+}
+
+
+def past(name: str, **fields: Any) -> Any:
+    make = {"dora": DORA, "glora": made("GloraConfig")}.get(name)
+    config = PAST[name][0]() if make is None else make()
+    for field, value in fields.items():
+        setattr(config, field, value)
+    return config
+
+
+@pytest.mark.parametrize("name", SAYS)
 def test_on_a_wrapped_model_it_is_refused_and_changes_nothing(model: Maker, name: str) -> None:
-    config, how = PAST[name]
     wrapped = qsurgeon.apply("w4a4-mxfp4", model())
     before, modules = {key: one.clone() for key, one in wrapped.state_dict().items()}, list(wrapped.named_modules())
+    olora = {"init_lora_weights": "olora"} if name == "dora" else {}  # which would write into weights
     with pytest.raises(SurgeryError) as caught:
-        peft.get_peft_model(wrapped, config())
-    assert str(caught.value) == f"2 wrapped modules would have no effect, such as {Q}.base_layer: {how}"
+        peft.get_peft_model(wrapped, past(name, **olora))
+    assert str(caught.value) == f"{Q} cannot have this adapter: {SAYS[name]}"
     assert list(wrapped.named_modules()) == modules
     assert all(parameter.requires_grad for parameter in wrapped.parameters())
     after = wrapped.state_dict()
@@ -256,17 +278,67 @@ def test_on_a_wrapped_model_it_is_refused_and_changes_nothing(model: Maker, name
     assert on(wrapped, CALL["lora"]())(input_ids=TOKENS, labels=TOKENS).loss > 0
 
 
-def test_a_second_adapter_that_is_refused_leaves_the_first(model: Maker) -> None:
-    adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL["lora"]()).eval()
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # transformers' own way
+@pytest.mark.parametrize("whose", ["peft", "transformers"])
+def test_a_second_adapter_that_is_refused_leaves_the_first(model: Maker, whose: str, tmp_path: Path) -> None:
+    wrapped = qsurgeon.apply("w4a4-mxfp4", model())
+    if whose == "peft":
+        adapted, add = peft.get_peft_model(wrapped, CALL["lora"](), "first"), lambda config, name: (name, config)
+    else:
+        adapted, add = wrapped, lambda config, name: (config, name)
+        adapted.add_adapter(CALL["lora"](), "first")
+    trained(adapted).eval()
     expected = adapted(input_ids=TOKENS).logits
     trains = [parameter.requires_grad for parameter in adapted.parameters()]
-    with pytest.raises(SurgeryError, match="DoRA with lora_dropout"):
-        adapted.add_adapter("second", DORA())
-    assert list(adapted.peft_config) == ["default"]
+    for _ in range(2):
+        with pytest.raises(SurgeryError, match="cannot have this adapter"):
+            adapted.add_adapter(*add(DORA(), "second"))
+    assert list(adapted.peft_config) == ["first"]
     assert [parameter.requires_grad for parameter in adapted.parameters()] == trains
     assert bypassed(adapted) == {}
     assert torch.equal(adapted(input_ids=TOKENS).logits, expected)
-    adapted.add_adapter("second", CALL["lora"]())
+    adapted.save_pretrained(tmp_path)
+    assert list(tmp_path.rglob("adapter_model.safetensors"))
+    adapted.add_adapter(*add(CALL["lora"](), "second"))
+
+
+@pytest.mark.parametrize("name", sorted(SAYS.keys() - {"frod", "glora"}))  # which peft takes from get_peft_model alone
+def test_transformers_forgets_a_first_adapter_that_is_refused(model: Maker, name: str, tmp_path: Path) -> None:
+    wrapped = qsurgeon.apply("w4a4-mxfp4", model())
+    with pytest.raises(SurgeryError, match="cannot have this adapter"):
+        wrapped.add_adapter(past(name))
+    wrapped.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    wrapped.add_adapter(CALL["lora"]())
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_it_may_sit_on_what_is_not_wrapped(model: Maker, name: str) -> None:
+    rule = Rule(name="up", target=("up_proj",), weight="mxfp4", input="mxfp4")  # type: ignore[arg-type]
+    peft.get_peft_model(qsurgeon.apply(Recipe(version=1, rules=(rule,)), model()), past(name))
+
+
+def test_dora_with_dropout_infers_on_a_wrapped_base(model: Maker, tmp_path: Path) -> None:
+    peft.get_peft_model(model(), DORA()).save_pretrained(tmp_path)
+    adapted = peft.PeftModel.from_pretrained(qsurgeon.apply("w4a4-mxfp4", model()), tmp_path)
+    report = qsurgeon.inspect(adapted.eval(), {"input_ids": TOKENS})
+    assert [row.module for row in report.rows if row.called is False or row.bypassed] == []
+    with pytest.raises(SurgeryError, match="set lora_dropout=0"):
+        peft.PeftModel.from_pretrained(qsurgeon.apply("w4a4-mxfp4", model()), tmp_path, is_trainable=True)
+
+
+def test_tokens_that_train_in_a_wrapped_head_are_refused(model: Maker) -> None:
+    rule = Rule(name="head", target=("lm_head",), weight="mxfp4", input="mxfp4")  # type: ignore[arg-type]
+    head = Recipe(version=1, rules=(rule,))
+    with pytest.raises(SurgeryError, match="lm_head cannot have this adapter: trainable_tokens multiplies"):
+        peft.get_peft_model(
+            qsurgeon.apply(head, model(tie_word_embeddings=False)),
+            peft.TrainableTokensConfig(target_modules=["lm_head"], token_indices=[1, 2]),
+        )
+    config = CALL["lora"]()
+    config.trainable_token_indices = {"lm_head": [1, 2]}
+    with pytest.raises(SurgeryError, match=r"such as lm_head\.token_adapter\.base_layer: the adapter on it"):
+        peft.get_peft_model(qsurgeon.apply(head, model(tie_word_embeddings=False)), config)
 
 
 @pytest.mark.usefixtures("unguarded")
@@ -283,13 +355,10 @@ def test_on_a_wrapped_model_it_computes_past_it_indeed_and_inspect_says_so(model
     assert report.summary.endswith("; past 2 of them adapters compute in full precision")
 
 
-def test_glora_is_refused_by_surgery_and_refuses_wrapped_layers_itself(model: Maker) -> None:
-    config = made("GloraConfig")
+def test_glora_is_refused_by_surgery(model: Maker) -> None:
     with pytest.raises(SurgeryError) as caught:
-        qsurgeon.apply("w4a4-mxfp4", peft.get_peft_model(model(), config()))
+        qsurgeon.apply("w4a4-mxfp4", peft.get_peft_model(model(), made("GloraConfig")()))
     assert str(caught.value) == f"{Q} cannot be wrapped: " + ITSELF.format("GloraLinear of peft's glora")
-    with pytest.raises(ValueError, match=r"is not a plain torch\.nn\.Linear"):
-        peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), config())
 
 
 @pytest.mark.usefixtures("unguarded")
@@ -325,7 +394,7 @@ def test_load_refuses_an_adapter_that_computes_past_its_base(model: Maker, tmp_p
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), PAST["hra"][0]()).save_pretrained(adapter)
     shutil.rmtree(base)
     qsurgeon.apply("w4a4-mxfp4", model()).save_pretrained(base)
-    says = f"2 wrapped modules would have no effect, such as {Q}.base_layer: {PAST['hra'][1]}"
+    says = f"{Q} cannot have this adapter: {SAYS['hra']}"
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.load(adapter)
     assert str(caught.value) == f"{adapter}: {says}"

@@ -43,17 +43,18 @@ def _state() -> _State:
 
 @contextmanager
 def _entered(state: _State) -> Iterator[None]:
-    before = _here.phase, _here.disabled
+    # In a thread of a backward pass the two differ: what torch handed on is known to one of them alone.
+    here, handed_on = (_here.phase, _here.disabled), _state()
     try:
-        _set(state)
+        _set(state, state)
         yield
     finally:
-        _set(before)
+        _set(here, handed_on)
 
 
-def _set(state: _State) -> None:
-    _here.phase, _here.disabled = state
-    torch._C._stash_obj_in_tls(_KEY, state)
+def _set(here: _State, handed_on: _State) -> None:
+    _here.phase, _here.disabled = here
+    torch._C._stash_obj_in_tls(_KEY, handed_on)
 
 
 @contextmanager

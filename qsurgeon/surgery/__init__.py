@@ -1,6 +1,6 @@
 """From a recipe to a changed model: list its modules, decide each one's fate, operate."""
 
-from qsurgeon.surgery.adapters import bypassed, misread, refuse_adapters
+from qsurgeon.surgery.adapters import bypassed, misread, objection, refuse_adapters
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
@@ -21,6 +21,7 @@ __all__ = [
     "foreign_method",
     "inventory",
     "misread",
+    "objection",
     "operate",
     "plain_model",
     "read_config",

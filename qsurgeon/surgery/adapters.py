@@ -14,11 +14,18 @@ from qsurgeon.layers import QuantLinear, packed_linears, quant_linears
 
 _HELD = ".base_layer"
 # Their forward reads the weight and multiplies with it itself, changed or not, and never calls the layer.
-_READ_THE_WEIGHT = {"frod", "glora", "hra", "shira", "supertuning"}
+_READ_THE_WEIGHT = {"frod", "glora", "hra", "shira", "supertuning", "trainable_tokens"}
 # Those compute with the weight's values beside the layer that they call,
 _COMPUTE_WITH_THE_WEIGHT = {"hira", "loha", "lokr", "peanut"}
 # and those make tensors of their own in its dtype.
 _TAKE_ITS_DTYPE = {"unilora"}
+# Fields of a LoraConfig that make LoRA do one or the other.
+_ON_VALUES = {
+    "use_dora": "DoRA",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "target_parameters": "LoRA with target_parameters",
+}
 
 
 def bypassed(model: nn.Module) -> dict[str, str]:
@@ -52,6 +59,27 @@ def refuse_adapters(model: nn.Module) -> None:
         if found:
             name, how = next(iter(found.items()))
             raise SurgeryError(f"{len(found)} wrapped modules {what}, such as {name}: {how}")
+
+
+def objection(config: Any, *, is_packed: bool) -> str | None:
+    """Return why an adapter of peft with this config may not be put on a wrapped layer; None if it may.
+
+    Also None for what a config does not tell. is_packed: the layer's weight is packed.
+    """
+    method = type(config).__module__.removeprefix("peft.tuners.").partition(".")[0]
+    past = "multiplies with its weight itself and never calls it"
+    if method in _READ_THE_WEIGHT:
+        return f"{method} {past}"
+    if method == "miss" and config.init_weights == "bat":
+        return f"miss with init_weights='bat' {past}"
+    is_dora = method == "lora" and config.use_dora
+    if is_packed:
+        found = [name for field, name in _ON_VALUES.items() if method == "lora" and getattr(config, field, None)]
+        if found or method in _COMPUTE_WITH_THE_WEIGHT | _TAKE_ITS_DTYPE:
+            return f"{found[0] if found else method} computes with the weight of what it sits on, which is packed"
+    if is_dora and config.lora_dropout and not config.inference_mode:
+        return f"DoRA with lora_dropout {past} while it trains; set lora_dropout=0"
+    return None
 
 
 def _first(model: nn.Module, path: str, ask: Callable[[nn.Module], str | None]) -> str | None:
@@ -109,8 +137,9 @@ def _past_what_it_holds(layer: Any) -> str | None:
             return f"the adapter on it ({kind}) trains a copy of it in full precision, and calls that instead"
     if "lora" in methods and variants is not None:
         for adapter, variant in getattr(layer, "lora_variant", {}).items():
-            dropout = layer.lora_dropout[adapter]
-            if isinstance(variant, variants.DoraLinearVariant) and not isinstance(dropout, nn.Identity):
+            drops = not isinstance(layer.lora_dropout[adapter], nn.Identity)
+            trains = layer.lora_A[adapter].weight.requires_grad
+            if isinstance(variant, variants.DoraLinearVariant) and drops and trains:
                 return (
                     "the adapter on it (DoRA with lora_dropout) multiplies with its weight itself while it trains; "
                     "set lora_dropout=0"

@@ -7,6 +7,8 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
 from qsurgeon.layers import QuantLinear, quant_linears
@@ -232,7 +234,10 @@ class _Window:
             if torch.compiler.is_compiling() or name in self.calls or not output.numel():
                 return
             x = args[0] if args else kwargs["input"]
-            with torch.no_grad():
+            if is_fake(x):
+                return
+            # Selective checkpointing counts the operations that it sees.
+            with torch.no_grad(), _disable_current_modes():
                 self.calls[name] = Call(layer, x, output, self._rows, self._weights.known.get(name))
 
         return hook

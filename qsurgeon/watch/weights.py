@@ -22,7 +22,7 @@ class Weights:
 
     def __init__(self, layers: Mapping[str, QuantLinear], rows: int) -> None:
         self._layers, self._rows = layers, rows
-        self._codes: dict[str, tuple[Format, Tensor]] = {}
+        self._codes: dict[str, tuple[Format, torch.Size, Tensor]] = {}
         self.known: dict[str, Sample] = {}
         self.measure()
 
@@ -30,7 +30,7 @@ class Weights:
     def measure(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the noise of each weight, and the share of the codes of each that changed since the last measure.
 
-        Of the second are only those that are trainable, and were then, in the same format.
+        Of the second are only those that are trainable, and were then, in the same format and shape.
         """
         samples = {name: self._sample(name, layer, format) for name, layer, format in self._with_format()}
         noise: list[Named] = []
@@ -53,13 +53,15 @@ class Weights:
     def _with_format(self) -> Iterator[tuple[str, QuantLinear, Format]]:
         for name, layer in self._layers.items():
             packed = isinstance(layer, PackedLinear)  # its codes are not trained, and what they lost is gone
-            if layer.quantization.weight is not None and layer.weight.numel() and not packed:
+            if layer.quantization.weight is not None and local(layer.weight).numel() and not packed:
                 yield name, layer, layer.quantization.weight.as_weight
 
     def _sample(self, name: str, layer: QuantLinear, format: Format) -> Sample:
         weight = local(layer.weight)
         rows = rows_of(len(weight), self._rows, format.block_shape[0])
-        return sample(weight, format, layer.quantization.rotation, rows, self.known.get(name))
+        # An optimizer has written to what is trainable, and a fused one does not let autograd count that.
+        known = None if layer.weight.requires_grad else self.known.get(name)
+        return sample(weight, format, layer.quantization.rotation, rows, known)
 
     def _flipped(self, samples: Mapping[str, Sample], now: Quantized) -> Named:
         """Return what can be compared, and the share of its codes that changed; remember the new ones."""
@@ -67,11 +69,13 @@ class Weights:
         for (name, one), data in zip(samples.items(), now.data, strict=True):
             if one.format is None or not self._layers[name].weight.requires_grad:
                 continue
-            if name in self._codes and self._codes[name][0] == one.format:
+            what = one.format, local(self._layers[name].weight).shape
+            *was, codes = self._codes.get(name, (None, None, data))
+            if tuple(was) == what:
                 names.append(name)
-                before.append(self._codes[name][1])
+                before.append(codes)
                 after.append(data)
-            self._codes[name] = one.format, data
+            self._codes[name] = *what, data.clone()  # not a view, which would keep all of the stack
         if not names:
             return [], now.data.new_zeros(0)
         changed = unpack(torch.stack(before) ^ torch.stack(after), now.format.element.bits, now.length).flatten(1)
