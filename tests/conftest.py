@@ -48,6 +48,12 @@ def make_qwen2(qwen2_config: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="session")
+def small_model(make_qwen2: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a maker of Qwen2 models of two layers, whose output head is its own unless told otherwise."""
+    return lambda **fields: make_qwen2(**{"num_hidden_layers": 2, "tie_word_embeddings": False, **fields})
+
+
 @pytest.fixture
 def tiny_qwen2(make_qwen2: Callable[..., Any]) -> Any:
     """A live model: 3 layers, hidden 64, lm_head tied to embed_tokens; 22 Linear modules."""

@@ -30,12 +30,6 @@ Maker = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def small_model(make_qwen2: Maker) -> Maker:
-    """Return a maker of Qwen2 models of two layers, whose output head is its own unless told otherwise."""
-    return lambda **fields: make_qwen2(**{"num_hidden_layers": 2, "tie_word_embeddings": False, **fields})
-
-
-@pytest.fixture(scope="session")
 def folder(small_model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("hf") / "w4a4"
     qsurgeon.apply("w4a4-mxfp4", small_model()).save_pretrained(path)
