@@ -14,7 +14,12 @@ OUTPUTS = 4  # of each token of a sample: enough to tell by, and little to compu
 
 
 class Call:
-    """A sample of what goes into a layer's call, weight and bias included, and of what comes out."""
+    """A sample of what goes into a layer's call, weight and bias included, and of what comes out.
+
+    trains: whether the call was one that computes gradients.
+    """
+
+    trains = False
 
     def __init__(self, layer: QuantLinear, x: Tensor, output: Tensor, rows: int, known: Sample | None = None) -> None:
         how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), local(layer.weight)

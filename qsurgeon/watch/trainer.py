@@ -34,8 +34,12 @@ class WatchCallback(TrainerCallback):
         """Add this callback to ``trainer``, before all that report, and return it.
 
         Those that come first would get the logs without the numbers.
+
+        Raises: UsageError if it is there already: it would count every step twice.
         """
         callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            raise UsageError("this WatchCallback is attached already, or was given to the Trainer: do one of the two")
         flow = [place for place, one in enumerate(callbacks) if isinstance(one, DefaultFlowCallback)]
         callbacks.insert(max(flow, default=-1) + 1, self)  # after what decides whether this step evaluates
         self._attached = True
@@ -63,6 +67,8 @@ class WatchCallback(TrainerCallback):
             self._watch = Watch(kwargs["model"], **{**self._options, "compiled": True})
         else:
             self._watch = Watch(kwargs["model"], **self._options)
+        if args.eval_on_start:
+            self._evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure; watch the evaluation that comes next, if one does."""
@@ -70,6 +76,16 @@ class WatchCallback(TrainerCallback):
             return
         self._numbers = self._watch.step() or self._numbers
         if control.should_evaluate:
+            self._evaluate()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Watch the evaluation that comes next, if one does."""
+        if control.should_evaluate:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self._watch is not None:
+            self._evaluating.close()  # of one that is still open no log told
             self._evaluation = self._evaluating.enter_context(self._watch.evaluation())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Numbers | None = None, **kwargs: Any) -> None:

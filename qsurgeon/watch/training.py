@@ -29,9 +29,10 @@ class Watch:
     """Numbers about the QuantLinear layers of a model in training, a flat dict each ``every`` steps.
 
     ``qsurgeon/called``, ``qsurgeon/active``: the share of the layers that were called since the step before, and that
-    computed with rounded operands, which is checked: of each layer's first call, a few outputs are computed again, and
-    must be nearer to the product of the rounded operands than to that of the unrounded ones. 1.0 is all of them; a
-    quantizer that is off makes it fall.
+    computed with rounded operands, which is checked: of each layer's first call (the first that computes gradients, if
+    there is one: a teacher or a rollout may come before) a few outputs are computed again, and must be nearer to the
+    product of the rounded operands than to that of the unrounded ones. 1.0 is all of them; a quantizer that is off
+    makes it fall.
     ``qsurgeon/flip_rate[/GROUP]``: the share of the weights whose code is another than at the last measured step (at
     the first: than when watching began); scales are no codes. A frozen weight counts as one that does not change;
     where nothing is trainable there is no such number.
@@ -202,7 +203,7 @@ class Watch:
 
 
 class _Window:
-    """Hooks on the layers, for a time; ``calls`` has each one's first call that returned."""
+    """Hooks on the layers, for a time; ``calls`` has each one's first call, if possible one that computes gradients."""
 
     def __init__(
         self,
@@ -231,16 +232,22 @@ class _Window:
     def _after(self, name: str) -> Callable[[QuantLinear, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
         def hook(layer: QuantLinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             # Recomputing under gradient checkpointing is a later call.
-            if torch.compiler.is_compiling() or name in self.calls or not output.numel():
+            if torch.compiler.is_compiling() or not output.numel() or not self._wants(name):
                 return
             x = args[0] if args else kwargs["input"]
             if is_fake(x):
                 return
+            trains = torch.is_grad_enabled()
             # Selective checkpointing counts the operations that it sees.
             with torch.no_grad(), _disable_current_modes():
                 self.calls[name] = Call(layer, x, output, self._rows, self._weights.known.get(name))
+                self.calls[name].trains = trains
 
         return hook
+
+    def _wants(self, name: str) -> bool:
+        """Return whether a call of the layer is to be looked at: the first, and the first that computes gradients."""
+        return name not in self.calls or (torch.is_grad_enabled() and not self.calls[name].trains)
 
 
 def check_counts(every: int, rows: int) -> None:

@@ -102,3 +102,19 @@ def test_an_evaluation_is_watched_by_itself(model: Any, train: Train, hooks: Hoo
             model(input_ids=IDS)
         assert watch.step()["qsurgeon/called"] == 0.0
     assert hooks(model) == 0
+
+
+def test_a_teacher_or_a_rollout_that_comes_first_is_not_what_is_judged(model: Any, train: Train) -> None:
+    ids = torch.arange(1, 9).reshape(1, 8)
+    with qsurgeon.Watch(model, every=1) as watch:
+        for _ in range(2):
+            with qsurgeon.disabled(model), torch.no_grad():
+                model(input_ids=ids)
+            train(model)
+            numbers = watch.step()
+            assert (numbers["qsurgeon/called"], numbers["qsurgeon/active"]) == (1.0, 1.0)
+        with torch.no_grad():
+            model(input_ids=ids)
+        with qsurgeon.disabled(model):
+            train(model)
+        assert watch.step()["qsurgeon/active"] == 0.0

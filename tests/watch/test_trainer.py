@@ -107,3 +107,23 @@ def test_a_run_that_failed_is_closed_by_the_next_one_or_by_hand(model: Any, tmp_
 def test_a_trainer_of_a_model_that_is_not_wrapped_is_refused(make_qwen2: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(NothingWrappedError):
         trainer(make_qwen2(num_hidden_layers=1), tmp_path, [qsurgeon.WatchCallback()]).train()
+
+
+def test_evaluations_before_training_and_after_epochs_are_watched(model: Any, tmp_path: Path) -> None:
+    options = {"eval_strategy": "epoch", "eval_steps": None, "max_steps": -1, "num_train_epochs": 2}
+    running = trainer(model, tmp_path, [], eval_on_start=True, **options)
+    qsurgeon.WatchCallback(every=1).attach(running)
+    running.train()
+    evaluations = [one for one in running.state.log_history if "eval_loss" in one]
+    assert len(evaluations) == 3
+    for one in evaluations:
+        assert (one["eval_qsurgeon/called"], one["eval_qsurgeon/active"]) == (1.0, 1.0)
+    trained = [one for one in running.state.log_history if "loss" in one]
+    assert {one["qsurgeon/active"] for one in trained} == {1.0}
+
+
+def test_attaching_twice_is_refused(model: Any, tmp_path: Path) -> None:
+    callback = qsurgeon.WatchCallback()
+    running = trainer(model, tmp_path, [callback])
+    with pytest.raises(UsageError, match="attached already, or was given to the Trainer"):
+        callback.attach(running)
