@@ -47,8 +47,8 @@ class Watch:
     autograd has counted a write to the tensor, or the sample changed. Stochastic rounding draws the numbers that the
     layer draws. Of a sharded weight (FSDP2) each process samples its shard, and takes that for the tensor.
 
-    Watching every step of 1024 tokens through 84 layers took 1.0 % (MXFP4) and 1.7 % (NVFP4) of a CPU's time, of 256
-    tokens 3.3 and 6.5 % (docs/benchmarks.md): larger batches make it less, and a larger ``every``.
+    Watching every step of 1024 tokens through 84 layers took 1.4 % (MXFP4) and 1.7 % (NVFP4) of a CPU's time, of 256
+    tokens 3 and 4 to 7 % (docs/benchmarks.md): larger batches make it less, and a larger ``every``.
 
     Hooks are attached for the step that is measured. Nothing is kept from one to the next but the sample's packed
     codes, and the rows themselves of weights with a scale per tensor. A compiled model runs that step eagerly, with all
