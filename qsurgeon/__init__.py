@@ -2,8 +2,8 @@
 
 Importing the package has two side effects: as soon as transformers' quantizers are imported (at once, if they are
 already), ``quant_method: qsurgeon`` is registered with them; and as soon as peft is, it refuses adapters that would
-compute past wrapped layers. Below ``qsurgeon run``, and only there, loaded models are
-announced too. Nothing else is imported until it is used, so that ``qsurgeon --help`` answers without torch.
+compute past wrapped layers. Below ``qsurgeon run``, and only there, loaded models are announced too. Nothing else is
+imported until it is used, so that ``qsurgeon --help`` answers without torch.
 """
 
 import importlib

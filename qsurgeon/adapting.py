@@ -1,15 +1,15 @@
 """An adapter that peft would put on a wrapped layer, and that would compute past it, is refused before it is there.
 
 So is merging one into packed weights. Importing this module changes ``BaseTuner.inject_adapter``, through which peft
-puts on all adapters that sit on layers, and what it asks before it merges them;
-``qsurgeon/__init__.py`` imports it right after ``peft.tuners.tuners_utils``.
+puts on all adapters that sit on layers, and what it asks before it merges them; ``qsurgeon/__init__.py`` imports it
+right after ``peft.tuners.tuners_utils``.
 """
 
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
 from qsurgeon.errors import SurgeryError
@@ -55,12 +55,15 @@ def _targets(tuner: Any, model: nn.Module, config: Any) -> Iterator[tuple[str, Q
             yield path, layer
     filled = tuner._prepare_adapter_config(deepcopy(config), tuner.get_model_config(model))
     filled = _maybe_include_all_linear_layers(filled, model)
-    for path, module in model.named_modules():
-        held = module
-        while hasattr(held, "base_layer"):
-            held = held.base_layer
+    for path, _, held in _holding(model):
         if path and isinstance(held, QuantLinear) and tuner._check_target_module_exists(filled, path):
             yield path, held
+
+
+def _holding(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield each module's path, the module, and what it holds if it is a layer of peft; itself if not."""
+    for path, module in model.named_modules():
+        yield path, module, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _forget(tuner: Any, model: nn.Module, adapter_name: str) -> None:
@@ -73,12 +76,11 @@ def _forget(tuner: Any, model: nn.Module, adapter_name: str) -> None:
 def _refusing_codes(check: Method) -> Method:
     def check_merge_allowed(self: Any) -> None:
         check(self)
-        for path in packed_linears(self.model):
-            adapters = getattr(self.model.get_submodule(path.rpartition(".")[0]), "active_adapters", ())
-            if path.endswith(".base_layer") and adapters:
+        for path, layer, held in _holding(self.model):
+            if isinstance(held, PackedLinear) and isinstance(layer, BaseTunerLayer) and layer.active_adapters:
                 raise SurgeryError(
-                    f"the weight of {path} is packed, and peft would add {adapters[0]!r} to its codes: save the "
-                    "adapter, and use qsurgeon merge ADAPTER --output FOLDER"
+                    f"the weight of {path}.base_layer is packed, and peft would add {layer.active_adapters[0]!r} to "
+                    "its codes: save the adapter, and use qsurgeon merge ADAPTER --output FOLDER"
                 )
 
     return check_merge_allowed

@@ -54,6 +54,14 @@ def small_model(make_qwen2: Callable[..., Any]) -> Callable[..., Any]:
     return lambda **fields: make_qwen2(**{"num_hidden_layers": 2, "tie_word_embeddings": False, **fields})
 
 
+@pytest.fixture(scope="session")
+def plain_folder(small_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a model in full precision. It is shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "plain"
+    small_model().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_qwen2(make_qwen2: Callable[..., Any]) -> Any:
     """A live model: 3 layers, hidden 64, lm_head tied to embed_tokens; 22 Linear modules."""

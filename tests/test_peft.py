@@ -315,7 +315,10 @@ def test_transformers_forgets_a_first_adapter_that_is_refused(model: Maker, name
 @pytest.mark.parametrize("name", SAYS)
 def test_it_may_sit_on_what_is_not_wrapped(model: Maker, name: str) -> None:
     rule = Rule(name="up", target=("up_proj",), weight="mxfp4", input="mxfp4")  # type: ignore[arg-type]
-    peft.get_peft_model(qsurgeon.apply(Recipe(version=1, rules=(rule,)), model()), past(name))
+    adapted = peft.get_peft_model(qsurgeon.apply(Recipe(version=1, rules=(rule,)), model()), past(name))
+    assert [path.rsplit(".", 1)[-1] for path in quant_linears(adapted)] == ["up_proj"]
+    on_it = [path for path, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert {path.rsplit(".", 1)[-1] for path in on_it} >= set(TARGETS)
 
 
 def test_dora_with_dropout_infers_on_a_wrapped_base(model: Maker, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ said once, pieces.py computes the same.
 
 from collections.abc import Callable
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,26 +21,21 @@ from qsurgeon.formats.pieces import Above, per_row_of
 
 def fake_quantize(rows: Tensor, above: Above, fields: Fields) -> Tensor:
     """As ``pieces.fake_quantize``."""
-    width = _width(rows.shape[-1], fields) if fields.rounding == "nearest" else 0
-    if not width:
-        found = _run(_fake_quantize, fields, (), rows, above)
-    else:
-        found = _run(_fake_quantize, fields, (), rows.reshape(-1, width), _by_block(above, rows, width))
+    found = _run(_fake_quantize, fields, (), *_operands(rows, above, fields))
     return pieces.fake_quantize(rows, above, fields) if found is None else _as(found, rows, rows.shape[-1])
 
 
 def quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
     """As ``pieces.quantize``."""
-    width = _width(rows.shape[-1], fields) if fields.rounding == "nearest" else 0
-    if not width:
-        found = _run(_quantize, fields, (), rows, above)
-        return pieces.quantize(rows, above, fields) if found is None else found
-    found = _run(_quantize, fields, (), rows.reshape(-1, width), _by_block(above, rows, width))
+    first, own = _operands(rows, above, fields)
+    found = _run(_quantize, fields, (), first, own)
     if found is None:
         return pieces.quantize(rows, above, fields)
     data, scale = found
-    count = rows.shape[-1] // width
-    return _as(data, rows, count * data.shape[-1]), None if scale is None else _as(scale, rows, count)
+    if first is rows:
+        return data, scale
+    many = rows.shape[-1] // first.shape[-1]
+    return _as(data, rows, many * data.shape[-1]), None if scale is None else _as(scale, rows, many)
 
 
 def dequantize(
@@ -54,6 +50,12 @@ def dequantize(
         operands = data.reshape(-1, width * bits // 8), blocks, _by_block(above, data, width * bits // 8)
         found = _run(_dequantize, fields, (width, dtype), *operands)
     return pieces.dequantize(data, scale, above, fields, length, dtype) if found is None else _as(found, data, length)
+
+
+def _operands(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Above]:
+    """Return what is to be rounded: the blocks and the tensor scale of each; both as they are where that cannot be."""
+    width = _width(rows.shape[-1], fields) if fields.rounding == "nearest" else 0
+    return (rows.reshape(-1, width), _by_block(above, rows, width)) if width else (rows, above)
 
 
 def _as(blocks: Tensor, rows: Tensor, columns: int) -> Tensor:
@@ -121,10 +123,9 @@ def _kernel(act: Callable[..., Any], key: str, fixed: tuple[Any, ...]) -> Callab
         return act(fields, *fixed, *operands)
 
     # torch.compile keeps what it learnt, and counts recompilations, by code object: each kernel needs one of its own.
-    run.__code__ = run.__code__.replace(co_name=f"{act.__name__}_{len(_kernels)}")
-    _kernels.append(key)
+    run.__code__ = run.__code__.replace(co_name=f"{act.__name__}_{next(_numbers)}")
     return torch.compile(run)
 
 
-_kernels: list[str] = []  # the formats of those that were compiled so far
+_numbers = count()
 _no_compiler: list[str] = []  # why torch.compile does not work here, once it was tried

@@ -19,9 +19,10 @@ class Call:
     trains: whether the call was one that computes gradients.
     """
 
-    trains = False
-
-    def __init__(self, layer: QuantLinear, x: Tensor, output: Tensor, rows: int, known: Sample | None = None) -> None:
+    def __init__(
+        self, layer: QuantLinear, x: Tensor, output: Tensor, rows: int, known: Sample | None, *, trains: bool
+    ) -> None:
+        self.trains = trains
         how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), local(layer.weight)
         height = how.weight.block_shape[0] if how.weight else 1
         outputs = rows_of(len(weight), rows, height)[: -(-OUTPUTS // height) * height]

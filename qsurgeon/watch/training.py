@@ -240,8 +240,8 @@ class _Window:
             trains = torch.is_grad_enabled()
             # Selective checkpointing counts the operations that it sees.
             with torch.no_grad(), _disable_current_modes():
-                self.calls[name] = Call(layer, x, output, self._rows, self._weights.known.get(name))
-                self.calls[name].trains = trains
+                known = self._weights.known.get(name)
+                self.calls[name] = Call(layer, x, output, self._rows, known, trains=trains)
 
         return hook
 

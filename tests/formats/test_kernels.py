@@ -191,7 +191,6 @@ def test_many_formats_in_one_process_compile_to_one_graph_each(monkeypatch: pyte
     counter = CompileCounter()
     monkeypatch.setenv(kernels.VARIABLE, "compile")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    monkeypatch.setattr(compiled, "_kernels", [])
     compiled._kernel.cache_clear()
     x = torch.randn(8, 128)
     formats = {fmt.as_weight.key: fmt.as_weight for fmt in CATALOG.values()}.values()

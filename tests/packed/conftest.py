@@ -1,4 +1,4 @@
-"""What tests of packed weights share: a recipe, a plain and a packed folder, an adapter, what is compared."""
+"""What tests of packed weights share: a recipe, a packed folder, an adapter, what is compared."""
 
 import shutil
 from collections.abc import Callable
@@ -31,16 +31,8 @@ def recipe() -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
-def plain(small_model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model in full precision. It is shared: copy it before changing it."""
-    path = tmp_path_factory.mktemp("packed") / "plain"
-    small_model().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
 def folder(small_model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of that model with packed weights. It is shared too."""
+    """The folder of a model with packed weights. It is shared: copy it before changing it."""
     path = tmp_path_factory.mktemp("packed") / "packed"
     qsurgeon.apply(make_recipe(), small_model()).save_pretrained(path)
     return path

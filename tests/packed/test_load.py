@@ -53,11 +53,11 @@ def test_it_reloads_to_the_bit(
 @pytest.mark.parametrize("device_map", [None, "cpu", "auto", SPLIT], ids=["none", "cpu", "auto", "disk"])
 @pytest.mark.parametrize("dtype", ["auto", None, *DTYPES], ids=str)
 def test_it_loads_anywhere_and_in_any_dtype(
-    plain: Path, folder: Path, recipe: MakeRecipe, logits: Logits, tmp_path: Path, device_map: Any, dtype: Any
+    plain_folder: Path, folder: Path, recipe: MakeRecipe, logits: Logits, tmp_path: Path, device_map: Any, dtype: Any
 ) -> None:
     asked = torch.float32 if dtype in ("auto", None) else dtype
     # The codes are of the float32 weight, whatever the rest is loaded as.
-    expected = hf.AutoModelForCausalLM.from_pretrained(plain, dtype=asked)
+    expected = hf.AutoModelForCausalLM.from_pretrained(plain_folder, dtype=asked)
     codes = load_file(folder / "model.safetensors")
     for name, layer in packed_linears(qsurgeon.apply(recipe(), expected)).items():
         for key, one in layer.stored.items():
@@ -158,9 +158,9 @@ def config_of(model: Any) -> QSurgeonConfig:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_plain_checkpoint_is_packed_while_it_loads(
-    plain: Path, recipe: MakeRecipe, logits: Logits, different: Different, tmp_path: Path, dtype: torch.dtype
+    plain_folder: Path, recipe: MakeRecipe, logits: Logits, different: Different, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    load = functools.partial(hf.AutoModelForCausalLM.from_pretrained, plain, dtype=dtype)
+    load = functools.partial(hf.AutoModelForCausalLM.from_pretrained, plain_folder, dtype=dtype)
     expected = qsurgeon.apply(recipe(), load())
     model = load(quantization_config=config_of(expected))
     assert different(model, expected) == []
@@ -169,10 +169,13 @@ def test_a_plain_checkpoint_is_packed_while_it_loads(
     assert different(qsurgeon.load(tmp_path, dtype=dtype), expected) == []
 
 
-def test_what_stays_on_a_disk_is_not_packed_on_the_way(plain: Path, folder: Path, tmp_path: Path) -> None:
+def test_what_stays_on_a_disk_is_not_packed_on_the_way(plain_folder: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         hf.AutoModelForCausalLM.from_pretrained(
-            plain, device_map=SPLIT, offload_folder=tmp_path, quantization_config=config_of(qsurgeon.load(folder))
+            plain_folder,
+            device_map=SPLIT,
+            offload_folder=tmp_path,
+            quantization_config=config_of(qsurgeon.load(folder)),
         )
     assert str(caught.value) == (
         "a weight that is offloaded to disk is not packed on the way: write a packed checkpoint first (qsurgeon "
@@ -182,16 +185,16 @@ def test_what_stays_on_a_disk_is_not_packed_on_the_way(plain: Path, folder: Path
 
 @pytest.mark.parametrize("make", [lambda _: None, lambda one: one[..., :-1].contiguous()], ids=["missing", "misshapen"])
 def test_a_plain_checkpoint_that_does_not_fit_is_not_packed(
-    plain: Path, folder: Path, tmp_path: Path, make: Any
+    plain_folder: Path, folder: Path, tmp_path: Path, make: Any
 ) -> None:
-    copy = Path(shutil.copytree(plain, tmp_path / "copy"))
+    copy = Path(shutil.copytree(plain_folder, tmp_path / "copy"))
     change(copy, f"{Q}.weight", make)
     with pytest.raises((CheckpointError, RuntimeError), match=r"q_proj|conver"):
         hf.AutoModelForCausalLM.from_pretrained(copy, quantization_config=config_of(qsurgeon.load(folder)))
 
 
 def test_packing_on_the_way_holds_one_weight_at_a_time(
-    plain: Path, folder: Path, different: Different, monkeypatch: pytest.MonkeyPatch
+    plain_folder: Path, folder: Path, different: Different, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -203,7 +206,7 @@ def test_packing_on_the_way_holds_one_weight_at_a_time(
 
     monkeypatch.setattr("qsurgeon.quantizer.pack", counted)
     config = config_of(qsurgeon.load(folder))
-    model = hf.AutoModelForCausalLM.from_pretrained(plain, device_map="auto", quantization_config=config)
+    model = hf.AutoModelForCausalLM.from_pretrained(plain_folder, device_map="auto", quantization_config=config)
     assert different(model, qsurgeon.load(folder)) == []
     assert len(alive) == 11
     assert max(alive) == 0

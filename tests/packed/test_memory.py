@@ -30,9 +30,9 @@ Logits = Callable[[Any], Tensor]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_packed_model_computes_what_its_master_does_to_the_bit(
-    plain: Path, recipe: MakeRecipe, logits: Logits, dtype: torch.dtype
+    plain_folder: Path, recipe: MakeRecipe, logits: Logits, dtype: torch.dtype
 ) -> None:
-    load = functools.partial(hf.AutoModelForCausalLM.from_pretrained, plain, dtype=dtype)
+    load = functools.partial(hf.AutoModelForCausalLM.from_pretrained, plain_folder, dtype=dtype)
     master, packed = qsurgeon.apply(recipe("master"), load()), qsurgeon.apply(recipe(), load())
     assert len(packed_linears(packed)) == len(quant_linears(master)) == 11
     assert type(packed.model.layers[0].mlp.down_proj) is nn.Linear
@@ -86,7 +86,7 @@ def test_no_second_copy_of_the_weights_is_alive_while_they_are_packed(
 
 @pytest.mark.parametrize("phases", ["training", "rollout"])
 def test_a_packed_weight_that_some_phase_wants_unrounded_is_refused_at_its_line(
-    plain: Path, tmp_path: Path, phases: str
+    plain_folder: Path, tmp_path: Path, phases: str
 ) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
@@ -95,7 +95,7 @@ def test_a_packed_weight_that_some_phase_wants_unrounded_is_refused_at_its_line(
         f"  - {{target: [mlp], weight: mxfp4, phases: {phases}}}\n"
     )
     with pytest.raises(PlanError) as caught:
-        qsurgeon.plan(load_recipe(file), plain)
+        qsurgeon.plan(load_recipe(file), plain_folder)
     assert str(caught.value).splitlines()[0] == (
         f"{file}:5:44: rule 'rule 2' rounds in {phases} only: a packed weight is rounded in every phase; say "
         "'storage: master', or leave the weight out of the rule"
@@ -103,11 +103,11 @@ def test_a_packed_weight_that_some_phase_wants_unrounded_is_refused_at_its_line(
     assert len(caught.value.mistakes) == 1
 
 
-def test_a_packed_weight_cannot_wait_for_its_static_scale(plain: Path, recipe: MakeRecipe) -> None:
+def test_a_packed_weight_cannot_wait_for_its_static_scale(plain_folder: Path, recipe: MakeRecipe) -> None:
     formats = {"late": {"like": "nvfp4", "tensor_scale": "static"}}
     rules = [{"target": ["mlp"], "weight": "late", "input": "late"}]
     with pytest.raises(PlanError) as caught:
-        qsurgeon.plan(recipe(formats=formats, rules=rules), plain)
+        qsurgeon.plan(recipe(formats=formats, rules=rules), plain_folder)
     assert str(caught.value) == (
         "rules[0].weight: format 'late' of rule 'rule 1' has a static tensor scale without a number: a weight is "
         "packed before any calibration; give it a static_scale, or say 'tensor_scale: tensor'"

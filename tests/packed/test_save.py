@@ -67,11 +67,11 @@ def test_a_state_dict_that_is_given_is_what_is_saved(folder: Path, different: Di
 
 
 def test_a_plan_says_what_packing_will_take_and_inspect_what_it_takes(
-    plain: Path, folder: Path, small_model: Maker, recipe: MakeRecipe
+    plain_folder: Path, folder: Path, small_model: Maker, recipe: MakeRecipe
 ) -> None:
     planned = qsurgeon.inspect(small_model())
     before = planned.bytes
-    report = report_of(qsurgeon.plan(recipe(), plain))
+    report = report_of(qsurgeon.plan(recipe(), plain_folder))
     live, there = qsurgeon.inspect(qsurgeon.load(folder)), qsurgeon.inspect(folder)
     assert report.bytes == before
     assert report.bytes_after == live.bytes == there.bytes < before
