@@ -6,10 +6,12 @@ from typing import Any
 import transformers
 from torch import nn
 
+from qsurgeon.arguments import check_model, check_path, check_recipe, live
 from qsurgeon.checkpoint import carry_cards, config_of, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
+from qsurgeon.places import named
 from qsurgeon.quantizer import QSurgeonConfig, attach, follow_rollouts, record_in, register
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
@@ -33,7 +35,7 @@ ADAPTER = "adapter_config.json"
 
 
 def plan(
-    recipe: Recipe | str | Path, model: Any, revision: str | None = None, *, trust_remote_code: bool = False
+    recipe: Recipe | str | Path, model: Any = None, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Plan:
     """Decide what ``recipe`` does to ``model``, module by module; no weight is read.
 
@@ -43,6 +45,8 @@ def plan(
 
     Raises: RecipeError, PlanError, CheckpointError with all that is wrong; ConnectionError if the hub is out of reach.
     """
+    check_recipe("plan", recipe, Recipe, (model,))
+    check_model("plan", model, transformers.PreTrainedConfig)
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
         return build_plan(made, inventory(model))
@@ -57,15 +61,18 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
+def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Module:
     """Wrap the modules of a live model as ``recipe`` says, in place, and return it.
 
     Its config keeps the record, so that ``save_pretrained`` writes a folder that ``from_pretrained`` rebuilds.
     ``config.name_or_path`` no longer names what the model was loaded from, which is not what it is now: a trainer
     that would reload it as its reference fails instead, until ``reference`` says what it shall load.
 
-    Raises: RecipeError, PlanError, and SurgeryError (also for a model that is wrapped already).
+    Raises: RecipeError, PlanError, SurgeryError (also for a model that is wrapped already), and CallError for what is
+    no live model.
     """
+    check_recipe("apply", recipe, Recipe, (model,))
+    model = live("apply", model)
     root: Any = plain_model(model)[1]
     config = getattr(root, "config", None)
     config = config if isinstance(config, transformers.PreTrainedConfig) else None
@@ -127,6 +134,8 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision. SurgeryError for
     an adapter that computes past them, or takes codes for values.
     """
+    check_path("load", path, "path")
+    path = named(path)
     register()
     if auto_class is None:
         auto_class = _class_of(Path(path), bool(kwargs.get("trust_remote_code"))) or transformers.AutoModelForCausalLM
