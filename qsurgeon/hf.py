@@ -90,11 +90,14 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     mark(model, Origin(source, made.recipe.text), excluded)
     follow_rollouts(chosen.values())
     for host in found:
+        if not quant_linears(host):
+            continue
         note(host)
         if host.config.name_or_path:
             host.config.name_or_path += " rewritten in memory by qsurgeon: see qsurgeon.reference"
         host.add_model_tags([QUANT_METHOD])
-        announce(host)
+    for one in found or [model]:
+        announce(one)
     return model
 
 

@@ -7,6 +7,7 @@ says ``trust_remote_code``; where transformers has the model itself, it is not n
 import difflib
 import sys
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     Raises: CheckpointError as ``architecture``, or if the model cannot be built from these values.
     """
     model_class = architecture(config, trust_remote_code)
+    config = copy(config)
+    vars(config).pop("quantization_config", None)  # nothing is wrapped here
     auto: Any = transformers.AutoModel
     try:
         with torch.device("meta"):

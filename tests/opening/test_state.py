@@ -56,7 +56,13 @@ def test_a_model_made_from_the_config_of_a_wrapped_one_is_saved_in_full_precisio
     small_model: Maker, tmp_path: Path
 ) -> None:
     qsurgeon.apply("w4a4-mxfp4", small_model()).save_pretrained(tmp_path / "wrapped")
-    plain = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.from_pretrained(tmp_path / "wrapped"))
+    config = hf.AutoConfig.from_pretrained(tmp_path / "wrapped")
+    with pytest.warns(UserWarning, match="made from a config") as caught:
+        plain = hf.AutoModelForCausalLM.from_config(config)
+    assert str(caught[0].message) == (
+        "a Qwen2ForCausalLM that is made from a config is in full precision, also where the config is that of a model "
+        "which qsurgeon wrapped; qsurgeon.load opens its checkpoint, qsurgeon.apply wraps a model"
+    )
     plain.save_pretrained(tmp_path / "plain")
     assert section(tmp_path / "plain") is None
 
