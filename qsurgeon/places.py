@@ -21,6 +21,7 @@ MOST_BESIDE = 1000  # folders that a name is compared with
 
 _VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)\}|(?P<bare>[A-Za-z_]\w*))|%(?P<windows>[A-Za-z_]\w*)%")
 _ADDRESS = re.compile(r"(?:(?P<scheme>[a-z][a-z0-9+.-]+):/{1,2}|(?P<ssh>git@))(?P<rest>.*)", re.IGNORECASE)
+_AROUND = " \t\"'`“”‘’"
 _ID = re.compile(r"[\w.-]+/[\w.-]+")  # of a model on the hub
 _VIEWS = {"tree", "blob", "resolve", "commit", "raw"}  # of a revision's files, in addresses of the hub
 HUBS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
@@ -72,6 +73,8 @@ def model_here(model: str | Path) -> Path | None:
     Raises: CheckpointError for an address, a path that is not there, and a folder that holds something else.
     """
     text = str(model)
+    if not text.strip():
+        raise CheckpointError("no model: its name is empty")
     path = expanded(model)
     try:
         there = path.exists()
@@ -135,7 +138,7 @@ def _refuse_address(text: str) -> None:
 
 def _refuse_strange(text: str) -> None:
     """Refuse what is neither a folder nor can be a hub id, with what is likely meant."""
-    if text != text.strip(" \t\"'`“”‘’"):
+    if text != unquoted(text):
         raise CheckpointError(f"'{text}': no such folder: blanks or quotes stand around the name{nearby(Path(text))}")
     if "\\" in text:
         here = PureWindowsPath(text).as_posix()
@@ -187,6 +190,11 @@ def _base(file: Path) -> str:
     except CheckpointError:
         return "another model"
     return name if isinstance(name, str) and name and name.isprintable() else "another model"
+
+
+def unquoted(text: str) -> str:
+    """Return a name without the blanks and quotes around it."""
+    return text.strip(_AROUND)
 
 
 def quoted(path: str | Path) -> str:

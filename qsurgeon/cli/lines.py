@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from qsurgeon.cli.habits import ADAPTER, ELSEWHERE, RECIPE, SAID_OF_VERBS, VERBS
-from qsurgeon.cli.typed import DASHES, Line, Verb, meant, read, verb_of
+from qsurgeon.cli.typed import DASHES, Line, Verb, meant, plain, read, verb_of
 from qsurgeon.errors import UsageError, guess
-from qsurgeon.places import CONFIG, is_id, quoted
+from qsurgeon.places import CONFIG, is_id, quoted, unquoted
 from qsurgeon.recipe import shipped_recipes
 from qsurgeon.recipe.find import SUFFIXES
 
@@ -65,6 +65,10 @@ def _leading(words: Sequence[str]) -> Iterator[str]:
 def _check_line(line: Line, verbs: Mapping[str, Verb]) -> None:
     if line.strange:
         raise UsageError(_strange(line, verbs))
+    if line.words == ("help",):
+        raise UsageError(f"help is printed by: qsurgeon {line.verb.name} --help")
+    if line.verb.options.keys() & set(line.words):
+        raise UsageError("what stands behind '--' is no option: leave the '--' out")
     names = [name for name, _ in line.options]
     for name, takes in line.verb.options.values():
         values = [value for one, value in line.options if one == name and value is not None]
@@ -78,6 +82,8 @@ def _check_line(line: Line, verbs: Mapping[str, Verb]) -> None:
 
 def kind(word: str) -> str:
     """Return what a word names: a model, a recipe, or nothing that is known."""
+    if not word.strip():
+        return ""
     path = Path(word)
     bare = word.casefold().replace("\\", "/")
     stem = re.sub(r"\.(yaml|yml|json)$", "", bare).removeprefix("recipes/")
@@ -135,7 +141,7 @@ def _extra_of_recipe(line: Line) -> str:
 
 def arrange(line: Line) -> Line:
     """Return the line with each word where it belongs: the recipe first, model and output behind their options."""
-    words = list(line.words)
+    words = [unquoted(word) for word in line.words]
     kinds = {word: kind(word) for word in words}
     first = None if ROLES.get(line.verb.name) == "recipe" else next(iter(words), None)
     recipe = first or next((word for word in words if kinds[word] == "recipe"), None)
@@ -181,6 +187,9 @@ def _strange(line: Line, verbs: Mapping[str, Verb]) -> str:
         placed = arrange(line)
         kept = tuple(one for one in placed.options if one[0] in plan.options)
         return f"{start} To see what would be done is a command: {shown(Line(plan, placed.words[:1], kept))}"
+    if line.strange[0][1] is not None and line.strange[0][1].casefold() == "json" and "--json" in line.verb.options:
+        as_json = replace(line, options=(*line.options, ("--json", None)), strange=line.strange[1:])
+        return f"{start} Did you mean --json? {shown(as_json)}"
     if habit is not None and habit.says:
         return f"{start} {_sentence(habit.says.format(verb=line.verb.name, typed=name, output=output))}"
     better = _repaired(line)
@@ -188,7 +197,7 @@ def _strange(line: Line, verbs: Mapping[str, Verb]) -> str:
         return f"{start} {better}"
     has = [one for one, verb in verbs.items() if name in verb.options]
     if has:
-        return f"{start} {line.verb.name} does not have it; {' and '.join(has)} does"
+        return f"{start} {line.verb.name} does not have it, but: {', '.join(has)}"
     return f"{start} `qsurgeon {line.verb.name} --help` lists the options of {line.verb.name}"
 
 
@@ -251,6 +260,9 @@ def _before(before: Sequence[str], rest: Sequence[str], verbs: Mapping[str, Verb
         return f"{name} stands before the command, which comes first; say: {_line(words, line.verb)}"
     if name in {"-V", "-v", "-version"}:
         return f"No such option: {name}. {_sentence(SAID_OF_VERBS['version'])}"
+    verb = verbs.get(VERBS.get(plain(name), plain(name)))
+    if verb is not None:
+        return f"No such option: {name}. {verb.name} is a command: {_example(verb, rest)}"
     listed = ", ".join(verbs)
     return f"No such option: {name}. A command comes first: {listed}"
 
@@ -269,6 +281,11 @@ def _line(words: Sequence[str], verb: Verb) -> str:
 def _unknown(word: str, rest: Sequence[str], verbs: Mapping[str, Verb]) -> str:
     """Return what to say of a word that is no command."""
     start, bare = f"No such command '{word}'.", word.strip().casefold().replace("_", "-")
+    if bare == "help" and rest and rest[0] in verbs:
+        return f"{start} Help is printed by: qsurgeon {rest[0]} --help"
+    if next(iter(word.split()), "") in verbs:
+        said = " ".join([word.strip(), *map(quoted, rest)])
+        return f"{start} Its words stand in one pair of quotes; say: qsurgeon {said}"
     if bare in SAID_OF_VERBS:
         return f"{start} {_sentence(SAID_OF_VERBS[bare].format(verb=bare))}"
     if bare in VERBS:

@@ -27,6 +27,8 @@ def find_recipe(name: str | FilePath, beside: FilePath | None = None) -> FilePat
 
     Raises: RecipeError with the nearest name if there is neither.
     """
+    if not str(name).strip():
+        raise RecipeError([Mistake("", "no recipe: its name is empty")])
     try:
         path = expanded(name)
     except CheckpointError as error:
