@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE, Fields
-from qsurgeon.formats.scale import SCALE_RULES, PowerOfTwoScale
+from qsurgeon.formats.scale import PowerOfTwoScale, block_scale
 from qsurgeon.formats.stochastic import uniform
 
 At = tuple[int, int]  # the row and column of the whole tensor where a piece begins
@@ -116,17 +116,17 @@ def block_scales(blocks: Tensor, above: Tensor | None, fields: Fields) -> Tensor
     """Return the value of each block's scale, (..., n, 1); the tensor scale is divided out."""
     if fields.scale is None or fields.scale_rule is None:
         return blocks.new_ones(*blocks.shape[:-1], 1)
-    amax = blocks.abs().amax(-1, keepdim=True) if blocks.shape[-1] else blocks.new_zeros(*blocks.shape[:-1], 1)
-    if above is not None:
-        amax = amax / above[..., None]
-    scale = _clamped(SCALE_RULES[fields.scale_rule](amax, fields.element, fields.scale), fields)
+    largest = blocks.abs().amax(-1, keepdim=True) if blocks.shape[-1] else blocks.new_zeros(*blocks.shape[:-1], 1)
+    # Under a static scale that is too small for it, the quotient may be infinite: then the scale saturates.
+    amax = largest if above is None else largest / above[..., None]
+    scale = _clamped(block_scale(amax, fields.element, fields.scale, fields.scale_rule), fields)
     if fields.four_over_six and not isinstance(fields.scale, PowerOfTwoScale):
         wider = _clamped(fields.scale.round(amax / fields.element.magnitudes[-2]), fields)
         better = _error(blocks, product(wider, above), fields) < _error(blocks, product(scale, above), fields)
         scale = torch.where(better, wider, scale)
     # NaN from the values, not as a constant, which equals nothing: torch.compile would not see that three layers round
     # the same input in the same way.
-    return torch.where(amax.isfinite(), scale, amax - amax)
+    return torch.where(largest.isfinite(), scale, largest - largest)
 
 
 def _clamped(scale: Tensor, fields: Fields) -> Tensor:

@@ -87,11 +87,8 @@ class Format(Fields):
                 f"format '{self.name}' rotates values before it rounds them; ask its without_rotation, of rotated ones"
             )
         rows = _rows(x.detach(), dim)
-        return _shaped(arithmetic.saturates(rows, self._tensor_scale(rows), self), x, dim)
-
-    def _tensor_scale(self, rows: Tensor) -> Tensor | None:
         self._check_number()
-        return arithmetic.tensor_scale(rows, self)
+        return _shaped(kernels.saturates(rows, self), x, dim)
 
     def _check_number(self) -> None:
         if self.tensor_scale == "static" and self.static_scale is None:

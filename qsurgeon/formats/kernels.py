@@ -114,6 +114,23 @@ def _dequantize(
     return _DEQUANTIZE[kind_for(like, fields)](data, scale, above, fields, length, dtype)
 
 
+def saturates(rows: Tensor, fields: Fields) -> Tensor:
+    """Return where (bool) a value of ``rows`` (…, rows, columns) exceeds the largest that its block can hold."""
+    if _is_opaque(rows):
+        marked: Tensor = _saturates_op(rows, fields.name, fields.without_number.key, fields.static_scale)
+        return marked
+    if torch.compiler.is_compiling():
+        return arithmetic.saturates(rows, arithmetic.tensor_scale(rows, fields), fields)
+    return _saturates(rows, fields)
+
+
+def _saturates(rows: Tensor, fields: Fields) -> Tensor:
+    if not rows.numel():
+        return torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    rows = rows.resolve_neg()
+    return _SATURATES[kind_for(rows, fields)](rows, arithmetic.tensor_scale(rows, fields), fields)
+
+
 # ---- native.cpp
 
 
@@ -136,6 +153,13 @@ def _native_dequantize(
     out = torch.empty(*data.shape[:-1], length, dtype=dtype)
     contiguous = None if scale is None else scale.contiguous()
     _library(out, fields).dequantize(data.contiguous(), contiguous, per_row_of(above, out), matrices(out))
+    return out
+
+
+def _native_saturates(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    flat = matrices(rows).contiguous()
+    out = torch.empty(rows.shape, dtype=torch.bool)
+    _library(rows, fields).saturates(flat, out, per_row_of(above, rows))
     return out
 
 
@@ -162,6 +186,12 @@ _DEQUANTIZE: dict[Kind, Callable[[Tensor, Tensor | None, Above, Fields, int, tor
     "eager": pieces.dequantize,
 }
 
+_SATURATES: dict[Kind, Callable[[Tensor, Above, Fields], Tensor]] = {
+    "native": _native_saturates,
+    "compile": compiled.saturates,
+    "eager": pieces.saturates,
+}
+
 
 # ---- what torch.compile sees of the CPU's kernels
 
@@ -179,6 +209,16 @@ def _fake_quantize_op(rows: Tensor, name: str, key: str, static_scale: float | N
 @_fake_quantize_op.register_fake
 def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qsurgeon::saturates", mutates_args=())
+def _saturates_op(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
+    return _saturates(rows, _numbered(key, name, static_scale))
+
+
+@_saturates_op.register_fake
+def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
+    return torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
 
 
 # An operator returns tensors only: what a format does not have is an empty one.
