@@ -4,6 +4,10 @@ On a CPU it is native.cpp, compiled for the format; on a GPU the operations of a
 into one Triton kernel each (compiled.py); where there is no compiler, the same operations one by one (pieces.py).
 ``QSURGEON_KERNELS`` (native, compile, eager) takes the choice away from this module. Inside a model that is itself
 being compiled, a CPU sees one opaque operator and a GPU the operations, to fuse them with others.
+
+Under ``torch.set_flush_denormal(True)``, which belongs to a thread, native code computes in the mode of the thread that
+called it, as the other kinds do on one thread: subnormal values are rounded as zeros. Torch's own operations on several
+threads flush on some of them.
 """
 
 import os
