@@ -159,7 +159,7 @@ def _prepare(
     folder, origin = whole.folder, whole.origin
     tensors = read_headers(folder)
     names = names_in(model, tensors)
-    layout = layout_of(plan, tensors, names, folder, options.max_shard_size)
+    layout = layout_of(plan, model, tensors, names, folder, options.max_shard_size)
     run = _run(plan, tensors, folder, options)
     card = with_record(_text(folder / CARD), record_of(plan, __version__, origin))
     beside = sum((folder / one).stat().st_size for one in companions(folder))
