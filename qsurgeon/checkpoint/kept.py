@@ -8,9 +8,9 @@ ever. What of transformers is not public here was seen in 5.23.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
-import transformers.modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -131,7 +131,8 @@ class _Converter(WeightConverter):
 
 def keep_names_of_codes() -> None:
     """Let ``save_pretrained`` keep the names of packed weights; a second call does nothing."""
-    patch(transformers.modeling_utils, "revert_weight_conversion", _keeping)
+    # Not imported before: with it come transformers' quantizers, and with these ours, which imports this.
+    patch(import_module("transformers.modeling_utils"), "revert_weight_conversion", _keeping)
 
 
 def _keeping(revert: Callable[[Any, State], State]) -> Callable[[Any, State], State]:
