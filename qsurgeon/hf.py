@@ -1,5 +1,6 @@
 """A recipe and a Hugging Face model: plan, apply, load, and what the model's config says of it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from qsurgeon.surgery import (
     record_of,
     refuse_foreign,
     refuse_quantized,
+    repacked,
     skeleton,
+    unwrapped,
 )
 from qsurgeon.version import __version__
 
@@ -45,11 +48,29 @@ def plan(
     """
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
-        return build_plan(made, inventory(model))
+        return _following(build_plan(made, inventory(model)), model)
     is_config = isinstance(model, transformers.PreTrainedConfig)
     config = model if is_config else config_of(model, revision, trust_remote_code=trust_remote_code)
-    refuse_quantized(config, "the model" if is_config else str(model))
-    return build_plan(made, inventory(skeleton(config, trust_remote_code)))
+    name = "the model" if is_config else str(model)
+    record = record_in(config)
+    if record is None:
+        refuse_quantized(config, name)
+    planned = build_plan(made, inventory(skeleton(config, trust_remote_code)))
+    return planned if record is None else repacked(planned, record, name)
+
+
+def _following(planned: Plan, model: nn.Module) -> Plan:
+    """Return the plan for a live model: if it packs one that is wrapped, nothing else may change.
+
+    Raises: SurgeryError if the plan would change anything else.
+    """
+    record = record_in(getattr(plain_model(model)[1], "config", None))
+    if record is None or planned.recipe.storage != "packed" or not quant_linears(model):
+        return planned
+    try:
+        return repacked(planned, record, "the model")
+    except CheckpointError as error:
+        raise SurgeryError(str(error)) from error
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -72,17 +93,20 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     foreign = foreign_method(config)
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
-    made = build_plan(as_recipe(recipe), inventory(model))
-    record = QSurgeonConfig(**record_of(made, __version__, _origin(config)).model_dump())
-    chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
-    operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
+    made = _following(build_plan(as_recipe(recipe), inventory(model)), model)
+    before = record_in(config) if quant_linears(model) and made.recipe.storage == "packed" else None
+    source = before.source if before is not None and before.source else _origin(config)
+    record = QSurgeonConfig(**record_of(made, __version__, source).model_dump())
+    chosen = record.record.quantizations()
+    with unwrapped(model) if before is not None else nullcontext():
+        operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
     follow_rollouts(chosen.values())
     carry_cards(record_in)
     if made.recipe.storage == "packed":
         attach(root, record)
     if config is not None:
         config.quantization_config = record
-        if config.name_or_path:
+        if config.name_or_path and before is None:
             config.name_or_path = f"{config.name_or_path} rewritten in memory by qsurgeon: see qsurgeon.reference"
     if hasattr(root, "add_model_tags"):
         root.add_model_tags([QUANT_METHOD])

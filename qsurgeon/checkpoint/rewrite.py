@@ -40,8 +40,9 @@ from qsurgeon.surgery import (
     build_plan,
     inventory,
     read_config,
+    record_in_json,
     record_of,
-    refuse_quantized,
+    repacked,
     skeleton,
 )
 from qsurgeon.version import __version__
@@ -150,13 +151,15 @@ def _prepare(
     trusted = options.trust_remote_code
     found = fetch_config(source, options.revision, trust_remote_code=trusted)
     config = read_json(found.folder / "config.json")
-    refuse_quantized(config, str(source))
+    record = record_in_json(config, str(source))
     model = skeleton(read_config(found.folder, trusted), trusted)
     plan = build_plan(recipe, inventory(model))
+    plan = plan if record is None else repacked(plan, record, str(source))
     events.ready()
     # By the commit: a branch may have moved since.
     whole = fetch(source, found.commit, trust_remote_code=trusted)
-    folder, origin = whole.folder, whole.origin
+    folder = whole.folder
+    origin = whole.origin if record is None else record.source or whole.origin
     tensors = read_headers(folder)
     names = names_in(model, tensors)
     layout = layout_of(plan, model, tensors, names, folder, options.max_shard_size)

@@ -4,8 +4,9 @@ from qsurgeon.surgery.adapters import bypassed, misread, objection, refuse_adapt
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
-from qsurgeon.surgery.quantized import foreign_method, refuse_foreign, refuse_quantized
+from qsurgeon.surgery.quantized import foreign_method, record_in_json, refuse_foreign, refuse_quantized
 from qsurgeon.surgery.record import QUANT_METHOD, Record, read_record, record_of
+from qsurgeon.surgery.repack import repacked, unwrapped
 from qsurgeon.surgery.skeleton import architecture, read_config, skeleton
 
 __all__ = [
@@ -26,9 +27,12 @@ __all__ = [
     "plain_model",
     "read_config",
     "read_record",
+    "record_in_json",
     "record_of",
     "refuse_adapters",
     "refuse_foreign",
     "refuse_quantized",
+    "repacked",
     "skeleton",
+    "unwrapped",
 ]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qsurgeon.errors import CheckpointError
-from qsurgeon.surgery.record import QUANT_METHOD
+from qsurgeon.surgery.record import QUANT_METHOD, Record, read_record
 
 # Where a config says it; the second is what compressed-tensors wrote at first.
 _SECTIONS = ("quantization_config", "compression_config")
@@ -17,6 +17,20 @@ def refuse_quantized(config: Any, name: str) -> None:
     refuse_foreign(config, name)
     if QUANT_METHOD in _methods(config):
         raise CheckpointError(f"{name} was rewritten by qsurgeon already; apply the recipe to the model it came from")
+
+
+def record_in_json(config: dict[str, Any], name: str) -> Record | None:
+    """Return the record in a config.json, or None if it is of a model in full precision.
+
+    Raises: CheckpointError, calling the model ``name``, if something else quantized it, or for a record that cannot be
+    read, or that is of a part of the model alone.
+    """
+    refuse_foreign(config, name)
+    own = config.get("quantization_config")
+    if not isinstance(own, dict) or own.get("quant_method") != QUANT_METHOD:
+        refuse_quantized(config, name)
+        return None
+    return read_record(own, "config.json")
 
 
 def refuse_foreign(config: Any, name: str) -> None:

@@ -135,7 +135,7 @@ def record_of(plan: Plan, version: str, source: str = "") -> Record:
         rules=rules,
         source=source,
         recipe=plan.recipe.text,
-        static_scales={},
+        static_scales={module: dict(numbers) for module, numbers in plan.static_scales.items()},
     )
 
 
