@@ -12,7 +12,9 @@ Method = Callable[..., Any]
 
 
 def patch(owner: type | ModuleType, name: str, make: Callable[[Method], Method]) -> None:
-    """Replace a method of a class, or a function of a module, by what ``make`` makes of it; once for each ``make``.
+    """Replace a method of a class, or a function of a module, by what ``make`` makes of it.
+
+    A second call for the same ``make`` does nothing.
 
     A method of the class, because one of an object would be lost by whoever copies it, and trainers call methods of
     what they unwrapped themselves. A staticmethod stays one, and a classmethod.

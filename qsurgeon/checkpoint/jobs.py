@@ -81,10 +81,8 @@ def _job(weight: _Written, name: str) -> Job:
 def _format(step: Step, plan: Plan) -> Format | None:
     """Return what the module's weight is packed in, if it is."""
     how = step.quantization
-    if plan.recipe.storage != "packed" or how is None or how.weight is None:
-        return None
-    number = plan.static_scales.get(step.module.name, {}).get("weight")
-    return how.weight.as_weight if number is None else replace(how.weight.as_weight, static_scale=number)
+    packs = plan.recipe.storage == "packed" and how is not None and how.weight is not None
+    return how.weight.as_weight if packs and how is not None and how.weight is not None else None
 
 
 def _kept(plan: Plan, model: Any) -> frozenset[str]:

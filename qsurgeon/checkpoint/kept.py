@@ -8,7 +8,6 @@ ever. What of transformers is not public here was seen in 5.23.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,7 +24,6 @@ from transformers.core_model_loading import (
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.stored import WEIGHT
 from qsurgeon.layers import packed_linears
-from qsurgeon.patching import patch
 
 Transforms = Sequence[WeightTransform]
 State = dict[str, Any]
@@ -129,13 +127,9 @@ class _Converter(WeightConverter):
         return super().rename_source_key(source_key)
 
 
-def keep_names_of_codes() -> None:
-    """Let ``save_pretrained`` keep the names of packed weights; a second call does nothing."""
-    # Not imported before: with it come transformers' quantizers, and with these ours, which imports this.
-    patch(import_module("transformers.modeling_utils"), "revert_weight_conversion", _keeping)
+def keeping(revert: Callable[[Any, State], State]) -> Callable[[Any, State], State]:
+    """Return a ``revert_weight_conversion``, which save_pretrained calls, that leaves codes and scales alone."""
 
-
-def _keeping(revert: Callable[[Any, State], State]) -> Callable[[Any, State], State]:
     def revert_weight_conversion(model: Any, state_dict: State) -> State:
         packed = packed_names(model)
         kept = kept_names(model, packed) if packed else frozenset()

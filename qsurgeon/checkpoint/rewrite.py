@@ -39,9 +39,11 @@ from qsurgeon.surgery import (
     Plan,
     build_plan,
     inventory,
+    is_ours,
     read_config,
-    record_in_json,
+    read_record,
     record_of,
+    refuse_foreign,
     repacked,
     skeleton,
 )
@@ -151,7 +153,9 @@ def _prepare(
     trusted = options.trust_remote_code
     found = fetch_config(source, options.revision, trust_remote_code=trusted)
     config = read_json(found.folder / "config.json")
-    record = record_in_json(config, str(source))
+    refuse_foreign(config, str(source))
+    own = config.get("quantization_config")
+    record = read_record(own, "config.json") if isinstance(own, dict) and is_ours(own) else None
     model = skeleton(read_config(found.folder, trusted), trusted)
     plan = build_plan(recipe, inventory(model))
     plan = plan if record is None else repacked(plan, record, str(source))

@@ -1,8 +1,7 @@
 """What a recipe does to one model, module by module, decided before any tensor is read. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from qsurgeon.errors import FormatError, Mistake, PlanError
 from qsurgeon.formats import Format
@@ -63,8 +62,6 @@ class Plan:
 
     steps: tuple[Step, ...]
     recipe: Recipe
-    # Of a model that was calibrated before: by module and operand, in place of the formats' own numbers.
-    static_scales: Mapping[str, Mapping[Literal["weight", "input"], float]] = field(default_factory=dict)
 
     @property
     def wrapped(self) -> tuple[Step, ...]:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from qsurgeon.errors import CheckpointError
-from qsurgeon.surgery.record import QUANT_METHOD, Record, read_record
+from qsurgeon.surgery.record import QUANT_METHOD
 
 # Where a config says it; the second is what compressed-tensors wrote at first.
 _SECTIONS = ("quantization_config", "compression_config")
@@ -19,20 +21,6 @@ def refuse_quantized(config: Any, name: str) -> None:
         raise CheckpointError(f"{name} was rewritten by qsurgeon already; apply the recipe to the model it came from")
 
 
-def record_in_json(config: dict[str, Any], name: str) -> Record | None:
-    """Return the record in a config.json, or None if it is of a model in full precision.
-
-    Raises: CheckpointError, calling the model ``name``, if something else quantized it, or for a record that cannot be
-    read, or that is of a part of the model alone.
-    """
-    refuse_foreign(config, name)
-    own = config.get("quantization_config")
-    if not isinstance(own, dict) or own.get("quant_method") != QUANT_METHOD:
-        refuse_quantized(config, name)
-        return None
-    return read_record(own, "config.json")
-
-
 def refuse_foreign(config: Any, name: str) -> None:
     """Do nothing for a config in full precision or of ours. Raises: CheckpointError if something else quantized it."""
     method = foreign_method(config)
@@ -46,6 +34,23 @@ def foreign_method(config: Any) -> str | None:
     ``config``: a dict, one of transformers', or None. A model of several parts may say it in its text_config.
     """
     return next((method for method in _methods(config) if method != QUANT_METHOD), None)
+
+
+def is_ours(section: Any) -> bool:
+    """Return whether a ``quantization_config``, a dict or one of transformers', is of qsurgeon."""
+    return section is not None and _method(section) == QUANT_METHOD
+
+
+def configs_in(config: Any) -> list[Any]:
+    """Return a config of transformers, and all configs of parts of the model that are in it, each once."""
+    found: dict[int, Any] = {}
+    waiting = [config]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            waiting += [part for part in vars(one).values() if isinstance(part, PreTrainedConfig)]
+    return list(found.values())
 
 
 def _methods(config: Any) -> list[str]:

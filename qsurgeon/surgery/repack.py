@@ -3,7 +3,7 @@
 Master weights may have been trained since they were wrapped, so that the model that they came from is not the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,14 +13,14 @@ from torch import nn
 from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.formats import Format
 from qsurgeon.layers import Quantization, QuantLinear, packed_linears, quant_linears
-from qsurgeon.surgery.plan import Plan
+from qsurgeon.surgery.plan import Plan, Step
 from qsurgeon.surgery.record import Record
 
 _SHOWN = 3
 
 
 def repacked(plan: Plan, record: Record, name: str) -> Plan:
-    """Return ``plan`` for a model that has ``record``: the same, with the static scales that the record has.
+    """Return ``plan`` for a model that has ``record``: the same, with the static scales that were found for it.
 
     Raises: CheckpointError, calling the model ``name``, if its weights are packed already, or if the plan would change
     anything but the storage.
@@ -42,7 +42,17 @@ def repacked(plan: Plan, record: Record, name: str) -> Plan:
             "nothing but the storage. To round them otherwise, which is another model than was trained, remove "
             "quantization_config from the config.json of a copy: they are in full precision"
         )
-    return replace(plan, static_scales=record.static_scales)
+    before = record.quantizations()
+    return replace(plan, steps=tuple(_as_recorded(step, before) for step in plan.steps))
+
+
+def _as_recorded(step: Step, before: Mapping[str, Quantization]) -> Step:
+    """Return ``step`` with the formats that its module has, with their numbers."""
+    how = step.quantization
+    if how is None:
+        return step
+    was = before[step.module.name]
+    return replace(step, fate=replace(how, weight=was.weight, input=was.input))
 
 
 def _differences(plan: Plan, record: Record) -> Iterator[str]:
