@@ -1,5 +1,6 @@
 """A recipe and a Hugging Face model: plan, apply, load, and what the model's config says of it."""
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,8 +26,8 @@ from qsurgeon.surgery import (
     build_plan,
     current_record,
     foreign_method,
-    inventory,
     mark,
+    modules_of,
     operate,
     plain_model,
     read_config,
@@ -52,14 +53,14 @@ def plan(
     """
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
-        return _following(build_plan(made, inventory(model)), model)[0]
+        return _following(build_plan(made, modules_of(model)), model)[0]
     is_config = isinstance(model, transformers.PreTrainedConfig)
     config = model if is_config else config_of(model, revision, trust_remote_code=trust_remote_code)
     name = "the model" if is_config else str(model)
     record = record_in(config)
     if record is None:
         refuse_quantized(config, name)
-    planned = build_plan(made, inventory(skeleton(config, trust_remote_code)))
+    planned = build_plan(made, modules_of(skeleton(config, trust_remote_code)))
     return planned if record is None else repacked(planned, record, name)
 
 
@@ -96,13 +97,15 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     foreign = next(filter(None, (foreign_method(host.config) for host in found)), None)
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
-    made, before = _following(build_plan(as_recipe(recipe), inventory(model)), model)
+    made, before = _following(build_plan(as_recipe(recipe), modules_of(model)), model)
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     excluded = {step.module.name: step.fate for step in made.steps if isinstance(step.fate, Excluded)}
     source = before.source if before is not None else next(filter(None, (_origin(host.config) for host in found)), "")
     with unwrapped(model) if before is not None else nullcontext():
         operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
     mark(model, Origin(source, made.recipe.text), excluded)
+    for remark in made.remarks:
+        warnings.warn(remark, UserWarning, stacklevel=2)
     follow_rollouts(chosen.values())
     for host in found:
         note(host)

@@ -38,8 +38,8 @@ from qsurgeon.surgery import (
     QUANT_METHOD,
     Plan,
     build_plan,
-    inventory,
     is_ours,
+    modules_of,
     read_config,
     read_record,
     record_of,
@@ -157,7 +157,7 @@ def _prepare(
     own = config.get("quantization_config")
     record = read_record(own, "config.json") if isinstance(own, dict) and is_ours(own) else None
     model = skeleton(read_config(found.folder, trusted), trusted)
-    plan = build_plan(recipe, inventory(model))
+    plan = build_plan(recipe, modules_of(model))
     plan = plan if record is None else repacked(plan, record, str(source))
     events.ready()
     # By the commit: a branch may have moved since.
@@ -217,6 +217,8 @@ def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
             events.note(
                 f"{partial} is an unfinished run of this: {len(done)} of {len(work.layout.jobs)} tensors are done"
             )
+        for remark in work.plan.remarks:
+            events.note(remark)
         unknown, missing = work.names.unknown, work.names.missing
         if unknown:
             events.note(

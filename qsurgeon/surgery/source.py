@@ -20,6 +20,7 @@ FIRST = "next(parameters())"  # in a path: the first of all its parameters
 _MOST_DEEP = 6  # functions that call each other
 
 Path = tuple[str, ...]
+Test = tuple[ast.expr, bool]  # a condition on the module, and what it has to be
 Names = dict[str, set[Path]]
 
 
@@ -28,13 +29,14 @@ class Use:
     """A weight that code takes.
 
     path: from the module whose code it is. what: the attribute that it asks of the weight, such as ``dtype``; nothing
-    if it takes the values. certain: whether it does so in every call. where: the function.
+    if it takes the values. certain: whether it does so in every call in which ``tests`` hold. where: the function.
     """
 
     path: Path
     what: str
     certain: bool
     where: str
+    tests: tuple[Test, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Call:
     path: Path
     method: str
     certain: bool
+    tests: tuple[Test, ...] = ()
 
 
 @dataclass
@@ -60,7 +63,7 @@ def uses_in(kind: Any, method: str = "forward") -> tuple[tuple[Use, ...], tuple[
     if function is None:
         return (), ()
     found = _Found()
-    _Reader(kind, function, {"self": {()}}, found, True, 0).run()
+    _Reader(kind, function, {"self": {()}}, found).run()
     return tuple(dict.fromkeys(found.uses)), tuple(dict.fromkeys(found.calls))
 
 
@@ -81,19 +84,32 @@ def _parsed(function: FunctionType) -> ast.FunctionDef | None:
     return first if isinstance(first, ast.FunctionDef) else None
 
 
+def _asks_for_bytes(test: ast.expr) -> bool:
+    """Return whether a condition asks if a dtype is uint8: code that does so knows of weights that are packed."""
+    return any(isinstance(one, ast.Attribute) and one.attr == "uint8" for one in ast.walk(test))
+
+
 class _Reader(ast.NodeVisitor):
     """Follows one function with what its names stand for, which are paths from a module."""
 
     def __init__(
-        self, kind: type, function: FunctionType, names: Names, found: _Found, certain: bool, depth: int
+        self, kind: type, function: FunctionType, names: Names, found: _Found, caller: "_Reader | None" = None
     ) -> None:
-        self.kind, self.function, self.found, self.depth = kind, function, found, depth
+        self.kind, self.function, self.found = kind, function, found
         self.names: Names = {name: set(paths) for name, paths in names.items()}
-        self.certain = certain
+        self.certain: bool = caller is None or caller.certain
+        self.tests: tuple[Test, ...] = () if caller is None else caller.tests
+        self.depth: int = 0 if caller is None else caller.depth + 1
+        self.knows_bytes = False  # here a dtype is asked for by code that knows that it may be uint8
 
     def run(self) -> None:
         tree = _parsed(self.function)
-        again = self.function, self.certain, frozenset((name, frozenset(one)) for name, one in self.names.items())
+        again = (
+            self.function,
+            self.certain,
+            self.tests,
+            frozenset((name, frozenset(one)) for name, one in self.names.items()),
+        )
         if tree is None or again in self.found.read:
             return
         self.found.read.add(again)
@@ -111,15 +127,36 @@ class _Reader(ast.NodeVisitor):
             self.visit(node)
         self.certain = before
 
+    def _branches(self, test: ast.expr, body: list[ast.AST], other: list[ast.AST]) -> None:
+        """Visit both branches, each as what is done if the test comes out so."""
+        before, knows = self.tests, self.knows_bytes
+        self.knows_bytes = knows or _asks_for_bytes(test)
+        self.visit(test)
+        if self._is_of_module(test):
+            for branch, outcome in ((body, True), (other, False)):
+                self.tests = (*before, (test, outcome))
+                for node in branch:
+                    self.visit(node)
+        else:
+            self._maybe(*body, *other)
+        self.tests, self.knows_bytes = before, knows
+
     def visit_If(self, node: ast.If) -> None:
-        self.visit(node.test)
-        self._maybe(*node.body, *node.orelse)
+        self._branches(node.test, [*node.body], [*node.orelse])
         if any(isinstance(one, ast.Return) for statement in node.body for one in ast.walk(statement)):
-            self.certain = False  # what comes after it may not be reached
+            # What comes after may not be reached.
+            if self._is_of_module(node.test):
+                self.tests = (*self.tests, (node.test, False))
+            else:
+                self.certain = False
 
     def visit_IfExp(self, node: ast.IfExp) -> None:
-        self.visit(node.test)
-        self._maybe(node.body, node.orelse)
+        self._branches(node.test, [node.body], [node.orelse])
+
+    def _is_of_module(self, test: ast.expr) -> bool:
+        """Return whether a condition asks of nothing but the module, which knows the answer before it is called."""
+        names = {one.id for one in ast.walk(test) if isinstance(one, ast.Name)}
+        return self.names.get("self") == {()} and "self" in names and names <= {"self", "hasattr"}
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
         self.visit(node.values[0])
@@ -212,11 +249,10 @@ class _Reader(ast.NodeVisitor):
                     self._use(path, "")
 
     def _use(self, path: Path, what: str) -> None:
-        self.found.uses.append(Use(path[:-1] if path[-1] == "weight" else path, what, self.certain, self._where))
-
-    @property
-    def _where(self) -> str:
-        return self.function.__qualname__
+        if what == "dtype" and self.knows_bytes:
+            return
+        owner = path[:-1] if path[-1] == "weight" else path
+        self.found.uses.append(Use(owner, what, self.certain, self.function.__qualname__, self.tests))
 
     def visit_Compare(self, node: ast.Compare) -> None:
         if not all(isinstance(one, ast.Is | ast.IsNot) for one in node.ops):  # `is None` takes nothing of it
@@ -250,7 +286,7 @@ class _Reader(ast.NodeVisitor):
         elif not any(bound.values()):
             return False
         if self.depth < _MOST_DEEP:
-            _Reader(owner, function, bound, self.found, self.certain, self.depth + 1).run()
+            _Reader(owner, function, bound, self.found, self).run()
         return True
 
     def _called(self, called: ast.expr) -> tuple[FunctionType | None, type, set[Path] | None]:
@@ -283,7 +319,7 @@ class _Reader(ast.NodeVisitor):
         if not isinstance(node.func, ast.Attribute):
             return False
         paths = {path for path in self._paths(node.func.value) if path and path[-1] not in ("weight", FIRST)}
-        self.found.calls += [Call(path, node.func.attr, self.certain) for path in paths]
+        self.found.calls += [Call(path, node.func.attr, self.certain, self.tests) for path in paths]
         return False
 
     def _arguments(self, function: FunctionType, node: ast.Call, *, skip: bool) -> Names:
