@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Tensor], str]] = {
     "GteForMaskedLM": ("gte", _TEXT, _TOKENS, "mlp.{up,gate}_proj"),
     "JinaEmbeddingsV3ForMaskedLM": ("jina_embeddings_v3", {**_TEXT, "pad_token_id": 0}, _TOKENS, "q_proj"),
     "HrmTextForCausalLM": (
-        "hrm_text", {**_TEXT, "num_layers_per_stack": 1, "num_hidden_layers": 4, "head_dim": 16}, _TOKENS, "q_proj"
+        "hrm_text", {**_TEXT, "num_layers_per_stack": 2, "num_hidden_layers": 16, "head_dim": 16}, _TOKENS, "q_proj"
     ),
     "Molmo2TextModel": ("molmo2_text", {**_TEXT, "num_key_value_heads": 2, "head_dim": 16}, _TOKENS, "{q,k}_proj"),
     "Sapiens2Model": ("sapiens2", {**_TINY, "image_size": [32, 32], "patch_size": 8}, _PIXELS, "gate_proj"),
@@ -90,7 +90,7 @@ def outputs(model: Any, name: str) -> list[Tensor]:
 def same(model: Any, expected: Any, name: str) -> bool:
     one, other = model.state_dict(), expected.state_dict()
     tensors = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    return tensors and all(map(torch.equal, outputs(model, name), outputs(expected, name), strict=True))
+    return tensors and all(map(torch.equal, outputs(model, name), outputs(expected, name)))
 
 
 @pytest.mark.parametrize("part", [False, True], ids=["all", "part"])
@@ -227,9 +227,6 @@ def free_linears(model: nn.Module) -> list[str]:
     return found
 
 
-BUILT: set[str] = set()
-
-
 @pytest.mark.parametrize("model_type", sorted(converting()))
 def test_codes_pass_every_conversion_of_transformers_as_they_are(model_type: str) -> None:
     model = skeleton_of(model_type)
@@ -252,7 +249,6 @@ def test_codes_pass_every_conversion_of_transformers_as_they_are(model_type: str
         if names.get(id(one)) in packed:
             found = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
             assert found == (names[id(one)], None)
-    BUILT.add(model_type)
 
 
 def test_most_mappings_were_tried() -> None:
