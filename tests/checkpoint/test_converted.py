@@ -1,5 +1,6 @@
 """Checkpoints whose layout is not the model's: split, joined, permuted and renamed weights, packed and not."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import conversion_mapping, modeling_utils
@@ -209,8 +211,9 @@ def skeleton_of(model_type: str) -> Any:
     config: Any = hf.CONFIG_MAPPING[model_type]()
     data = config.to_dict()
     few_layers(data)
-    try:
+    with contextlib.suppress(ValueError, StrictDataclassError):  # one that needs all of its layers
         config = type(config).from_dict(data)
+    try:
         with torch.device("meta"):
             return hf.AutoModel.from_config(config)
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError):
