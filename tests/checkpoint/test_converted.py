@@ -236,7 +236,7 @@ def test_codes_pass_every_conversion_of_transformers_as_they_are(model_type: str
     if model is None:
         pytest.skip("its default config describes no model here")
     how = Quantization(get_format("nvfp4"), get_format("mxfp4"))
-    operate(model, dict.fromkeys(free_linears(model), how), untie=True, storage="packed")
+    operate(model, dict.fromkeys(free_linears(model)[:300], how), untie=True, storage="packed")
     packed = packed_names(model)
     state = modeling_utils.remove_tied_weights_from_state_dict(model.state_dict(), model)
     revert = inspect.unwrap(modeling_utils.revert_weight_conversion)
