@@ -1,6 +1,8 @@
 """A recipe and a Hugging Face model: plan, apply, load, and what the model's config says of it."""
 
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,22 @@ from qsurgeon.surgery import (
     Excluded,
     Origin,
     Plan,
+    Record,
     architecture,
     build_plan,
+    current_record,
     foreign_method,
-    inventory,
     mark,
+    modules_of,
     operate,
     plain_model,
     read_config,
     record_in,
     refuse_foreign,
     refuse_quantized,
+    repacked,
     skeleton,
+    unwrapped,
 )
 
 # What peft makes an adapter's base of, by the task that its config names.
@@ -61,11 +67,30 @@ def plan(
     check_model("plan", model, transformers.PreTrainedConfig)
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
-        return build_plan(made, inventory(model))
+        return _following(build_plan(made, modules_of(model)), model)[0]
     is_config = isinstance(model, transformers.PreTrainedConfig)
     config = model if is_config else config_of(model, revision, trust_remote_code=trust_remote_code)
-    refuse_quantized(config, "the model" if is_config else str(model))
-    return build_plan(made, inventory(skeleton(config, trust_remote_code)))
+    name = "the model" if is_config else str(model)
+    record = record_in(config)
+    if record is None:
+        refuse_quantized(config, name)
+    planned = build_plan(made, modules_of(skeleton(config, trust_remote_code)))
+    return planned if record is None else repacked(planned, record, name)
+
+
+def _following(planned: Plan, model: nn.Module) -> tuple[Plan, Record | None]:
+    """Return the plan for a live model and, if it packs one that is wrapped, the record of that: nothing else changes.
+
+    Raises: SurgeryError if the plan would change anything else.
+    """
+    if planned.recipe.storage != "packed" or not quant_linears(model):
+        return planned, None
+    record = current_record(model)
+    assert record is not None
+    try:
+        return repacked(planned, record, "the model"), record
+    except CheckpointError as error:
+        raise SurgeryError(str(error)) from error
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -89,18 +114,21 @@ def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Mod
     foreign = next(filter(None, (foreign_method(host.config) for host in found)), None)
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
-    made = build_plan(as_recipe(recipe), inventory(model))
+    made, before = _following(build_plan(as_recipe(recipe), modules_of(model)), model)
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     excluded = {step.module.name: step.fate for step in made.steps if isinstance(step.fate, Excluded)}
-    source = next(filter(None, (_origin(host.config) for host in found)), "")
-    operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
+    source = before.source if before is not None else next(filter(None, (_origin(host.config) for host in found)), "")
+    with unwrapped(model) if before is not None else nullcontext():
+        operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
     mark(model, Origin(source, made.recipe.text), excluded)
+    for remark in made.remarks:
+        warnings.warn(remark, UserWarning, stacklevel=2)
     follow_rollouts(chosen.values())
     for host in found:
         if not quant_linears(host):
             continue
         note(host)
-        if host.config.name_or_path:
+        if host.config.name_or_path and before is None:
             host.config.name_or_path += " rewritten in memory by qsurgeon: see qsurgeon.reference"
         host.add_model_tags([QUANT_METHOD])
     for one in found or [model]:

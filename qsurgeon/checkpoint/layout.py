@@ -34,16 +34,30 @@ class Piece:
 
 @dataclass(frozen=True)
 class Job:
-    """A stored tensor to be read, and what is written of it: its own bytes, or its codes and scales in ``format``."""
+    """A stored tensor to be read, and what is written of it: its own bytes, or its codes and scales in ``format``.
+
+    parts: where its bytes are, one after the other, if ``source`` is made of several stored tensors or of rows of them.
+    """
 
     source: Tensor
     format: Format | None
     pieces: tuple[Piece, ...]
+    parts: tuple[Tensor, ...] = ()
 
     @property
     def name(self) -> str:
         """What no other job is called: its first piece's name."""
         return self.pieces[0].name
+
+    @property
+    def runs(self) -> tuple[Tensor, ...]:
+        """What is read, in its order."""
+        return self.parts or (self.source,)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that are read."""
+        return {run.file for run in self.runs}
 
     @property
     def size(self) -> int:

@@ -40,10 +40,13 @@ from qsurgeon.surgery import (
     QUANT_METHOD,
     Plan,
     build_plan,
-    inventory,
+    is_ours,
+    modules_of,
     read_config,
+    read_record,
     record_of,
-    refuse_quantized,
+    refuse_foreign,
+    repacked,
     skeleton,
 )
 from qsurgeon.version import __version__
@@ -156,16 +159,20 @@ def _prepare(
     trusted = options.trust_remote_code
     found = fetch_config(source, options.revision, trust_remote_code=trusted)
     config = read_json(found.folder / "config.json")
-    refuse_quantized(config, str(source))
+    refuse_foreign(config, str(source))
+    own = config.get("quantization_config")
+    record = read_record(own, "config.json") if isinstance(own, dict) and is_ours(own) else None
     model = skeleton(read_config(found.folder, trusted), trusted)
-    plan = build_plan(recipe, inventory(model))
+    plan = build_plan(recipe, modules_of(model))
+    plan = plan if record is None else repacked(plan, record, str(source))
     events.ready()
     # By the commit: a branch may have moved since.
     whole = fetch(source, found.commit, trust_remote_code=trusted)
-    folder, origin = whole.folder, whole.origin
+    folder = whole.folder
+    origin = whole.origin if record is None else record.source or whole.origin
     tensors = read_headers(folder)
     names = names_in(model, tensors)
-    layout = layout_of(plan, tensors, names, folder, options.max_shard_size)
+    layout = layout_of(plan, model, tensors, names, folder, options.max_shard_size)
     run = _run(plan, tensors, folder, options)
     card = with_record(_text(folder / CARD), record_of(plan, __version__, origin))
     beside = sum((folder / one).stat().st_size for one in companions(folder))
@@ -216,6 +223,8 @@ def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
             events.note(
                 f"{partial} is an unfinished run of this: {len(done)} of {len(work.layout.jobs)} tensors are done"
             )
+        for remark in work.plan.remarks:
+            events.note(remark)
         unknown, missing = work.names.unknown, work.names.missing
         if unknown:
             events.note(
