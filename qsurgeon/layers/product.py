@@ -133,7 +133,7 @@ class _Product(torch.autograd.Function):
         if wanted.reads_weight:
             saved.append(weight)
         ctx.save_for_backward(*saved)
-        return torch.nn.functional.linear(values, _weight(weight, how), bias)
+        return _of_its_own(torch.nn.functional.linear(values, _weight(weight, how), bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
@@ -143,7 +143,7 @@ class _Product(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         weight = _once_more(saved.pop()) if wanted.reads_weight else None
         bits = saved.pop() if wanted.clips_input else None
-        flat = grad.reshape(-1, grad.shape[-1])
+        flat = _matrix(grad)
         grad_x = grad_weight = grad_bias = None
         if wanted.input and weight is not None:
             product = (flat @ _weight(weight, how)[0].to(grad.dtype)).reshape(*grad.shape[:-1], ctx.inputs)
@@ -152,7 +152,7 @@ class _Product(torch.autograd.Function):
         if wanted.weight:
             grid = _input_grid(how)
             values = _opened(saved, grid, ctx.inputs, x_dtype) if wanted.packs and grid is not None else saved[0]
-            product = flat.T @ values.to(grad.dtype).reshape(-1, ctx.inputs)
+            product = flat.T @ _matrix(values.to(grad.dtype))
             saturated, grid = None, _weight_grid(how)
             if wanted.clips_weight and grid is not None and weight is not None:
                 saturated = grid.saturates(rotated(weight.detach(), how.rotation))[0]
@@ -160,6 +160,23 @@ class _Product(torch.autograd.Function):
         if wanted.bias:
             grad_bias = flat.sum(0).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _of_its_own(output: Tensor) -> Tensor:
+    """Return ``output``, the view of another tensor where it is one, as a tensor of its own in the same memory.
+
+    linear computes some products as a matrix, and returns a view of that. Autograd refuses to change the view that a
+    Function returns in place, which it allows of what nn.Linear returns.
+    """
+    if not torch.compiler.is_compiling() and not output._is_view():
+        return output
+    own: Tensor = torch.ops.aten._unsafe_view(output, output.shape)  # as in torch 2.13
+    return own
+
+
+def _matrix(rows: Tensor) -> Tensor:
+    """Return ``rows`` (..., k) as (rows, k); k may be 0, which leaves reshape(-1, k) no answer."""
+    return rows.flatten(0, -2) if rows.dim() > 1 else rows[None]
 
 
 def _once_more(operand: Tensor) -> Tensor:
@@ -249,7 +266,7 @@ class _PackedProduct(torch.autograd.Function):
         if wanted.clips_input and grid is not None:
             saved.append(_bits(grid.saturates(turned)))
         ctx.save_for_backward(*saved)
-        return _times_opened(_rounded(turned, grid, x.dtype).to(dtype), stored, bias, how)
+        return _of_its_own(_times_opened(_rounded(turned, grid, x.dtype).to(dtype), stored, bias, how))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -258,7 +275,7 @@ class _PackedProduct(torch.autograd.Function):
         how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
         x_dtype, bias_dtype = ctx.dtypes
         bits = saved.pop() if wanted.clips_input else None
-        flat = grad.reshape(-1, grad.shape[-1])
+        flat = _matrix(grad)
         grad_x = None
         if wanted.input:
             product = _opened_times(flat, saved, how, ctx.inputs).reshape(*grad.shape[:-1], ctx.inputs)
