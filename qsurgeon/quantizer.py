@@ -80,6 +80,11 @@ class QSurgeonQuantizer(HfQuantizer):
         """Whether the weights themselves can be trained."""
         return not self.is_packed
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model."""
+        return True
+
     def is_serializable(self) -> bool:
         """Say that the model can be saved."""
         return True
