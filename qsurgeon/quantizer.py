@@ -238,8 +238,10 @@ def note(model: Any) -> None:
     _assign_is_quantized(model)  # type: ignore[no-untyped-call]
     if record.storage == "packed":
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
-        vars(model)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
-        vars(model).update(is_quantized=True, quantization_method=QUANT_METHOD)
+        # accelerate's compile_regions returns a copy that remembers the original (1.15); trainers save that.
+        for one in filter(None, (model, vars(model).get("_orig_mod"))):
+            vars(one)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
+            vars(one).update(is_quantized=True, quantization_method=QUANT_METHOD)
 
 
 def _saving_what_is_given(save: Method) -> Method:
