@@ -19,8 +19,8 @@ Agree = Callable[[Tensor], Tensor]  # from the largest magnitudes in a part to t
 class Agreement(NamedTuple):
     """How processes that have parts of a product's operands find the largest magnitudes in the whole of each."""
 
-    input: Agree
-    weight: Agree
+    input: Agree | None
+    weight: Agree | None
 
 
 def above_of(rotated: Tensor, grid: Format | None, number: Tensor | None, agree: Agree | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
 from qsurgeon.layers import QuantLinear, quant_linears
 from qsurgeon.layers.compiling import is_compiled, uncompiled_name
+from qsurgeon.layers.sharded import is_sharded
 from qsurgeon.watch.calls import Call, Calls, by_kind
 from qsurgeon.watch.weights import Weights, fetched
 
@@ -238,6 +239,11 @@ class _Window:
             x = args[0] if args else kwargs["input"]
             if is_fake(x):
                 return
+            if is_sharded(layer.weight):  # FSDP has put it together by now
+                raise SurgeryError(
+                    f"the weight of {name} is split by tensor parallelism, and Watch cannot tell from a part whether a "
+                    "layer rounds; close it"
+                )
             trains = torch.is_grad_enabled()
             # Selective checkpointing counts the operations that it sees.
             with torch.no_grad(), _disable_current_modes():
