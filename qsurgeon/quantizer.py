@@ -70,6 +70,11 @@ class QSurgeonQuantizer(HfQuantizer):
         """Whether the weights themselves can be trained."""
         return not self.is_packed
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model."""
+        return True
+
     def is_serializable(self) -> bool:
         """Say that the model can be saved."""
         return True
@@ -250,8 +255,10 @@ def note(model: Any) -> None:
     vars(model).update(hf_quantizer=None, is_quantized=False)
     if record.storage == "packed":
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
-        vars(model)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
-        vars(model).update(is_quantized=True, quantization_method=QUANT_METHOD)
+        # accelerate's compile_regions returns a copy that remembers the original (1.15); trainers save that.
+        for one in filter(None, (model, vars(model).get("_orig_mod"))):
+            vars(one)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
+            vars(one).update(is_quantized=True, quantization_method=QUANT_METHOD)
 
 
 def _saving_what_is_given(save: Method) -> Method:

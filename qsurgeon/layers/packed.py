@@ -15,6 +15,7 @@ from qsurgeon.layers.linear import QuantLinear, quant_linears
 from qsurgeon.layers.phases import without
 from qsurgeon.layers.product import packed_format, packed_linear
 from qsurgeon.layers.quantization import Quantization
+from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 
 
 class PackedLinear(QuantLinear):
@@ -53,7 +54,7 @@ class PackedLinear(QuantLinear):
             raise SurgeryError("its weight is offloaded, and its values are not here to be packed")
 
     @classmethod
-    def wrap(cls, linear: nn.Module, quantization: Quantization) -> None:
+    def wrap(cls, linear: nn.Module, quantization: Quantization, name: str = "") -> None:
         """Turn ``linear`` itself into a PackedLinear; of a weight on the meta device only the shapes are packed.
 
         Raises: as ``check_packing``.
@@ -61,11 +62,11 @@ class PackedLinear(QuantLinear):
         cls.check_packing(linear, quantization)
         weight = linear.get_parameter("weight")
         packed = empty(packed_format(quantization), *weight.shape) if weight.is_meta else pack(weight, quantization)
-        super().wrap(linear, quantization)
+        super().wrap(linear, quantization, name)
         vars(linear)["compute_dtype"] = weight.dtype
         vars(linear)["_is_hf_initialized"] = True  # transformers would draw new codes as if they were a weight
-        for name, tensor in packed.items():
-            linear.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        for key, tensor in packed.items():
+            linear.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 
     @property
     def grid(self) -> Format:
@@ -117,7 +118,10 @@ class PackedLinear(QuantLinear):
         """Return q(x) · q(W)ᵀ + b. Raises: ShapeError for an input of another length or of whole numbers."""
         if input.shape[-1] != self.in_features:
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
-        return packed_linear(input, tuple(self.stored.values()), self.bias, self.quantization)
+        stored = self.stored
+        if is_sharded(stored[WEIGHT]):
+            return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
+        return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""

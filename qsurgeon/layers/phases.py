@@ -92,7 +92,8 @@ def without(layers: Iterable[nn.Module]) -> Iterator[None]:
 def is_active(layer: nn.Module, phases: Phases) -> bool:
     """Return whether ``layer``, which rounds in ``phases``, rounds now."""
     named, off = _state()
-    return (phases in ("both", named or "training")) and id(layer) not in off
+    # Not asked for nothing: dynamo guards on an id that it reads, and would compile a block once for each layer.
+    return (phases in ("both", named or "training")) and not (off and id(layer) in off)
 
 
 def _computing_again_alike(begin: Method) -> Method:

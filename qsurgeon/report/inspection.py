@@ -13,6 +13,7 @@ from torch import nn
 from qsurgeon.arguments import check_model
 from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, packed_linears, quant_linears
+from qsurgeon.layers.compiling import eagerly
 from qsurgeon.report.rows import Report, Row
 from qsurgeon.surgery import (
     Excluded,
@@ -90,7 +91,7 @@ def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
     called: set[str] = set()
     hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
     try:
-        with torch.no_grad():
+        with eagerly(model), torch.no_grad():
             model(**example)
     finally:
         for hook in hooks:

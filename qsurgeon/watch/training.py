@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
 from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers.compiling import is_compiled, uncompiled_name
+from qsurgeon.layers.sharded import is_sharded
 from qsurgeon.watch.calls import Call, Calls, by_kind
 from qsurgeon.watch.weights import Weights, fetched
 
@@ -82,8 +84,8 @@ class Watch:
             if layer.weight.is_meta:
                 raise SurgeryError(f"the weight of {name} is on the meta device (offloaded, or not loaded yet)")
         self._every, self._rows = every, rows
-        self._groups = {name: groups(name) for name in self._layers}
-        self._compiled = _is_compiled(model) if compiled is None else compiled
+        self._groups = {name: groups(uncompiled_name(name)) for name in self._layers}
+        self._compiled = is_compiled(model) if compiled is None else compiled
         self._steps = 0
         self._open: _Window | None = None
         self._closed = False
@@ -237,6 +239,11 @@ class _Window:
             x = args[0] if args else kwargs["input"]
             if is_fake(x):
                 return
+            if is_sharded(layer.weight):  # FSDP has put it together by now
+                raise SurgeryError(
+                    f"the weight of {name} is split by tensor parallelism, and Watch cannot tell from a part whether a "
+                    "layer rounds; close it"
+                )
             trains = torch.is_grad_enabled()
             # Selective checkpointing counts the operations that it sees.
             with torch.no_grad(), _disable_current_modes():
@@ -255,11 +262,6 @@ def check_counts(every: int, rows: int) -> None:
     for name, count in (("every", every), ("rows", rows)):
         if count < 1:
             raise UsageError(f"{name} is {count}; expected at least 1")
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Return whether torch.compile made ``model`` or a part of it, as a copy or in place."""
-    return any(hasattr(one, "_orig_mod") or one._compiled_call_impl is not None for one in model.modules())
 
 
 def _decibel(noise: float) -> float:
