@@ -10,8 +10,9 @@ from qsurgeon.checkpoint import carry_cards, config_of, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
-from qsurgeon.quantizer import QSurgeonConfig, attach, follow_rollouts, record_in, register
+from qsurgeon.quantizer import QSurgeonConfig, attach, record_in, register
 from qsurgeon.recipe import Recipe, load_recipe
+from qsurgeon.rollouts import follow_rollouts
 from qsurgeon.surgery import (
     QUANT_METHOD,
     Plan,
@@ -76,7 +77,7 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     record = QSurgeonConfig(**record_of(made, __version__, _origin(config)).model_dump())
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
-    follow_rollouts(chosen.values())
+    follow_rollouts(model, chosen.values())
     carry_cards(record_in)
     if made.recipe.storage == "packed":
         attach(root, record)

@@ -4,7 +4,7 @@ Importing this module registers both; ``qsurgeon/__init__.py`` sees to it that i
 ``transformers.quantizers.auto`` is. Anything of transformers that this depends on and that is not public stands here.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -23,8 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qsurgeon.checkpoint import carry_cards
 from qsurgeon.errors import CheckpointError, NothingWrappedError
 from qsurgeon.formats.stored import WEIGHT
-from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears, rollout_unless_told
+from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears
 from qsurgeon.patching import Method, patch
+from qsurgeon.rollouts import follow_rollouts
 from qsurgeon.surgery import QUANT_METHOD, Record, inventory, operate, read_record
 
 
@@ -97,7 +98,7 @@ class QSurgeonQuantizer(HfQuantizer):
         record = self.quantization_config.record
         quantizations = record.quantizations()
         operate(model, _as_named_in(model, quantizations), storage=record.storage)
-        follow_rollouts(quantizations.values())
+        follow_rollouts(model, quantizations.values())
         carry_cards(record_in)
         if self.is_packed:
             patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
@@ -222,20 +223,6 @@ def _as_named_in(model: Any, quantizations: dict[str, Quantization]) -> dict[str
 
 def _same(name: str) -> str | None:
     return name
-
-
-def follow_rollouts(quantizations: Iterable[Quantization]) -> None:
-    """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase."""
-    if any(how.phases != "both" for how in quantizations):
-        patch(transformers.GenerationMixin, "generate", _in_rollout)
-
-
-def _in_rollout(generate: Method) -> Method:
-    def in_rollout(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with rollout_unless_told():
-            return generate(self, *args, **kwargs)
-
-    return in_rollout
 
 
 def attach(model: Any, config: QSurgeonConfig) -> None:

@@ -18,7 +18,7 @@ ORDER = (
     {"formats"},
     {"layers", "recipe"},
     {"surgery"},
-    {"checkpoint"},
+    {"checkpoint", "rollouts"},
     {"adapting", "launch", "quantizer"},
     {"hf"},
     {"calibration", "noise", "scan", "export", "merging", "watch"},
