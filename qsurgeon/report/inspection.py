@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from qsurgeon.checkpoint import config_of
-from qsurgeon.layers import AS_IT_IS, Quantization, packed_linears, quant_linears
+from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_linears, quant_linears
 from qsurgeon.quantizer import record_in
 from qsurgeon.report.rows import Report, Row
 from qsurgeon.surgery import (
@@ -76,11 +76,22 @@ def inspect(
 def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report:
     record = record_in(getattr(plain_model(model)[1], "config", None))
     excluded = record.exclusions() if record else {}
-    wrapped = {path: layer.quantization for path, layer in quant_linears(model).items()}
+    layers = quant_linears(model)
+    wrapped = {path: layer.quantization for path, layer in layers.items()}
     steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
     called = None if example is None else _called(model, example)
-    storage = "packed" if packed_linears(model) else record.storage if record else ""
-    return _report(steps, storage, "", called, bypassed(model), misread(model))
+    packed = packed_linears(model)
+    storage = "packed" if packed else record.storage if record else ""
+    resting = {
+        path for path, one in layers.items() if path not in packed and not is_active(one, one.quantization.phases)
+    }
+    report = _report(steps, storage, "", called, bypassed(model), misread(model))
+    paths = (step.module.path for step in steps if step.why)
+    rows = (
+        replace(row, rounds=path not in resting) if path in layers else row
+        for path, row in zip(paths, report.rows, strict=True)
+    )
+    return replace(report, rows=tuple(rows), phase=current_phase())
 
 
 def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
@@ -143,4 +154,5 @@ def _row(
         not named and not module.adapter and module.parameters >= LARGE * everything,
         module.path in past,
         module.path in wrong,
+        how.when if how else "",
     )
