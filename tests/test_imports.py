@@ -18,7 +18,7 @@ ORDER = (
     {"formats"},
     {"layers", "recipe"},
     {"surgery"},
-    {"checkpoint", "rollouts"},
+    {"checkpoint", "references", "rollouts"},
     {"adapting", "launch", "quantizer"},
     {"hf"},
     {"calibration", "noise", "scan", "export", "merging", "watch"},

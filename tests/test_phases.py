@@ -107,8 +107,8 @@ LAYER = "7 with weight mxfp4, input mxfp4"
         (
             ("rollout", "rollout"),
             nullcontext,
-            " are wrapped, but compute in full precision at this moment, in phase training: 14 with weight mxfp4, input "
-            "mxfp4, in rollout only",
+            " are wrapped, but compute in full precision at this moment, in phase training: 14 with weight mxfp4, "
+            "input mxfp4, in rollout only",
         ),
         (
             ("rollout", "rollout"),
