@@ -24,9 +24,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qsurgeon.checkpoint.kept import kept_names, packed_names, past
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.stored import WEIGHT
-from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears, rollout_unless_told
+from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
 from qsurgeon.opening import places
 from qsurgeon.patching import Method, patch
+from qsurgeon.rollouts import follow_rollouts
 from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
 
 
@@ -101,7 +102,7 @@ class QSurgeonQuantizer(HfQuantizer):
             Origin(record.source, record.recipe),
             {name: excluded[there] for name, there in place.items() if there in excluded},
         )
-        follow_rollouts(chosen.values())
+        follow_rollouts(model, chosen.values())
         if self.is_packed:
             patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         self._slots = {
@@ -211,20 +212,6 @@ class _Header:
         self.shape = tuple(tensor.shape if is_read else tensor.get_shape())
         self.dtype = str(tensor.dtype).removeprefix("torch.") if is_read else str(tensor.get_dtype())
         self.is_floating_point = tensor.is_floating_point() if is_read else self.dtype.startswith(("F", "BF"))
-
-
-def follow_rollouts(quantizations: Iterable[Quantization]) -> None:
-    """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase."""
-    if any(how.phases != "both" for how in quantizations):
-        patch(transformers.GenerationMixin, "generate", _in_rollout)
-
-
-def _in_rollout(generate: Method) -> Method:
-    def in_rollout(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with rollout_unless_told():
-            return generate(self, *args, **kwargs)
-
-    return in_rollout
 
 
 def hosts(root: nn.Module) -> list[Any]:

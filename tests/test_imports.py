@@ -19,7 +19,7 @@ ORDER = (
     {"formats"},
     {"layers", "recipe"},
     {"surgery"},
-    {"checkpoint"},
+    {"checkpoint", "references", "rollouts"},
     {"opening"},
     {"adapting", "hooks", "launch", "quantizer"},
     {"hf"},

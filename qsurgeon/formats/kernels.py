@@ -125,7 +125,7 @@ def _dequantize(
 
 def saturates(rows: Tensor, fields: Fields) -> Tensor:
     """Return where (bool) a value of ``rows`` (…, rows, columns) exceeds the largest that its block can hold."""
-    if _is_opaque(rows):
+    if is_opaque(rows):
         marked: Tensor = _saturates_op(rows, fields.name, fields.without_number.key, fields.static_scale)
         return marked
     if torch.compiler.is_compiling():

@@ -73,7 +73,10 @@ class QuantLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
         how = self.quantization
-        return f"{super().extra_repr()}, weight={how.weight_name}, input={how.input_name}, gradient={how.gradient}"
+        phases = "" if how.phases == "both" else f", phases={how.phases}"
+        return (
+            f"{super().extra_repr()}, weight={how.weight_name}, input={how.input_name}, gradient={how.gradient}{phases}"
+        )
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:

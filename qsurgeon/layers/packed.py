@@ -1,7 +1,6 @@
 """PackedLinear: a QuantLinear that holds its weight as codes and scales alone."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,7 +11,7 @@ from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.formats.stored import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
 from qsurgeon.layers.linear import QuantLinear, quant_linears
-from qsurgeon.layers.phases import without
+from qsurgeon.layers.phases import During, without
 from qsurgeon.layers.product import packed_format, packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
@@ -163,11 +162,11 @@ def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in quant_linears(model).items() if isinstance(module, PackedLinear)}
 
 
-@contextmanager
-def disabled(*models: nn.Module) -> Iterator[None]:
+def disabled(*models: nn.Module) -> During:
     """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.
 
-    Only the thread that enters the block sees it. Where ``backward`` is called makes no difference.
+    As a phase does, it follows the work, into the threads that are started inside, tasks of asyncio and thread pools;
+    what others do meanwhile with the same models is not disabled. Where ``backward`` is called makes no difference.
 
     Raises: NothingWrappedError for a model without a QuantLinear, which is in full precision everywhere. SurgeryError
     for one with packed weights, whose full precision is nowhere any more.
@@ -182,5 +181,4 @@ def disabled(*models: nn.Module) -> Iterator[None]:
                 "their full precision is gone. Load the checkpoint that they were packed from as a teacher or "
                 "reference, or use storage: master"
             )
-    with without(layer for layers in found for layer in layers.values()):
-        yield
+    return without([layer for layers in found for layer in layers.values()])
