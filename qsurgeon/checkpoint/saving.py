@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 
 from qsurgeon.checkpoint.card import CARD, front_matter, with_record
 from qsurgeon.patching import Method, patch
-from qsurgeon.surgery import Record
+from qsurgeon.surgery import Record, headline_of
 
 
 def carry_cards(record_in: Callable[[Any], Record | None]) -> None:
@@ -33,7 +33,7 @@ def carry_cards(record_in: Callable[[Any], Record | None]) -> None:
             if record is None or not self.should_save_on_this_rank(is_main_process):
                 return done
             if card.parent.is_dir() and not card.exists():
-                card.write_text(with_record("", record), "utf-8")
+                card.write_text(with_record("", record, headline_of(self)), "utf-8")
             return done
 
         return with_card
@@ -45,7 +45,7 @@ def carry_cards(record_in: Callable[[Any], Record | None]) -> None:
                 # Where the repository has no card, all that transformers wrote are headings to be filled in.
                 there = HfApi().file_exists(repo_id, CARD, token=kwargs.get("token"))
                 text = card.read_text("utf-8")
-                card.write_text(with_record(text if there else front_matter(text), record), "utf-8")
+                card.write_text(with_record(text if there else front_matter(text), record, headline_of(self)), "utf-8")
             return upload(self, working_dir, repo_id, *args, **kwargs)
 
         return with_card

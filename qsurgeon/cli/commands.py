@@ -198,7 +198,7 @@ def formats(as_json: Json = False) -> None:
     from qsurgeon.report.formats import format_rows, formats_text
 
     rows = format_rows()
-    typer.echo(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else formats_text(rows))
+    typer.echo(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else formats_text(rows, _width()))
 
 
 @app.command()
@@ -216,14 +216,9 @@ def recipes(
         typer.echo(json.dumps(rows, indent=2))
         return
 
-    from rich.table import Table
+    from qsurgeon.report.tables import Column, table_text
 
-    from qsurgeon.report.tables import rendered
-
-    table = Table("recipe", "what it does", box=None, pad_edge=False)
-    for one, text in rows.items():
-        table.add_row(one, text)
-    typer.echo(rendered(table))
+    typer.echo(table_text([Column("recipe", [*rows]), Column("what it does", [*rows.values()])]))
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """From a recipe to a changed model: list its modules, decide each one's fate, operate."""
 
 from qsurgeon.surgery.adapters import bypassed, misread, objection, refuse_adapters
-from qsurgeon.surgery.inventory import Module, inventory, plain_model
+from qsurgeon.surgery.headline import Part, headline, headline_of, in_words, percent
+from qsurgeon.surgery.inventory import Module, Tower, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
 from qsurgeon.surgery.quantized import foreign_method, refuse_foreign, refuse_quantized
@@ -12,17 +13,23 @@ __all__ = [
     "QUANT_METHOD",
     "Excluded",
     "Module",
+    "Part",
     "Plan",
     "Record",
     "Step",
+    "Tower",
     "architecture",
     "build_plan",
     "bypassed",
     "foreign_method",
+    "headline",
+    "headline_of",
+    "in_words",
     "inventory",
     "misread",
     "objection",
     "operate",
+    "percent",
     "plain_model",
     "read_config",
     "read_record",
