@@ -7,11 +7,13 @@ import os
 import sys
 
 from qsurgeon.cli.commands import app
+from qsurgeon.cli.printing import echo, tame_messages
 from qsurgeon.errors import OtherRankError, QSurgeonError, in_words
 
 
 def main() -> None:
     """Run the command line."""
+    tame_messages()
     try:
         app(prog_name="qsurgeon")
     except OtherRankError:
@@ -27,5 +29,5 @@ def main() -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    echo(f"error: {message}", err=True)
     return code

@@ -25,6 +25,7 @@ from torch import Tensor
 from qsurgeon.formats.element import Element, FloatElement
 from qsurgeon.formats.fields import Fields
 from qsurgeon.formats.scale import ElementScale, PowerOfTwoScale, WideScale, even_carry
+from qsurgeon.visible import one_line
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 SMALL = 1 << 15  # values below which a second thread costs more than it gives
@@ -189,8 +190,8 @@ def _fall_back(reason: str) -> None:
 
 
 def say(message: str) -> None:
-    """Tell the user something on stderr that no result depends on."""
-    print(f"qsurgeon: {message}", file=sys.stderr, flush=True)  # noqa: T201  # progress belongs on stderr
+    """Tell the user something on stderr that no result depends on, in one line."""
+    print(f"qsurgeon: {one_line(message)}", file=sys.stderr, flush=True)  # noqa: T201  # progress belongs on stderr
 
 
 @cache

@@ -4,12 +4,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
 from qsurgeon.formats import CATALOG, Format
 from qsurgeon.formats.fields import NONE, shown
 from qsurgeon.formats.quality import SAMPLES, reached
-from qsurgeon.report.tables import rendered
+from qsurgeon.report.tables import Rows, rendered
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def format_rows() -> list[FormatRow]:
 
 def formats_text(rows: list[FormatRow]) -> str:
     """Return the rows as a table, and what its numbers mean."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Rows(box=None, pad_edge=False, header_style="bold")
     for name in ("format", "element"):
         table.add_column(name)
     table.add_column("bits", justify="right")

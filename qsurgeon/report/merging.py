@@ -1,15 +1,14 @@
 """What a merge changed, as a table."""
 
-from rich.table import Table
-
 from qsurgeon.merging import Change, Merged, total
 from qsurgeon.recipe.fold import folded
-from qsurgeon.report.tables import rendered
+from qsurgeon.report.tables import Rows, rendered
+from qsurgeon.visible import one_line
 
 
 def merge_text(merged: Merged, *, fold: bool = True, width: int | None = None) -> str:
     """Return the changes as a table and its totals; ``fold`` makes one line of modules that differ in a number."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Rows(box=None, pad_edge=False, header_style="bold")
     table.add_column("module", overflow="fold", no_wrap=True)
     table.add_column("n", justify="right")
     for name in ("shape", "weight"):
@@ -39,7 +38,7 @@ def _totals(merged: Merged) -> str:
     lines.append(
         "dB: q(W + ΔW), which the merged layer computes with, against q(W) + ΔW, which the adapter trained with"
     )
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _folded(changes: tuple[Change, ...]) -> list[tuple[str, list[Change]]]:

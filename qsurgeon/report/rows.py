@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
 from qsurgeon.layers import AS_IT_IS
 from qsurgeon.recipe.fold import folded
-from qsurgeon.report.tables import rendered
+from qsurgeon.report.tables import Rows, rendered
+from qsurgeon.visible import one_line
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Report:
             parts.append(f"on {misread} of them adapters take codes for values")
         if uncalled:
             parts.append(f"{uncalled} of them were never called")
-        return (
+        return one_line(
             f"{self.wrapped} of {self.linears} Linear modules ({share:.1%} of the parameters) are wrapped: "
             f"{'; '.join(parts)}"
         )
@@ -137,7 +136,7 @@ class Report:
 
 def report_text(report: Report, *, fold: bool = True, width: int | None = None) -> str:
     """Return the report as a table and its totals; ``fold`` makes one line of modules that differ in a number."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Rows(box=None, pad_edge=False, header_style="bold")
     table.add_column("module", overflow="fold", no_wrap=True)
     table.add_column("n", justify="right")
     for name in ("kind", "shape", "weight", "input", "gradient"):
@@ -167,7 +166,7 @@ def totals_text(report: Report) -> str:
     for name, rows in _folded(report.unnamed):
         share = sum(row.parameters for row in rows) / report.parameters
         lines.append(f"large, and stays as it is: {name} ({rows[0].kind}, {share:.1%} of the parameters)")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _megabytes(count: int | None) -> str:
