@@ -18,9 +18,17 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qsurgeon.visible import one_line, visible
+
 
 class QSurgeonError(Exception):
-    """Base of all: a mistake of the user's or of the input's; anything else is our bug and keeps its trace."""
+    """Base of all: a mistake of the user's or of the input's; anything else is our bug and keeps its trace.
+
+    Its message is one line, whatever the names in it: they come from files that somebody else wrote.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class FormatError(QSurgeonError, ValueError):
@@ -51,8 +59,8 @@ class Mistake:
     excerpt: str = ""
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.message}" if self.where else self.message
-        return f"{head}\n{self.excerpt}" if self.excerpt else head
+        head = one_line(f"{self.where}: {self.message}" if self.where else self.message)
+        return f"{head}\n{visible(self.excerpt)}" if self.excerpt else head
 
 
 MOST_SHOWN = 100
@@ -66,7 +74,7 @@ class MistakesError(QSurgeonError):
         lines = [str(one) for one in self.mistakes[:MOST_SHOWN]]
         if len(self.mistakes) > MOST_SHOWN:
             lines.append(f"… and {len(self.mistakes) - MOST_SHOWN:,} more mistakes")
-        super().__init__("\n".join(lines))
+        Exception.__init__(self, "\n".join(lines))  # past what would make one line of these
 
 
 class RecipeError(MistakesError):
@@ -109,6 +117,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def in_words(error: OSError) -> str:
-    """Return what an error of the machine says, without its number."""
+    """Return what an error of the machine says, in one line and without its number."""
     what = error.strerror or str(error)
-    return what if error.filename is None else f"{error.filename}: {what}"
+    return one_line(what if error.filename is None else f"{error.filename}: {what}")

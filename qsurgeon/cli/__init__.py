@@ -3,29 +3,43 @@
 Exit codes: 0 done, 1 found something wrong or the environment failed, 2 the user's mistake, 130 stopped by Ctrl-C.
 """
 
-import os
 import sys
 
 from qsurgeon.cli.commands import app
+from qsurgeon.cli.printing import tame_messages
+from qsurgeon.cli.streams import complain, give_up, prepare
 from qsurgeon.errors import OtherRankError, QSurgeonError, in_words
+from qsurgeon.visible import visible
 
 
 def main() -> None:
     """Run the command line."""
+    prepare()
+    tame_messages()
+    if sys.stdout is None and sys.argv[1:2] != ["run"]:  # whose output is that of another program
+        sys.exit(_complain("standard output is closed; to throw the output away, say > /dev/null", 1))
     try:
-        app(prog_name="qsurgeon")
+        _invoke()
     except OtherRankError:
         sys.exit(1)
     except QSurgeonError as error:
         sys.exit(_complain(str(error), 2))
-    except BrokenPipeError:
-        # Whoever read our output has enough; without this the interpreter complains while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has enough
+        give_up()
         sys.exit(1)
     except OSError as error:
+        give_up()
         sys.exit(_complain(in_words(error), 1))
 
 
+def _invoke() -> None:
+    try:
+        app(prog_name="qsurgeon")
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here an error has words; while the interpreter shuts down it has none
+
+
 def _complain(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    complain(visible(f"error: {message}") + "\n")
     return code

@@ -3,6 +3,7 @@
 from qsurgeon.merging import Change, Merged, total
 from qsurgeon.recipe.fold import folded
 from qsurgeon.report.tables import Column, left_out, narrowed, table_text, wrapped
+from qsurgeon.visible import one_line
 
 
 def merge_text(merged: Merged, *, fold: bool = True, width: int | None = None) -> str:
@@ -41,7 +42,7 @@ def _totals(merged: Merged) -> str:
     lines.append(
         "dB: q(W + ΔW), which the merged layer computes with, against q(W) + ΔW, which the adapter trained with"
     )
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _folded(changes: tuple[Change, ...]) -> list[tuple[str, list[Change]]]:

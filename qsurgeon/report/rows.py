@@ -10,6 +10,7 @@ from qsurgeon.layers import AS_IT_IS
 from qsurgeon.recipe.fold import folded
 from qsurgeon.report.tables import Column, left_out, narrowed, natural_width, table_text, wrapped
 from qsurgeon.surgery import Part, Tower, headline, in_words, percent
+from qsurgeon.visible import one_line
 
 LARGE = 0.01  # of all parameters: modules that no rule names and that hold more are pointed out
 
@@ -233,7 +234,7 @@ def _with_letters(columns: Sequence[Column]) -> tuple[list[Column], list[str]]:
     ]
     letters = {why: _letter(place) for place, why in enumerate(dict.fromkeys(whys))}
     kept = [column for column in columns if column.head not in ("gradient", "why")]
-    legend = [f"{letter}  {why}" for why, letter in letters.items()]
+    legend = [one_line(f"{letter}  {why}") for why, letter in letters.items()]
     return [*kept, Column("why", [letters[why] for why in whys])], legend
 
 
@@ -267,7 +268,7 @@ def totals_text(report: Report) -> str:
             if group.module
             else f"large together, and stays as it is: {what} ({share})"
         )
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _megabytes(count: int | None) -> str:

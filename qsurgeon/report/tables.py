@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from rich.cells import cell_len
 
+from qsurgeon.visible import one_line
+
 GAP = 2  # spaces between two columns
 LEAST = 24  # cells of a terminal that the first column gets, whatever stands beside it
 _PIECE = re.compile(r"[^.,/]*[.,/]?")  # after these a name is broken
@@ -14,11 +16,14 @@ _PIECE = re.compile(r"[^.,/]*[.,/]?")  # after these a name is broken
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its head and its cells; ``right`` is for numbers."""
+    """A column: its head and its cells, a line of printable text each; ``right`` is for numbers."""
 
     head: str
     cells: Sequence[str]
     right: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cells", tuple(map(one_line, self.cells)))
 
     @property
     def width(self) -> int:
