@@ -7,6 +7,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── RecipeError           the recipe's text: syntax, keys, values, each with file, line and column
 ├── PlanError             recipe and model do not fit
 ├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
+├── ExportError           a wrapped layer asked for in a kind of program that loses what it computes
 ├── CalibrationError      examples that do not say what a static scale should be
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
 ├── OtherRankError        a process that was launched with this one has failed, and says why itself
@@ -87,6 +88,10 @@ class PlanError(MistakesError):
 
 class SurgeryError(QSurgeonError):
     """A model that cannot be operated on: wrapped already, or its forward replaced by something else."""
+
+
+class ExportError(QSurgeonError):
+    """A wrapped layer was to become part of a program that cannot hold what it computes (TorchScript, ONNX)."""
 
 
 class CalibrationError(QSurgeonError):

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from qsurgeon.errors import SurgeryError
+from qsurgeon.layers.export import refuse_export, refuse_script
 from qsurgeon.layers.phases import is_active
 from qsurgeon.layers.product import quantized_linear
 from qsurgeon.layers.quantization import Quantization
@@ -55,7 +56,13 @@ class QuantLinear(nn.Linear):
         how = self.quantization
         if not is_active(self, how.phases):
             return nn.functional.linear(input, self.weight, self.bias)
+        refuse_export(self.training)
         return quantized_linear(input, self.weight, self.bias, how)
+
+    # torch.jit.script (seen in torch 2.13) asks each module for what stands for it in a script.
+    def __prepare_scriptable__(self) -> None:
+        """Refuse to be scripted. Raises: ExportError."""
+        refuse_script()
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
