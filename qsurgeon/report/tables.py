@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from qsurgeon.visible import one_line
 
 GAP = 2  # spaces between two columns
-LEAST = 24  # cells of a terminal that the first column gets, whatever stands beside it
+LEAST = 20  # cells of a terminal that the first column gets, whatever stands beside it
 _PIECE = re.compile(r"[^.,/]*[.,/]?")  # after these a name is broken
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from qsurgeon.layers import Quantization, quant_linears
 from qsurgeon.surgery.inventory import Module, inventory
+from qsurgeon.visible import one_line
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def headline(parts: Iterable[Part], remarks: Sequence[str] = ()) -> str:
     everything = sum(part.parameters for part in parts) or 1
     wrapped = percent(sum(part.parameters for part in parts if part.how) / everything)
     said = [*(f"{count} with {how}" for how, count in hows.items()), *remarks]
-    return (
+    return one_line(
         f"{wrapped} of the parameters are wrapped, in {hows.total()} of {linears} Linear modules"
         f"{_elsewhere(parts, everything)}: {'; '.join(said)}"
     )

@@ -179,7 +179,7 @@ class _Planner:
         told = ", ".join(
             f"{sum(one.kind == kind for one in found)} {kind}" for kind, _ in kinds.most_common(MOST_KINDS)
         )
-        return f"; it also names {told}, which are not nn.Linear itself and are never wrapped"
+        return f"; what it also names is not nn.Linear itself and never wrapped: {told}"
 
     def _all_optional(self, place: int) -> bool:
         return all(parse_pattern(pattern).optional for pattern in self.recipe.rules[place].target)
