@@ -3,13 +3,19 @@
 Exit codes: 0 done, 1 found something wrong or the environment failed, 2 the user's mistake, 130 stopped by Ctrl-C.
 """
 
+import os
 import sys
 
+from typer.main import get_command
+
 from qsurgeon.cli.commands import app
+from qsurgeon.cli.lines import check
 from qsurgeon.cli.printing import tame_messages
 from qsurgeon.cli.streams import complain, give_up, prepare
 from qsurgeon.errors import OtherRankError, QSurgeonError, in_words
 from qsurgeon.visible import visible
+
+COMPLETION = "_QSURGEON_COMPLETE"  # set by a shell that asks how a line may go on
 
 
 def main() -> None:
@@ -34,7 +40,10 @@ def main() -> None:
 
 def _invoke() -> None:
     try:
-        app(prog_name="qsurgeon")
+        command = get_command(app)
+        if COMPLETION not in os.environ:
+            check(sys.argv[1:], command)
+        command(prog_name="qsurgeon")
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # here an error has words; while the interpreter shuts down it has none

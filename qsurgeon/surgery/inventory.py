@@ -14,6 +14,7 @@ from torch import nn
 
 from qsurgeon.layers import PackedLinear, QuantLinear
 from qsurgeon.surgery.parts import output_heads, towers
+from qsurgeon.surgery.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Module:
     shared: those of its parameters that another module owns. weight_bytes: what its weight takes, its own or shared.
     output_head: whether it computes the model's outputs, or lies in what does. tower: the sub-model it belongs to, if
     that reads no text (see ``parts``).
+    readers: the code that takes its weight itself (see ``reads``), where that was asked for.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Module:
     weight_bytes: int = 0
     output_head: bool = False
     tower: Tower | None = None
+    readers: tuple[Reader, ...] = ()
 
 
 def inventory(model: nn.Module) -> tuple[Module, ...]:
