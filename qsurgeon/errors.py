@@ -7,6 +7,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── RecipeError           the recipe's text: syntax, keys, values, each with file, line and column
 ├── PlanError             recipe and model do not fit
 ├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
+├── CodesError            packed codes that something would compute with as if they were numbers
 ├── CalibrationError      examples that do not say what a static scale should be
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
 ├── OtherRankError        a process that was launched with this one has failed, and says why itself
@@ -17,6 +18,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 
 class QSurgeonError(Exception):
@@ -68,6 +70,10 @@ class MistakesError(QSurgeonError):
             lines.append(f"… and {len(self.mistakes) - MOST_SHOWN:,} more mistakes")
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[Mistake, ...]], dict[str, Any]]:
+        """Pickle and copy by the mistakes: an exception would pass its text to ``__init__``."""
+        return type(self), (self.mistakes,), vars(self)
+
 
 class RecipeError(MistakesError):
     """A recipe whose text is wrong: syntax, keys, values."""
@@ -79,6 +85,10 @@ class PlanError(MistakesError):
 
 class SurgeryError(QSurgeonError):
     """A model that cannot be operated on: wrapped already, or its forward replaced by something else."""
+
+
+class CodesError(QSurgeonError):
+    """Something would compute with packed codes as if they were numbers, or train them."""
 
 
 class CalibrationError(QSurgeonError):
