@@ -26,6 +26,7 @@ from qsurgeon.surgery import (
     refuse_foreign,
     refuse_quantized,
     skeleton,
+    uninterrupted,
 )
 from qsurgeon.version import __version__
 
@@ -75,17 +76,18 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     made = build_plan(as_recipe(recipe), inventory(model))
     record = QSurgeonConfig(**record_of(made, __version__, _origin(config)).model_dump())
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
-    operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
     follow_rollouts(chosen.values())
     carry_cards(record_in)
-    if made.recipe.storage == "packed":
-        attach(root, record)
-    if config is not None:
-        config.quantization_config = record
-        if config.name_or_path:
-            config.name_or_path = f"{config.name_or_path} rewritten in memory by qsurgeon: see qsurgeon.reference"
-    if hasattr(root, "add_model_tags"):
-        root.add_model_tags([QUANT_METHOD])
+    with uninterrupted():  # from here on there is no way back: the record must come with the operation
+        operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
+        if made.recipe.storage == "packed":
+            attach(root, record)
+        if config is not None:
+            config.quantization_config = record
+            if config.name_or_path:
+                config.name_or_path = f"{config.name_or_path} rewritten in memory by qsurgeon: see qsurgeon.reference"
+        if hasattr(root, "add_model_tags"):
+            root.add_model_tags([QUANT_METHOD])
     announce(root)
     return model
 

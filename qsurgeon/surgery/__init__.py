@@ -1,6 +1,7 @@
 """From a recipe to a changed model: list its modules, decide each one's fate, operate."""
 
 from qsurgeon.surgery.adapters import bypassed, misread, objection, refuse_adapters
+from qsurgeon.surgery.interrupts import uninterrupted
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
@@ -31,4 +32,5 @@ __all__ = [
     "refuse_foreign",
     "refuse_quantized",
     "skeleton",
+    "uninterrupted",
 ]
