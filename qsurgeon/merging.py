@@ -29,8 +29,9 @@ from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.quality import decibels, energy
 from qsurgeon.formats.rotation import rotated
-from qsurgeon.hf import ADAPTER, load
+from qsurgeon.hf import load
 from qsurgeon.layers import AS_IT_IS, PackedLinear, QuantLinear
+from qsurgeon.opening import ADAPTER
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import inventory
 
