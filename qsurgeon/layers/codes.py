@@ -13,34 +13,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from qsurgeon.errors import CodesError
 from qsurgeon.patching import Method, patch
 
 # What returns the bytes, all or some of them, in some order, in new memory or in the same.
-_MOVES = frozenset(
-    "alias as_strided atleast_1d atleast_2d atleast_3d broadcast_to cat chunk clone concat concatenate "
-    "contiguous cpu cuda detach detach_ dsplit dstack empty_like expand expand_as flatten flip gather hsplit hstack "
-    "index_select moveaxis movedim narrow narrow_copy permute pin_memory ravel repeat reshape reshape_as rot90 select "
-    "share_memory_ slice split split_with_sizes squeeze stack swapaxes swapdims t take_along_dim tensor_split tile to "
-    "transpose type unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vsplit vstack xpu "
-    "__getitem__ __iter__ __reversed__ new_empty _to_copy "
-    "T H mT mH data".split()
-)
-# What says something of the tensor and not of its values, and what makes other tensors.
-_DESCRIBES = frozenset(
-    "as_subclass data_ptr dim dim_order element_size get_device has_names ndimension nelement numel record_stream register_hook "
-    "size storage storage_offset storage_type stride sym_numel sym_size sym_storage_offset sym_stride _storage "
-    "_typed_storage untyped_storage new_zeros __dir__ __hash__ __len__ __repr__ __sizeof__ _is_view "
-    "_has_compatible_shallow_copy_type "
-    "register_post_accumulate_grad_hook retain_grad requires_grad_".split()
-)
-_COMPARES = frozenset("eq ne equal __eq__ __ne__".split())
-_COPIES = frozenset("copy_ _foreach_copy_ __setitem__".split())
-_SETTABLE = frozenset("data grad requires_grad names _backward_hooks".split())
+_MOVING = """
+    alias as_strided atleast_1d atleast_2d atleast_3d broadcast_to cat chunk clone concat concatenate contiguous cpu
+    cuda data detach detach_ dsplit dstack empty_like expand expand_as flatten flip gather hsplit hstack index_select
+    moveaxis movedim narrow narrow_copy new_empty permute pin_memory ravel repeat reshape reshape_as rot90 select
+    share_memory_ slice split split_with_sizes squeeze stack swapaxes swapdims t take_along_dim tensor_split tile to
+    transpose type unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vsplit vstack xpu T H mT mH
+    __getitem__ __iter__ __reversed__ _to_copy
+"""
+# What says something of the tensor and not of its values, and what makes another tensor. FSDP makes its shards with
+# new_zeros, and computes with them as bytes.
+_DESCRIBING = """
+    as_subclass data_ptr dim dim_order element_size get_device has_names ndimension nelement new_zeros numel
+    record_stream register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad size storage
+    storage_offset storage_type stride sym_numel sym_size sym_storage_offset sym_stride untyped_storage __dir__ __hash__
+    __len__ __repr__ __sizeof__ _storage _typed_storage _has_compatible_shallow_copy_type
+"""
+_MOVES, _DESCRIBES = frozenset(_MOVING.split()), frozenset(_DESCRIBING.split())
+_JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
+_CASTS = {"to", "type", "view", "_to_copy"}
+_COMPARES = {"eq", "ne", "equal", "__eq__", "__ne__"}
+_COPIES = {"copy_", "_foreach_copy_", "__setitem__"}
+_SETTABLE = {"data", "grad", "requires_grad", "names", "_backward_hooks"}
 # Operators that only move bytes: ours, and those of collective communication.
-_NAMESPACES = frozenset("qsurgeon fsdp c10d _c10d_functional".split())
+_NAMESPACES = {"qsurgeon", "fsdp", "c10d", "_c10d_functional"}
 
 _disabled: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass  # torch 2.13
 
@@ -75,11 +78,11 @@ class Codes(nn.Parameter):
             name = _name(func)
             operands = list(_tensors((*args, *kwargs.values())))
             label = next((one.label for one in operands if isinstance(one, Codes)), "")
-            if _here.is_averaging and name not in _MOVES | _DESCRIBES | _COPIES:
-                return _average(func, args, kwargs)
             if _asks_for_gradient(func, name, args, kwargs):
                 raise CodesError(_no_gradient(label))
             if not _allows(func, name, operands, args, kwargs):
+                if _here.is_averaging:
+                    return _average(func, args, kwargs)
                 raise CodesError(_no(label, name))
             found = func(*args, **kwargs)
             return _marked(found, label, operands) if name in _MOVES else found
@@ -87,7 +90,11 @@ class Codes(nn.Parameter):
     def plain(self) -> nn.Parameter:
         """Return an ordinary Parameter that shares the memory."""
         with _disabled():
-            return self.as_subclass(nn.Parameter)  # type: ignore[return-value]
+            return self.as_subclass(nn.Parameter)
+
+    def set_(self, *_: Any, **__: Any) -> "Codes":
+        """Refuse to be other memory: torch does not ask ``__torch_function__`` about it. Raises: CodesError."""
+        raise CodesError(_no(self.label, "set_"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Codes":
         """Return Codes with memory of their own."""
@@ -99,7 +106,7 @@ class Codes(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as an ordinary tensor, which ``torch.load`` reads without this package; layers mark it again."""
         plain = self.plain()
-        return (plain if getattr(self, "_is_param", False) else plain.data).__reduce_ex__(protocol)
+        return (plain if getattr(self, "_is_param", False) else plain.data).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -147,21 +154,20 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 def _allows(func: Any, name: str, operands: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Return whether ``func`` leaves codes what they are."""
-    if isinstance(func, torch._ops.OpOverload) and func.namespace in _NAMESPACES:
-        return True
     access = getattr(func, "__name__", "")
     are_bytes = all(one.dtype == torch.uint8 for one in operands)
-    if access == "__get__":
+    if access == "__get__" or (isinstance(func, torch._ops.OpOverload) and func.namespace in _NAMESPACES):
         return True
     if access == "__set__":
         return name in _SETTABLE and are_bytes
     if name in _COMPARES:
         return are_bytes and len(operands) == 2
     if name in _COPIES:
-        return are_bytes and isinstance(args[-1] if name == "__setitem__" else args[0], (Tensor, list, tuple))
-    if name in ("to", "type", "view", "_to_copy", "empty_like", "new_empty"):
-        return name in ("empty_like", "new_empty") or not _changes_dtype(args, kwargs)
-    if name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"):
+        source = args[2] if name == "__setitem__" else args[1]
+        return are_bytes and isinstance(source, (Tensor, list, tuple))
+    if name in _CASTS:
+        return not _changes_dtype(args, kwargs)
+    if name in _JOINS:
         return are_bytes
     return name in _MOVES | _DESCRIBES or (name.startswith(("is_", "_is_")) and name != "is_nonzero")
 
@@ -230,6 +236,16 @@ def _averaging() -> Iterator[None]:
         _here.is_averaging = before
 
 
+def _refusing_codes(apply: Method) -> Method:
+    def refuse_or_apply(module: nn.Module, name: str, *args: Any) -> Any:
+        found = getattr(module, name, None)
+        if isinstance(found, Codes):
+            raise CodesError(_no(found.label, "weight_norm"))
+        return apply(module, name, *args)
+
+    return refuse_or_apply
+
+
 def _keeping_codes(update: Method) -> Method:
     """Let an average of models keep codes that are equal in all of them, as those of a frozen base are."""
 
@@ -241,3 +257,5 @@ def _keeping_codes(update: Method) -> Method:
 
 
 patch(AveragedModel, "update_parameters", _keeping_codes)
+# It deletes the parameter before it computes with it.
+patch(WeightNorm, "apply", _refusing_codes)

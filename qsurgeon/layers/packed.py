@@ -175,7 +175,7 @@ class PackedLinear(QuantLinear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what was pickled: Codes are pickled as ordinary tensors."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name in stored_shapes(self.grid, 0, 0):
             self._parameters[name] = self._as_codes(name, self._parameters[name])
 
