@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from qsurgeon.checkpoint.saving import saving, uploading
 from qsurgeon.errors import CheckpointError, SurgeryError
-from qsurgeon.layers import PackedLinear, QuantLinear
+from qsurgeon.layers import PackedLinear, QuantLinear, uncounted
 from qsurgeon.opening import Stored, opened, opening
 from qsurgeon.patching import Method, patch
 from qsurgeon.surgery import inherit
@@ -79,8 +79,21 @@ def _resizing(resize: Method) -> Method:
     return resize_token_embeddings
 
 
+def _counting_values(count: Method) -> Method:
+    """Let ``num_parameters`` count the values of packed weights, and not their bytes."""
+    parameters = signature(count)
+
+    def num_parameters(self: Any, *args: Any, **kwargs: Any) -> int:
+        only_trainable = parameters.bind(self, *args, **kwargs).arguments.get("only_trainable", False)
+        found: int = count(self, *args, **kwargs)
+        return found if only_trainable else found + uncounted(self)
+
+    return num_parameters
+
+
 patch(PreTrainedModel, "from_pretrained", _opening)
 patch(PreTrainedModel, "save_pretrained", saving)
 patch(PreTrainedModel, "_upload_modified_files", uploading)
 patch(PreTrainedModel, "resize_token_embeddings", _resizing)
 patch(modeling_utils, "get_hf_quantizer", _settling)  # where from_pretrained looks it up
+patch(PreTrainedModel, "num_parameters", _counting_values)

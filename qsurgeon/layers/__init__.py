@@ -1,7 +1,7 @@
 """Modules that compute in a number format, and the gradient they pass on."""
 
 from qsurgeon.layers.linear import QuantLinear, quant_linears
-from qsurgeon.layers.packed import PackedLinear, disabled, pack, packed_linears
+from qsurgeon.layers.packed import PackedLinear, disabled, pack, packed_linears, uncounted
 from qsurgeon.layers.phases import phase, rollout_unless_told
 from qsurgeon.layers.product import packed_format
 from qsurgeon.layers.quantization import AS_IT_IS, Quantization
@@ -20,4 +20,5 @@ __all__ = [
     "quant_linears",
     "rollout_unless_told",
     "straight_through",
+    "uncounted",
 ]

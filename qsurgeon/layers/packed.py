@@ -217,6 +217,14 @@ def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in quant_linears(model).items() if isinstance(module, PackedLinear)}
 
 
+def uncounted(model: nn.Module) -> int:
+    """Return how many values more than bytes, which ``numel`` counts, the packed weights of ``model`` have."""
+    layers = packed_linears(model).values()
+    return sum(
+        layer.out_features * layer.in_features - sum(one.numel() for one in layer.stored.values()) for layer in layers
+    )
+
+
 @contextmanager
 def disabled(*models: nn.Module) -> Iterator[None]:
     """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.

@@ -1,6 +1,6 @@
 """From a recipe to a changed model: list its modules, decide each one's fate, operate."""
 
-from qsurgeon.surgery.adapters import bypassed, misread, objection, refuse_adapters
+from qsurgeon.surgery.adapters import bypassed, method_of, misread, objection, refuse_adapters
 from qsurgeon.surgery.current import Origin, current_record, exclusions, inherit, mark
 from qsurgeon.surgery.interrupts import uninterrupted
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
@@ -29,6 +29,7 @@ __all__ = [
     "inventory",
     "is_ours",
     "mark",
+    "method_of",
     "misread",
     "objection",
     "operate",
