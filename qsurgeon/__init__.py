@@ -119,5 +119,7 @@ _follow("transformers.quantizers.auto", "qsurgeon.quantizer")
 _follow("transformers.modeling_utils", "qsurgeon.hooks")
 _follow("peft.tuners.tuners_utils", "qsurgeon.adapting")
 _follow("peft.mapping_func", "qsurgeon.counting")
+_follow("transformers.integrations.liger", "qsurgeon.heads.liger")
+_follow("trl.trainer.utils", "qsurgeon.heads.trl")
 if VARIABLE in os.environ:
     _follow("transformers.modeling_utils", "qsurgeon.launch.loading")

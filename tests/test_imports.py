@@ -20,7 +20,7 @@ ORDER = (
     {"surgery"},
     {"checkpoint"},
     {"opening"},
-    {"adapting", "counting", "hooks", "launch", "quantizer"},
+    {"adapting", "counting", "heads", "hooks", "launch", "quantizer"},
     {"hf"},
     {"calibration", "noise", "scan", "export", "merging", "watch"},
     {"report"},
