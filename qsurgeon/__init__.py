@@ -111,7 +111,7 @@ def _follow(watched: str, ours: str) -> None:
     """Import ``ours`` as soon as ``watched`` is imported, at once if it is already."""
     if watched in sys.modules:
         importlib.import_module(ours)
-    else:
+    elif not any(getattr(finder, "ours", None) == ours for finder in sys.meta_path):  # of an import before this one
         sys.meta_path.insert(0, _Watch(watched, ours))
 
 
