@@ -11,7 +11,7 @@ from qsurgeon.checkpoint import config_of, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
-from qsurgeon.opening import FINDING, base_of_adapter
+from qsurgeon.opening import FINDING, adapter_at
 from qsurgeon.quantizer import follow_rollouts, hosts, note, register
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
@@ -33,6 +33,16 @@ from qsurgeon.surgery import (
     skeleton,
     uninterrupted,
 )
+
+# What peft makes an adapter's base of, by the task that its config names.
+_CLASSES: dict[str, Any] = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
 
 
 def plan(
@@ -82,12 +92,14 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
         operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
         mark(model, Origin(source, made.recipe.text), excluded)
         for host in found:
+            if not quant_linears(host):
+                continue
             note(host)
             if host.config.name_or_path:
                 host.config.name_or_path += " rewritten in memory by qsurgeon: see qsurgeon.reference"
             host.add_model_tags([QUANT_METHOD])
-    for host in found:
-        announce(host)
+    for one in found or [model]:
+        announce(one)
     return model
 
 
@@ -153,11 +165,13 @@ def _class_of(path: str | Path, arguments: Mapping[str, Any]) -> Any:
     """
     trusted = bool(arguments.get("trust_remote_code"))
     finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
-    base = base_of_adapter(path, finding)
+    adapter = adapter_at(path, finding)
+    base = None if adapter is None else adapter["base_model_name_or_path"]
     config = config_of(base, trust_remote_code=trusted) if base else _config_of(path, finding, trusted)
     if record_in(config) is None:
         raise NothingWrappedError(_adapter_alone(path, base) if base else _nothing(path))
-    return architecture(config, trusted) or transformers.AutoModel
+    task = None if adapter is None else _CLASSES.get(str(adapter.get("task_type")))
+    return task or architecture(config, trusted) or transformers.AutoModel
 
 
 def _config_of(path: str | Path, finding: Mapping[str, Any], trust_remote_code: bool) -> Any:
@@ -174,9 +188,9 @@ def _config_of(path: str | Path, finding: Mapping[str, Any], trust_remote_code: 
 
 def _nothing_in(path: str | Path, model: Any, arguments: Mapping[str, Any]) -> str:
     finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
-    base = base_of_adapter(path, finding)
-    if base is not None:
-        return _adapter_alone(path, base)
+    adapter = adapter_at(path, finding)
+    if adapter is not None:
+        return _adapter_alone(path, adapter["base_model_name_or_path"])
     if record_in(model.config) is None:
         return _nothing(path)
     return f"{path}: no module of {type(model).__name__} is wrapped; open it as the class that its config.json names"

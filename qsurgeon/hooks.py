@@ -4,6 +4,7 @@ Importing this module changes the methods; ``qsurgeon/__init__.py`` imports it r
 ``transformers.modeling_utils``.
 """
 
+import warnings
 from inspect import signature
 from typing import Any
 
@@ -15,7 +16,7 @@ from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.layers import PackedLinear, QuantLinear, uncounted
 from qsurgeon.opening import Stored, opened, opening
 from qsurgeon.patching import Method, patch
-from qsurgeon.surgery import inherit
+from qsurgeon.surgery import inherit, is_ours
 
 
 def _opening(load: Method) -> Method:
@@ -51,6 +52,22 @@ def _settling(get: Method) -> Method:
         return get(config, *args, **kwargs)
 
     return get_hf_quantizer
+
+
+def _making(make: Method) -> Method:
+    """Warn of a model that is made from the config of a wrapped checkpoint alone: nothing of it is wrapped."""
+
+    def from_config(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if opened() is None and is_ours(getattr(config, "quantization_config", None)):
+            warnings.warn(
+                f"a {cls.__name__} that is made from a config is in full precision, also where the config is that of a "
+                "model which qsurgeon wrapped; qsurgeon.load opens its checkpoint, qsurgeon.apply wraps a model",
+                UserWarning,
+                stacklevel=3,
+            )
+        return make(cls, config, *args, **kwargs)
+
+    return from_config
 
 
 def _resizing(resize: Method) -> Method:
@@ -94,6 +111,7 @@ def _counting_values(count: Method) -> Method:
 patch(PreTrainedModel, "from_pretrained", _opening)
 patch(PreTrainedModel, "save_pretrained", saving)
 patch(PreTrainedModel, "_upload_modified_files", uploading)
+patch(PreTrainedModel, "_from_config", _making)
 patch(PreTrainedModel, "resize_token_embeddings", _resizing)
 patch(modeling_utils, "get_hf_quantizer", _settling)  # where from_pretrained looks it up
 patch(PreTrainedModel, "num_parameters", _counting_values)

@@ -104,12 +104,10 @@ def _stored(source: Any, arguments: Mapping[str, Any]) -> Stored | None:
     if source is None or arguments.get("gguf_file") is not None:
         return None
     finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
-    base = base_of_adapter(source, finding)
-    if base is not None:
-        source, finding = (
-            base,
-            {name: value for name, value in finding.items() if name not in ("revision", "subfolder")},
-        )
+    adapter = adapter_at(source, finding)
+    if adapter is not None:
+        source = adapter["base_model_name_or_path"]
+        finding = {name: value for name, value in finding.items() if name not in ("revision", "subfolder")}
     try:
         data, _ = transformers.PreTrainedConfig.get_config_dict(source, **finding)
     except (OSError, ValueError):
@@ -125,15 +123,16 @@ def _stored(source: Any, arguments: Mapping[str, Any]) -> Stored | None:
     return stored
 
 
-def base_of_adapter(source: Any, finding: Mapping[str, Any]) -> str | None:
-    """Return the model that an adapter sits on, which transformers loads in its place; None for a model itself."""
+def adapter_at(source: Any, finding: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the config of the adapter at ``source``, in whose place transformers loads its base; None for a model."""
     if (Path(source) / finding.get("subfolder", "") / "config.json").is_file():
         return None
     file = find_adapter_config_file(source, **finding)
     if file is None or not os.path.isfile(file):  # noqa: PTH113  # what transformers returns is a str
         return None
-    base = read_json(Path(file)).get("base_model_name_or_path")
-    return base if isinstance(base, str) and base else None
+    config: dict[str, Any] = read_json(Path(file))
+    base = config.get("base_model_name_or_path")
+    return config if isinstance(base, str) and base else None
 
 
 def _parts_of_ours(data: Mapping[str, Any], path: str = "") -> Iterator[str]:
@@ -159,7 +158,9 @@ def places(model: Any, wrapped: Collection[str], noted: Iterable[str], files: It
     stored = opened()
     names = {module.name for module in inventory(model)}
     is_same = stored is None or type(model).__name__ == stored.saved_class
-    if is_same or (stored is not None and stored.saved_class is None and names.issuperset(wrapped)):
+    # A class of somebody's own program can only be looked at by that program.
+    is_unknown = stored is not None and not hasattr(transformers, stored.saved_class or "")
+    if is_same or (is_unknown and names.issuperset(wrapped)):
         _refuse_absent(type(model).__name__, wrapped, names)
         return {name: name for name in (*wrapped, *noted) if name in names}
     return _places_by_tensors(model, stored, {*wrapped, *noted}, wrapped, files)
@@ -226,8 +227,12 @@ def _sources(names: Names) -> dict[str, tuple[str, ...]]:
 def _refuse_missing_tensors(whole: Any, saved: Names) -> None:
     """Do nothing if the checkpoint has all of the model that was saved. Raises: CheckpointError."""
     ignored = whole._keys_to_ignore_on_load_missing or ()
+    filled = _sources(saved)
+    # While a checkpoint is opened, a new model is not tied yet: it only says what will be.
+    ties = [{one, other} for one, other in whole.all_tied_weights_keys.items()]
+    tied = {name for knot in ties if not knot.isdisjoint(filled) for name in knot}
     for name in saved.missing:
-        if not any(re.search(pattern, name) for pattern in ignored):
+        if name not in tied and not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(f"the checkpoint has no tensor {name}")
 
 

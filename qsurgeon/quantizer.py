@@ -231,6 +231,7 @@ def note(model: Any) -> None:
     config = QSurgeonConfig(**record.model_dump())
     vars(model.config)["quantization_config"] = config
     _assign_is_quantized(model)  # type: ignore[no-untyped-call]
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     if record.storage == "packed":
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         vars(model)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
