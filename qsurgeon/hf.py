@@ -1,17 +1,21 @@
 """A recipe and a Hugging Face model: plan, apply, load, and what the model's config says of it."""
 
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
 
+from qsurgeon.arguments import check_model, check_path, check_recipe, live
 from qsurgeon.checkpoint import config_of, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
 from qsurgeon.opening import FINDING, adapter_at
+from qsurgeon.places import named
 from qsurgeon.quantizer import follow_rollouts, hosts, note, register
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
@@ -19,19 +23,23 @@ from qsurgeon.surgery import (
     Excluded,
     Origin,
     Plan,
+    Record,
     architecture,
     build_plan,
+    current_record,
     foreign_method,
-    inventory,
     mark,
+    modules_of,
     operate,
     plain_model,
     read_config,
     record_in,
     refuse_foreign,
     refuse_quantized,
+    repacked,
     skeleton,
     uninterrupted,
+    unwrapped,
 )
 
 # What peft makes an adapter's base of, by the task that its config names.
@@ -46,7 +54,7 @@ _CLASSES: dict[str, Any] = {
 
 
 def plan(
-    recipe: Recipe | str | Path, model: Any, revision: str | None = None, *, trust_remote_code: bool = False
+    recipe: Recipe | str | Path, model: Any = None, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Plan:
     """Decide what ``recipe`` does to ``model``, module by module; no weight is read.
 
@@ -56,13 +64,34 @@ def plan(
 
     Raises: RecipeError, PlanError, CheckpointError with all that is wrong; ConnectionError if the hub is out of reach.
     """
+    check_recipe("plan", recipe, Recipe, (model,))
+    check_model("plan", model, transformers.PreTrainedConfig)
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
-        return build_plan(made, inventory(model))
+        return _following(build_plan(made, modules_of(model)), model)[0]
     is_config = isinstance(model, transformers.PreTrainedConfig)
     config = model if is_config else config_of(model, revision, trust_remote_code=trust_remote_code)
-    refuse_quantized(config, "the model" if is_config else str(model))
-    return build_plan(made, inventory(skeleton(config, trust_remote_code)))
+    name = "the model" if is_config else str(model)
+    record = record_in(config)
+    if record is None:
+        refuse_quantized(config, name)
+    planned = build_plan(made, modules_of(skeleton(config, trust_remote_code)))
+    return planned if record is None else repacked(planned, record, name)
+
+
+def _following(planned: Plan, model: nn.Module) -> tuple[Plan, Record | None]:
+    """Return the plan for a live model and, if it packs one that is wrapped, the record of that: nothing else changes.
+
+    Raises: SurgeryError if the plan would change anything else.
+    """
+    if planned.recipe.storage != "packed" or not quant_linears(model):
+        return planned, None
+    record = current_record(model)
+    assert record is not None
+    try:
+        return repacked(planned, record, "the model"), record
+    except CheckpointError as error:
+        raise SurgeryError(str(error)) from error
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -70,32 +99,38 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
+def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Module:
     """Wrap the modules of a live model as ``recipe`` says, in place, and return it.
 
     Its config keeps the record, so that ``save_pretrained`` writes a folder that ``from_pretrained`` rebuilds.
     ``config.name_or_path`` no longer names what the model was loaded from, which is not what it is now: a trainer
     that would reload it as its reference fails instead, until ``reference`` says what it shall load.
 
-    Raises: RecipeError, PlanError, and SurgeryError (also for a model that is wrapped already).
+    Raises: RecipeError, PlanError, SurgeryError (also for a model that is wrapped already), and CallError for what is
+    no live model.
     """
+    check_recipe("apply", recipe, Recipe, (model,))
+    model = live("apply", model)
     found = hosts(plain_model(model)[1])
     foreign = next(filter(None, (foreign_method(host.config) for host in found)), None)
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
-    made = build_plan(as_recipe(recipe), inventory(model))
+    made, before = _following(build_plan(as_recipe(recipe), modules_of(model)), model)
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     excluded = {step.module.name: step.fate for step in made.steps if isinstance(step.fate, Excluded)}
-    source = next(filter(None, (_origin(host.config) for host in found)), "")
+    source = before.source if before is not None else next(filter(None, (_origin(host.config) for host in found)), "")
+    for remark in made.remarks:
+        warnings.warn(remark, UserWarning, stacklevel=2)
     follow_rollouts(chosen.values())
     with uninterrupted():  # from here on there is no way back: what says what was done comes with the operation
-        operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
+        with unwrapped(model) if before is not None else nullcontext():
+            operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
         mark(model, Origin(source, made.recipe.text), excluded)
         for host in found:
             if not quant_linears(host):
                 continue
             note(host)
-            if host.config.name_or_path:
+            if host.config.name_or_path and before is None:
                 host.config.name_or_path += " rewritten in memory by qsurgeon: see qsurgeon.reference"
             host.add_model_tags([QUANT_METHOD])
     for one in found or [model]:
@@ -140,6 +175,8 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     if the checkpoint lacks a tensor of the model, such as the head of another class. SurgeryError for an adapter that
     computes past wrapped layers, or takes codes for values.
     """
+    check_path("load", path, "path")
+    path = named(path)
     register()
     if auto_class is None:
         auto_class = _class_of(path, kwargs)

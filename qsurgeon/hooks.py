@@ -11,6 +11,7 @@ from typing import Any
 from transformers import modeling_utils
 from transformers.modeling_utils import PreTrainedModel
 
+from qsurgeon.checkpoint.kept import keeping
 from qsurgeon.checkpoint.saving import saving, uploading
 from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.layers import PackedLinear, QuantLinear, uncounted
@@ -113,5 +114,6 @@ patch(PreTrainedModel, "save_pretrained", saving)
 patch(PreTrainedModel, "_upload_modified_files", uploading)
 patch(PreTrainedModel, "_from_config", _making)
 patch(PreTrainedModel, "resize_token_embeddings", _resizing)
+patch(modeling_utils, "revert_weight_conversion", keeping)  # where save_pretrained looks it up
 patch(modeling_utils, "get_hf_quantizer", _settling)  # where from_pretrained looks it up
 patch(PreTrainedModel, "num_parameters", _counting_values)

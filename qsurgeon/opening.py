@@ -187,7 +187,7 @@ def _places_by_tensors(
         raise CheckpointError(
             f"{other[0]}: is opened as a {kind}, and only safetensors say which of its modules it has"
         )
-    tensors = [tensor.name for file in files for tensor in read_header(Path(file)).tensors]
+    tensors = {tensor.name: tensor for file in files for tensor in read_header(Path(file)).tensors}
     whole = stored.skeleton()
     saved, here = names_in(whole, tensors), names_in(model, tensors)
     _refuse_absent(type(whole).__name__, wrapped, {module.name for module in inventory(whole)})
@@ -221,7 +221,8 @@ def _places_by_tensors(
 
 def _sources(names: Names) -> dict[str, tuple[str, ...]]:
     """Return the tensors that each parameter is made of."""
-    return {**{name: (tensor,) for name, tensor in names.stored.items()}, **names.joined}
+    converted = {name: one.tensors for name, one in names.converted.items()}
+    return {**{name: (tensor,) for name, tensor in names.stored.items()}, **converted}
 
 
 def _refuse_missing_tensors(whole: Any, saved: Names) -> None:

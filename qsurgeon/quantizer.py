@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -21,6 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qsurgeon.checkpoint.kept import kept_names, packed_names, past
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.stored import WEIGHT
 from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears, rollout_unless_told
@@ -55,6 +56,7 @@ class QSurgeonQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._slots: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # what the packed layers are to be filled with
         self._found: set[str] = set()
+        self._kept: frozenset[str] = frozenset()  # names that a checkpoint has as the modules have them
         self._to_save: Any = None
 
     @property
@@ -103,12 +105,19 @@ class QSurgeonQuantizer(HfQuantizer):
             for key, parameter in module.named_parameters(recurse=False)
         }
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Return conversions that leave codes and scales alone."""
+        self._kept = kept_names(model, packed_names(model)) if self.is_packed else frozenset()
+        return past(weight_conversions, self._kept, model.base_model_prefix)
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Say what a tensor of a checkpoint is to be cast to. transformers asks of each, before it is read.
 
         Raises: CheckpointError for one that is not what a packed layer takes.
         """
         name = converter.target_patterns[0]
+        if isinstance(converter, WeightConverter):  # of biases, which are split as ever
+            self._found |= {one for one in self._slots if any(part in one for part in converter.target_patterns)}
         if name in self._slots:
             self._found.add(name)
             shape, kind = self._slots[name]
@@ -125,7 +134,10 @@ class QSurgeonQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a tensor of a plain checkpoint is a weight to be packed on the way."""
         module, _, key = param_name.rpartition(".")
-        return not self.pre_quantized and key == WEIGHT and isinstance(model.get_submodule(module), PackedLinear)
+        if self.pre_quantized or key != WEIGHT:
+            return False
+        # Of what is split into several weights, transformers asks of the first alone.
+        return param_name in self._kept or isinstance(model.get_submodule(module), PackedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what packs a weight."""
@@ -168,18 +180,22 @@ class QSurgeonQuantizer(HfQuantizer):
 
 
 class _Pack(ConversionOps):
-    """Packs one weight of a plain checkpoint as soon as it is read."""
+    """Packs weights of a plain checkpoint as soon as they are read; what else was split off with them stays."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        name, model = kwargs["full_layer_name"], kwargs["model"]
-        path = name.removesuffix(f".{WEIGHT}")
-        layer = model.get_submodule(path)
-        expected = layer.out_features, layer.in_features
-        if tuple(weight.shape) != expected:
-            raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
-        return {f"{path}.{key}": tensor for key, tensor in pack(weight, layer.quantization).items()}
+        done: dict[str, Any] = {}
+        for name, found in input_dict.items():
+            weight = found[0] if isinstance(found, list) else found
+            path = name.removesuffix(f".{WEIGHT}")
+            layer = kwargs["model"].get_submodule(path)
+            if not isinstance(layer, PackedLinear):
+                done[name] = weight
+                continue
+            expected = layer.out_features, layer.in_features
+            if tuple(weight.shape) != expected:
+                raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
+            done |= {f"{path}.{key}": tensor for key, tensor in pack(weight, layer.quantization).items()}
+        return done
 
 
 class _Header:

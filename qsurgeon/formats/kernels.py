@@ -4,6 +4,10 @@ On a CPU it is native.cpp, compiled for the format; on a GPU the operations of a
 into one Triton kernel each (compiled.py); where there is no compiler, the same operations one by one (pieces.py).
 ``QSURGEON_KERNELS`` (native, compile, eager) takes the choice away from this module. Inside a model that is itself
 being compiled, a CPU sees one opaque operator and a GPU the operations, to fuse them with others.
+
+Under ``torch.set_flush_denormal(True)``, which belongs to a thread, native code computes in the mode of the thread that
+called it, as the other kinds do on one thread: subnormal values are rounded as zeros. Torch's own operations on several
+threads flush on some of them.
 """
 
 import os
@@ -114,6 +118,23 @@ def _dequantize(
     return _DEQUANTIZE[kind_for(like, fields)](data, scale, above, fields, length, dtype)
 
 
+def saturates(rows: Tensor, fields: Fields) -> Tensor:
+    """Return where (bool) a value of ``rows`` (…, rows, columns) exceeds the largest that its block can hold."""
+    if _is_opaque(rows):
+        marked: Tensor = _saturates_op(rows, fields.name, fields.without_number.key, fields.static_scale)
+        return marked
+    if torch.compiler.is_compiling():
+        return arithmetic.saturates(rows, arithmetic.tensor_scale(rows, fields), fields)
+    return _saturates(rows, fields)
+
+
+def _saturates(rows: Tensor, fields: Fields) -> Tensor:
+    if not rows.numel():
+        return torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    rows = rows.resolve_neg()
+    return _SATURATES[kind_for(rows, fields)](rows, arithmetic.tensor_scale(rows, fields), fields)
+
+
 # ---- native.cpp
 
 
@@ -136,6 +157,13 @@ def _native_dequantize(
     out = torch.empty(*data.shape[:-1], length, dtype=dtype)
     contiguous = None if scale is None else scale.contiguous()
     _library(out, fields).dequantize(data.contiguous(), contiguous, per_row_of(above, out), matrices(out))
+    return out
+
+
+def _native_saturates(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    flat = matrices(rows).contiguous()
+    out = torch.empty(rows.shape, dtype=torch.bool)
+    _library(rows, fields).saturates(flat, out, per_row_of(above, rows))
     return out
 
 
@@ -162,6 +190,12 @@ _DEQUANTIZE: dict[Kind, Callable[[Tensor, Tensor | None, Above, Fields, int, tor
     "eager": pieces.dequantize,
 }
 
+_SATURATES: dict[Kind, Callable[[Tensor, Above, Fields], Tensor]] = {
+    "native": _native_saturates,
+    "compile": compiled.saturates,
+    "eager": pieces.saturates,
+}
+
 
 # ---- what torch.compile sees of the CPU's kernels
 
@@ -179,6 +213,16 @@ def _fake_quantize_op(rows: Tensor, name: str, key: str, static_scale: float | N
 @_fake_quantize_op.register_fake
 def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qsurgeon::saturates", mutates_args=())
+def _saturates_op(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
+    return _saturates(rows, _numbered(key, name, static_scale))
+
+
+@_saturates_op.register_fake
+def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
+    return torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
 
 
 # An operator returns tensors only: what a format does not have is an empty one.

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from qsurgeon.arguments import check_model
 from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, packed_linears, quant_linears
 from qsurgeon.report.rows import Report, Row
@@ -57,6 +58,7 @@ def inspect(
     Raises: CheckpointError for a folder without a model, or a record that cannot be read; ConnectionError if the hub
     is out of reach.
     """
+    check_model("inspect", model, transformers.PreTrainedConfig)
     if isinstance(model, nn.Module):
         return _inspect_live(model, example)
     is_config = isinstance(model, transformers.PreTrainedConfig)

@@ -7,7 +7,9 @@ from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
 from qsurgeon.surgery.quantized import configs_in, foreign_method, is_ours, refuse_foreign, refuse_quantized
+from qsurgeon.surgery.reads import modules_of
 from qsurgeon.surgery.record import QUANT_METHOD, Record, read_record, record_in, record_of
+from qsurgeon.surgery.repack import repacked, unwrapped
 from qsurgeon.surgery.skeleton import architecture, read_config, skeleton
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "mark",
     "method_of",
     "misread",
+    "modules_of",
     "objection",
     "operate",
     "plain_model",
@@ -41,6 +44,8 @@ __all__ = [
     "refuse_adapters",
     "refuse_foreign",
     "refuse_quantized",
+    "repacked",
     "skeleton",
     "uninterrupted",
+    "unwrapped",
 ]

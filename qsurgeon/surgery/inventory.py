@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qsurgeon.layers import PackedLinear, QuantLinear
+from qsurgeon.surgery.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Module:
     the bytes that it takes. tied_to: the module that owns its weight, if that is another one.
     adapter: whether peft added it.
     shared: those of its parameters that another module owns. weight_bytes: what its weight takes, its own or shared.
+    readers: the code that takes its weight itself (see ``reads``), where that was asked for.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Module:
     adapter: bool
     shared: tuple[str, ...] = ()
     weight_bytes: int = 0
+    readers: tuple[Reader, ...] = ()
 
 
 def inventory(model: nn.Module) -> tuple[Module, ...]:

@@ -170,7 +170,7 @@ def ask(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./model", "a/b/c", "model/", "~/model"])
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(hub: Any, name: str, ask: Callable[..., Any]) -> None:
-    assert fails(lambda: ask(name)) == f"{Path(name)}: no such folder"
+    assert fails(lambda: ask(name)) == f"{Path(name).expanduser()}: no such folder"
     assert hub.asked == []
 
 
