@@ -17,6 +17,7 @@ from torch import nn
 from qsurgeon.errors import CodesError, SurgeryError
 from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
 from qsurgeon.patching import Method, patch
+from qsurgeon.references import refuse_an_adapter
 from qsurgeon.surgery import method_of, objection, refuse_adapters
 
 
@@ -30,6 +31,7 @@ def _refusing(inject: Method) -> Method:
             try:
                 _check(self, model, config)
                 _check_saved(model, config)
+                refuse_an_adapter(model)
                 inject(self, model, adapter_name, *args, **kwargs)
                 refuse_adapters(model)  # for what no config tells
             except BaseException as error:

@@ -16,8 +16,10 @@ from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
 from qsurgeon.opening import FINDING, adapter_at
 from qsurgeon.places import named
-from qsurgeon.quantizer import follow_rollouts, hosts, note, register
+from qsurgeon.quantizer import hosts, note, register
 from qsurgeon.recipe import Recipe, load_recipe
+from qsurgeon.references import refuse_unloaded, remember
+from qsurgeon.rollouts import follow_rollouts
 from qsurgeon.surgery import (
     QUANT_METHOD,
     Excluded,
@@ -28,6 +30,7 @@ from qsurgeon.surgery import (
     build_plan,
     current_record,
     foreign_method,
+    inventory,
     mark,
     modules_of,
     operate,
@@ -121,7 +124,7 @@ def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Mod
     source = before.source if before is not None else next(filter(None, (_origin(host.config) for host in found)), "")
     for remark in made.remarks:
         warnings.warn(remark, UserWarning, stacklevel=2)
-    follow_rollouts(chosen.values())
+    follow_rollouts(model, chosen.values())
     with uninterrupted():  # from here on there is no way back: what says what was done comes with the operation
         with unwrapped(model) if before is not None else nullcontext():
             operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
@@ -148,13 +151,16 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
     """Say what a trainer loads as the reference of ``model``: ``source``, which is ``wrapped`` or in full precision.
 
     TRL's trainers load their reference from ``model.config.name_or_path``, unless they are given one or train an
-    adapter, which they switch off instead. No weight is read here. ``source``: a folder or a hub id, with the weights
-    that the reference shall have; ``qsurgeon.load`` leaves its own folder there, which is wrapped.
+    adapter, which they switch off instead: then the reference is the wrapped base, and putting an adapter on a model
+    whose reference shall be in full precision is refused. No weight is read here. ``source``: a folder or a hub id,
+    with the weights that the reference shall have; ``qsurgeon.load`` leaves its own folder there, which is wrapped.
 
     Raises: NothingWrappedError if ``source`` shall be wrapped and is not; CheckpointError if it shall not and is, or
-    if there is no model; SurgeryError for a model without a config to say it in.
+    if there is no model; SurgeryError for a model without a config to say it in, and for one with an adapter whose
+    reference shall be in full precision.
     """
-    config = getattr(plain_model(model)[1], "config", None)
+    root = plain_model(model)[1]
+    config = getattr(root, "config", None)
     if not isinstance(config, transformers.PreTrainedConfig):
         raise SurgeryError(f"{type(model).__name__} has no config that could name its reference")
     there = config_of(source)
@@ -163,7 +169,10 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
         raise NothingWrappedError(_nothing(source))
     if not wrapped and record_in(there) is not None:
         raise CheckpointError(f"{source} was rewritten by qsurgeon; expected a checkpoint in full precision")
+    if not wrapped and quant_linears(model) and any(module.adapter for module in inventory(model)):
+        refuse_unloaded(str(source))
     config.name_or_path = str(source)
+    remember(root, str(source), wrapped=wrapped)
 
 
 def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:

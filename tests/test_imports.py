@@ -19,7 +19,7 @@ ORDER = (
     {"formats"},
     {"layers", "recipe"},
     {"surgery"},
-    {"checkpoint"},
+    {"checkpoint", "references", "rollouts"},
     {"opening"},
     {"adapting", "counting", "heads", "hooks", "launch", "quantizer"},
     {"hf"},

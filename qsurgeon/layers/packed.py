@@ -1,7 +1,6 @@
 """PackedLinear: a QuantLinear that holds its weight as codes and scales alone."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,9 +12,10 @@ from qsurgeon.formats.rotation import rotated
 from qsurgeon.formats.stored import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
 from qsurgeon.layers.codes import Codes, plain
 from qsurgeon.layers.linear import QuantLinear, quant_linears
-from qsurgeon.layers.phases import without
+from qsurgeon.layers.phases import During, without
 from qsurgeon.layers.product import packed_format, packed_linear
 from qsurgeon.layers.quantization import Quantization
+from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 
 
 class PackedLinear(QuantLinear):
@@ -29,11 +29,10 @@ class PackedLinear(QuantLinear):
     Its tensors are ``Codes``, with which nothing can compute by mistake; what is put in their place becomes Codes too.
 
     compute_dtype: what the weight was before it was packed, which follows ``.to(dtype)``. peft makes its adapters'
-    parameters in it. name: the layer's in the plain model, for errors; empty where it is not known.
+    parameters in it.
     """
 
     compute_dtype: torch.dtype
-    name: str
 
     @staticmethod
     def check_packing(linear: nn.Module, quantization: Quantization) -> None:
@@ -75,9 +74,8 @@ class PackedLinear(QuantLinear):
         cls.check_packing(linear, quantization)
         weight = linear.get_parameter("weight")
         packed = empty(packed_format(quantization), *weight.shape) if weight.is_meta else pack(weight, quantization)
-        super().wrap(linear, quantization)
+        super().wrap(linear, quantization, name)
         vars(linear)["compute_dtype"] = weight.dtype
-        vars(linear)["name"] = name
         vars(linear)["_is_hf_initialized"] = True  # transformers would draw new codes as if they were a weight
         for key, tensor in packed.items():
             linear.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
@@ -132,8 +130,11 @@ class PackedLinear(QuantLinear):
         """Return q(x) · q(W)ᵀ + b. Raises: ShapeError for an input of another length or of whole numbers."""
         if input.shape[-1] != self.in_features:
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
+        stored = self.stored
         with torch._C.DisableTorchFunctionSubclass():  # of Codes
-            return packed_linear(input, tuple(self.stored.values()), self.bias, self.quantization)
+            if is_sharded(stored[WEIGHT]):
+                return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
+            return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
@@ -225,11 +226,11 @@ def uncounted(model: nn.Module) -> int:
     )
 
 
-@contextmanager
-def disabled(*models: nn.Module) -> Iterator[None]:
+def disabled(*models: nn.Module) -> During:
     """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.
 
-    Only the thread that enters the block sees it. Where ``backward`` is called makes no difference.
+    As a phase does, it follows the work, into the threads that are started inside, tasks of asyncio and thread pools;
+    what others do meanwhile with the same models is not disabled. Where ``backward`` is called makes no difference.
 
     Raises: NothingWrappedError for a model without a QuantLinear, which is in full precision everywhere. SurgeryError
     for one with packed weights, whose full precision is nowhere any more.
@@ -244,5 +245,4 @@ def disabled(*models: nn.Module) -> Iterator[None]:
                 "their full precision is gone. Load the checkpoint that they were packed from as a teacher or "
                 "reference, or use storage: master"
             )
-    with without(layer for layers in found for layer in layers.values()):
-        yield
+    return without([layer for layers in found for layer in layers.values()])

@@ -53,7 +53,7 @@ def operate(
         _pack_all({name: linears[name] for name in sorted(packed, key=sizes.__getitem__, reverse=True)}, quantizations)
         for name, linear in linears.items():
             if name not in packed:
-                QuantLinear.wrap(linear, quantizations[name])
+                QuantLinear.wrap(linear, quantizations[name], name)
         for name in tied:
             _untie(linears[name], name, copies.get(name), plain_model(model)[1])
     return len(linears)

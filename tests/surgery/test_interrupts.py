@@ -198,11 +198,11 @@ def test_a_signal_at_any_point_leaves_it_whole_or_untouched(
         wrap = QuantLinear.wrap.__func__  # type: ignore[attr-defined]
 
         def interrupted(
-            cls: Any, linear: nn.Module, how: Any, wrap: Any = wrap, calls: Any = calls, at: int = place
+            cls: Any, linear: nn.Module, how: Any, name: str, wrap: Any = wrap, calls: Any = calls, at: int = place
         ) -> None:
             if next(calls) == at:
                 os.kill(os.getpid(), signal.SIGINT)
-            wrap(cls, linear, how)
+            wrap(cls, linear, how, name)
 
         with monkeypatch.context() as patched:
             patched.setattr(QuantLinear, "wrap", classmethod(interrupted))
