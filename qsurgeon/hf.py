@@ -124,11 +124,11 @@ def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Mod
     source = before.source if before is not None else next(filter(None, (_origin(host.config) for host in found)), "")
     for remark in made.remarks:
         warnings.warn(remark, UserWarning, stacklevel=2)
-    follow_rollouts(model, chosen.values())
     with uninterrupted():  # from here on there is no way back: what says what was done comes with the operation
         with unwrapped(model) if before is not None else nullcontext():
             operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
         mark(model, Origin(source, made.recipe.text), excluded)
+        follow_rollouts(model, chosen.values())
         for host in found:
             if not quant_linears(host):
                 continue

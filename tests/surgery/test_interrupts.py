@@ -183,7 +183,7 @@ def test_what_cannot_be_gone_on_with_is_said(model: Any, monkeypatch: pytest.Mon
         "model.layers.1.mlp.gate_proj could not be packed, after 5 other weights were: OutOfMemoryError: no memory. "
         "The model is half packed, and cannot be used: load it again"
     )
-    with pytest.raises(SurgeryError, match="wrapped already"):
+    with pytest.raises(SurgeryError, match="already; apply"):
         qsurgeon.apply(recipe("packed"), model)
 
 
