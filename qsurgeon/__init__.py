@@ -111,12 +111,15 @@ def _follow(watched: str, ours: str) -> None:
     """Import ``ours`` as soon as ``watched`` is imported, at once if it is already."""
     if watched in sys.modules:
         importlib.import_module(ours)
-    else:
+    elif not any(getattr(finder, "ours", None) == ours for finder in sys.meta_path):  # of an import before this one
         sys.meta_path.insert(0, _Watch(watched, ours))
 
 
 _follow("transformers.quantizers.auto", "qsurgeon.quantizer")
 _follow("transformers.modeling_utils", "qsurgeon.hooks")
 _follow("peft.tuners.tuners_utils", "qsurgeon.adapting")
+_follow("peft.mapping_func", "qsurgeon.counting")
+_follow("transformers.integrations.liger", "qsurgeon.heads.liger")
+_follow("trl.trainer.utils", "qsurgeon.heads.trl")
 if VARIABLE in os.environ:
     _follow("transformers.modeling_utils", "qsurgeon.launch.loading")

@@ -8,6 +8,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── PlanError             recipe and model do not fit
 ├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
 ├── ExportError           a wrapped layer asked for in a kind of program that loses what it computes
+├── CodesError            packed codes that something would compute with as if they were numbers
 ├── CalibrationError      examples that do not say what a static scale should be
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
 ├── OtherRankError        a process that was launched with this one has failed, and says why itself
@@ -20,6 +21,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from qsurgeon.visible import one_line, visible
 
@@ -79,6 +81,10 @@ class MistakesError(QSurgeonError):
             lines.append(f"… and {len(self.mistakes) - MOST_SHOWN:,} more mistakes")
         Exception.__init__(self, "\n".join(lines))  # past what would make one line of these
 
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[Mistake, ...]], dict[str, Any]]:
+        """Pickle and copy by the mistakes: an exception would pass its text to ``__init__``."""
+        return type(self), (self.mistakes,), vars(self)
+
 
 class RecipeError(MistakesError):
     """A recipe whose text is wrong: syntax, keys, values."""
@@ -94,6 +100,10 @@ class SurgeryError(QSurgeonError):
 
 class ExportError(QSurgeonError):
     """A wrapped layer was to become part of a program that cannot hold what it computes (TorchScript, ONNX)."""
+
+
+class CodesError(QSurgeonError):
+    """Something would compute with packed codes as if they were numbers, or train them."""
 
 
 class CalibrationError(QSurgeonError):

@@ -41,6 +41,7 @@ from qsurgeon.surgery import (
     refuse_quantized,
     repacked,
     skeleton,
+    uninterrupted,
     unwrapped,
 )
 
@@ -121,19 +122,20 @@ def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Mod
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     excluded = {step.module.name: step.fate for step in made.steps if isinstance(step.fate, Excluded)}
     source = before.source if before is not None else next(filter(None, (_origin(host.config) for host in found)), "")
-    with unwrapped(model) if before is not None else nullcontext():
-        operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
-    mark(model, Origin(source, made.recipe.text), excluded)
     for remark in made.remarks:
         warnings.warn(remark, UserWarning, stacklevel=2)
-    follow_rollouts(model, chosen.values())
-    for host in found:
-        if not quant_linears(host):
-            continue
-        note(host)
-        if host.config.name_or_path and before is None:
-            host.config.name_or_path += " rewritten in memory by qsurgeon: see qsurgeon.reference"
-        host.add_model_tags([QUANT_METHOD])
+    with uninterrupted():  # from here on there is no way back: what says what was done comes with the operation
+        with unwrapped(model) if before is not None else nullcontext():
+            operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
+        mark(model, Origin(source, made.recipe.text), excluded)
+        follow_rollouts(model, chosen.values())
+        for host in found:
+            if not quant_linears(host):
+                continue
+            note(host)
+            if host.config.name_or_path and before is None:
+                host.config.name_or_path += " rewritten in memory by qsurgeon: see qsurgeon.reference"
+            host.add_model_tags([QUANT_METHOD])
     for one in found or [model]:
         announce(one)
     return model

@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from qsurgeon.checkpoint.kept import keeping
 from qsurgeon.checkpoint.saving import saving, uploading
 from qsurgeon.errors import CheckpointError, SurgeryError
-from qsurgeon.layers import PackedLinear, QuantLinear
+from qsurgeon.layers import PackedLinear, QuantLinear, uncounted
 from qsurgeon.opening import Stored, opened, opening
 from qsurgeon.patching import Method, patch
 from qsurgeon.surgery import inherit, is_ours
@@ -98,6 +98,18 @@ def _resizing(resize: Method) -> Method:
     return resize_token_embeddings
 
 
+def _counting_values(count: Method) -> Method:
+    """Let ``num_parameters`` count the values of packed weights, and not their bytes."""
+    parameters = signature(count)
+
+    def num_parameters(self: Any, *args: Any, **kwargs: Any) -> int:
+        only_trainable = parameters.bind(self, *args, **kwargs).arguments.get("only_trainable", False)
+        found: int = count(self, *args, **kwargs)
+        return found if only_trainable else found + uncounted(self)
+
+    return num_parameters
+
+
 def _staying_sharded(ask: Method) -> Method:
     """Let a wrapped layer see that its weight is split: transformers (5.23) hands a Linear its part as a plain tensor.
 
@@ -119,3 +131,4 @@ patch(PreTrainedModel, "_from_config", _making)
 patch(PreTrainedModel, "resize_token_embeddings", _resizing)
 patch(modeling_utils, "revert_weight_conversion", keeping)  # where save_pretrained looks it up
 patch(modeling_utils, "get_hf_quantizer", _settling)  # where from_pretrained looks it up
+patch(PreTrainedModel, "num_parameters", _counting_values)

@@ -22,7 +22,7 @@ ORDER = (
     {"surgery"},
     {"checkpoint", "references", "rollouts"},
     {"opening"},
-    {"adapting", "hooks", "launch", "quantizer"},
+    {"adapting", "counting", "heads", "hooks", "launch", "quantizer"},
     {"hf"},
     {"calibration", "noise", "scan", "export", "merging", "watch"},
     {"report"},
@@ -180,7 +180,8 @@ import importlib, sys, qsurgeon
 importlib.reload(qsurgeon)  # before transformers
 import peft, transformers.quantizers.auto
 importlib.reload(qsurgeon)  # and after
-assert not [finder for finder in sys.meta_path if type(finder).__module__ == "qsurgeon"]
+waiting = [finder.watched for finder in sys.meta_path if type(finder).__module__ == "qsurgeon"]
+assert sorted(waiting) == ["transformers.integrations.liger", "trl.trainer.utils"]  # which nothing has imported
 {REGISTERED}
 """
     assert fresh(code) == "True"

@@ -159,8 +159,14 @@ class Quantized:
         return (values if data.dim() > 1 else values.squeeze(0)).movedim(-1, self.dim)
 
     def _check(self, data: Tensor, scale: Tensor | None) -> None:
-        """Refuse bytes of another shape or dtype: a kernel reads what it is told to."""
+        """Refuse bytes of another shape, dtype or place: a kernel reads what it is told to."""
         format = self.format
+        parts = {"codes": data, "scale": scale, "tensor_scale": self.tensor_scale}
+        places = {name: str(tensor.device) for name, tensor in parts.items() if tensor is not None}
+        if len(set(places.values())) > 1:
+            raise ShapeError(
+                f"the parts of a quantized tensor lie on different devices, {places}: one was not loaded, or not moved"
+            )
         expected = packed_length(self.length, format.element.bits)
         if data.dtype != torch.uint8:
             raise ShapeError(f"data of {data.dtype} cannot be packed codes; expected torch.uint8")

@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from qsurgeon.errors import ShapeError
 from qsurgeon.formats.element import Element, FloatElement
 from qsurgeon.formats.fields import Fields
 from qsurgeon.formats.private import NotPrivateError, private_folder, read_private
@@ -76,7 +77,16 @@ class Library:
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    """Return where ``tensor`` lies. Raises: ShapeError if it is elsewhere, or its memory was given back."""
+    if tensor is None:
+        return ctypes.c_void_p(None)
+    at = tensor.data_ptr() if tensor.device.type == "cpu" else 0
+    if not at and tensor.numel():
+        raise ShapeError(
+            f"a kernel of the CPU was given a tensor {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device} that "
+            "has no memory there: it was not loaded, or was freed (sharded, offloaded)"
+        )
+    return ctypes.c_void_p(at)
 
 
 def _sizes(shape: torch.Size) -> tuple[ctypes.c_int64, ...]:

@@ -2,7 +2,7 @@
 
 from qsurgeon.layers.around import around
 from qsurgeon.layers.linear import QuantLinear, quant_linears
-from qsurgeon.layers.packed import PackedLinear, disabled, pack, packed_linears
+from qsurgeon.layers.packed import PackedLinear, disabled, pack, packed_linears, uncounted
 from qsurgeon.layers.phases import current_phase, is_active, phase, rollout_unless_told
 from qsurgeon.layers.product import packed_format
 from qsurgeon.layers.quantization import AS_IT_IS, Quantization
@@ -24,4 +24,5 @@ __all__ = [
     "quant_linears",
     "rollout_unless_told",
     "straight_through",
+    "uncounted",
 ]

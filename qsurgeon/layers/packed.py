@@ -6,10 +6,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from qsurgeon.errors import CheckpointError, FormatError, NothingWrappedError, ShapeError, SurgeryError
+from qsurgeon.errors import CheckpointError, CodesError, FormatError, NothingWrappedError, ShapeError, SurgeryError
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.formats.stored import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.layers.codes import Codes, plain
 from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.linear import QuantLinear, quant_linears
 from qsurgeon.layers.phases import During, without
@@ -26,6 +27,8 @@ class PackedLinear(QuantLinear):
     packed, to the bit. The weight is opened anew in each forward and each backward pass, in the dtype that the input
     has, and has no gradient; the input and the bias have theirs.
 
+    Its tensors are ``Codes``, with which nothing can compute by mistake; what is put in their place becomes Codes too.
+
     compute_dtype: what the weight was before it was packed, which follows ``.to(dtype)``. peft makes its adapters'
     parameters in it.
     """
@@ -36,11 +39,19 @@ class PackedLinear(QuantLinear):
     def check_packing(linear: nn.Module, quantization: Quantization) -> None:
         """Do nothing if ``linear`` can be packed.
 
-        Raises: SurgeryError as QuantLinear's ``check``, for a weight whose values are elsewhere (offloaded, sharded),
-        and for a rule that does not round it in every phase; FormatError for a static scale without a number.
+        Raises: SurgeryError as QuantLinear's ``check``, for a weight that is no parameter (old-style weight_norm,
+        spectral_norm, prune), of a dtype that cannot be rounded, or whose values are elsewhere (offloaded, sharded),
+        and for a rule that does not round it in every phase; FormatError for a static scale without a number;
+        ShapeError for a weight that its format or rotation does not fit.
         """
         QuantLinear.check(linear)
-        weight, grid = linear.get_parameter("weight"), packed_format(quantization)
+        weight, grid = linear._parameters.get("weight"), packed_format(quantization)
+        if weight is None:
+            raise SurgeryError(
+                "its weight is not a parameter: a hook computes it before each call (weight_norm, spectral_norm or "
+                "prune of torch.nn.utils). Make it permanent with remove_weight_norm, remove_spectral_norm or "
+                "prune.remove, and pack it then"
+            )
         if grid.tensor_scale == "static" and grid.static_scale is None:
             raise FormatError(
                 f"format '{grid.name}' has a static tensor scale and no number for it: a weight that is packed cannot "
@@ -52,12 +63,14 @@ class PackedLinear(QuantLinear):
             raise SurgeryError("its weight is sharded; pack the model before fully_shard")
         if weight.is_meta and getattr(linear, "_hf_hook", None) is not None:
             raise SurgeryError("its weight is offloaded, and its values are not here to be packed")
+        # Of a weight without rows, to learn whether the dtype and the length of a row can be rounded.
+        pack(torch.empty(0, weight.shape[1], dtype=weight.dtype), quantization)
 
     @classmethod
     def wrap(cls, linear: nn.Module, quantization: Quantization, name: str = "") -> None:
         """Turn ``linear`` itself into a PackedLinear; of a weight on the meta device only the shapes are packed.
 
-        Raises: as ``check_packing``.
+        ``name``: see the class. Raises: as ``check_packing``.
         """
         cls.check_packing(linear, quantization)
         weight = linear.get_parameter("weight")
@@ -94,7 +107,7 @@ class PackedLinear(QuantLinear):
         bands = list(dict.fromkeys(row // height for row in rows))
         places = {WEIGHT: list(rows), SCALE: bands, TENSOR_SCALE: list(rows)}
         taken = {
-            name: tensor.detach() if len(tensor) == 1 else tensor.detach()[places[name]]
+            name: plain(tensor.detach()) if len(tensor) == 1 else plain(tensor.detach())[places[name]]
             for name, tensor in kept.items()
         }
         return from_stored(taken, self.grid, self.in_features, torch.float32).dequantize()
@@ -120,21 +133,64 @@ class PackedLinear(QuantLinear):
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
         refuse_export(self.training)
         stored = self.stored
-        if is_sharded(stored[WEIGHT]):
-            return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
-        return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)
+        with torch._C.DisableTorchFunctionSubclass():  # of Codes
+            if is_sharded(stored[WEIGHT]):
+                return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
+            return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
         return f"{super().extra_repr()}, storage=packed"
 
     def _quantized(self, dtype: torch.dtype) -> Quantized:
-        return from_stored(self.stored, self.grid, self.in_features, dtype)
+        stored = {name: plain(tensor) for name, tensor in self.stored.items()}
+        return from_stored(stored, self.grid, self.in_features, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         vars(self)["compute_dtype"] = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
         return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a tensor of the weight, which becomes Codes, or the bias.
+
+        Raises: CodesError for another, which would be in the place of the weight: torch's prune and its like make it.
+        """
+        if name != "bias" and name not in stored_shapes(self.grid, 0, 0):
+            raise CodesError(
+                f"{self._label(WEIGHT)} holds packed codes, and a layer with packed codes takes no parameter '{name}'. "
+                "Use storage: master for a weight that is pruned, normalized or parametrized"
+            )
+        super().register_parameter(name, self._as_codes(name, param))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; what is put in the place of a tensor of the weight becomes Codes. Raises: CodesError."""
+        super().__setattr__(name, self._as_codes(name, value))
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute. Raises: CodesError for a tensor of the weight."""
+        if name in stored_shapes(self.grid, 0, 0):
+            raise CodesError(
+                f"{self._label(name)} holds packed codes, which nothing else can stand for. Use storage: master for a "
+                "weight that is pruned, normalized or parametrized"
+            )
+        super().__delattr__(name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was pickled: Codes are pickled as ordinary tensors."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in stored_shapes(self.grid, 0, 0):
+            self._parameters[name] = self._as_codes(name, self._parameters[name])
+
+    def _label(self, name: str) -> str:
+        return f"{self.name or type(self).__name__}.{name}"
+
+    def _as_codes(self, name: str, value: Any) -> Any:
+        """Return ``value`` as Codes, if it is a plain tensor in the place of one of the weight's."""
+        is_plain = type(value) in (Tensor, nn.Parameter)
+        if not is_plain or name not in stored_shapes(self.grid, 0, 0):
+            return value
+        return Codes(value, value.requires_grad, self._label(name))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuse tensors that torch would cast: a value that is rounded to a byte is no code."""
@@ -162,6 +218,14 @@ def empty(grid: Format, rows: int, columns: int) -> dict[str, Tensor]:
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
     """Return the PackedLinear modules of ``model`` by their names in it."""
     return {name: module for name, module in quant_linears(model).items() if isinstance(module, PackedLinear)}
+
+
+def uncounted(model: nn.Module) -> int:
+    """Return how many values more than bytes, which ``numel`` counts, the packed weights of ``model`` have."""
+    layers = packed_linears(model).values()
+    return sum(
+        layer.out_features * layer.in_features - sum(one.numel() for one in layer.stored.values()) for layer in layers
+    )
 
 
 def disabled(*models: nn.Module) -> During:

@@ -16,6 +16,7 @@ from qsurgeon.errors import FormatError, GradientError, ShapeError
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.formats.stored import from_stored, stored_shapes
+from qsurgeon.layers.codes import plain
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.rounding import Agreement, above_of, bits_of, coded, mask_of, rounded, saturated
 
@@ -320,7 +321,7 @@ def packed_format(how: Quantization) -> Format:
 
 def _open(stored: Sequence[Tensor], grid: Format, inputs: int, dtype: torch.dtype) -> Tensor:
     names = stored_shapes(grid, 0, 0)
-    return from_stored(dict(zip(names, stored, strict=True)), grid, inputs, dtype).dequantize()
+    return from_stored(dict(zip(names, map(plain, stored), strict=True)), grid, inputs, dtype).dequantize()
 
 
 # Opaque to torch.compile, which would otherwise open a weight once for forward and backward, and keep it in between.

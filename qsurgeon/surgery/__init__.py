@@ -1,8 +1,9 @@
 """From a recipe to a changed model: list its modules, decide each one's fate, operate."""
 
-from qsurgeon.surgery.adapters import bypassed, misread, objection, refuse_adapters
+from qsurgeon.surgery.adapters import bypassed, method_of, misread, objection, refuse_adapters
 from qsurgeon.surgery.current import Origin, current_record, exclusions, inherit, mark
 from qsurgeon.surgery.headline import Part, headline, headline_of, in_words, percent
+from qsurgeon.surgery.interrupts import uninterrupted
 from qsurgeon.surgery.inventory import Module, Tower, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
@@ -36,6 +37,7 @@ __all__ = [
     "inventory",
     "is_ours",
     "mark",
+    "method_of",
     "misread",
     "modules_of",
     "objection",
@@ -51,5 +53,6 @@ __all__ = [
     "refuse_quantized",
     "repacked",
     "skeleton",
+    "uninterrupted",
     "unwrapped",
 ]

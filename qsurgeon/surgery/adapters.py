@@ -62,12 +62,17 @@ def refuse_adapters(model: nn.Module) -> None:
             raise SurgeryError(f"{len(found)} wrapped modules {what}, such as {name}: {how}")
 
 
+def method_of(config: Any) -> str:
+    """Return of which of peft's methods a config is."""
+    return type(config).__module__.removeprefix("peft.tuners.").partition(".")[0]
+
+
 def objection(config: Any, *, is_packed: bool) -> str | None:
     """Return why an adapter of peft with this config may not be put on a wrapped layer; None if it may.
 
     Also None for what a config does not tell. is_packed: the layer's weight is packed.
     """
-    method = type(config).__module__.removeprefix("peft.tuners.").partition(".")[0]
+    method = method_of(config)
     past = "multiplies with its weight itself and never calls it"
     if method in _READ_THE_WEIGHT:
         return f"{method} {past}"

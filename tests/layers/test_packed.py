@@ -244,7 +244,7 @@ def test_there_is_no_full_precision_to_return_to() -> None:
 
 def test_a_state_dict_of_values_is_not_taken_for_codes() -> None:
     _, packed = both(Quantization(NV, None))
-    state = {**packed.state_dict(), "weight_scale": packed.weight_scale.float()}
+    state = {**packed.state_dict(), "weight_scale": torch.ones(24, 4)}
     with pytest.raises(CheckpointError, match=r"^weight_scale is torch\.float32; a packed weight is torch\.uint8$"):
         packed.load_state_dict(state)
     fresh = both(Quantization(NV, None))[1]

@@ -170,7 +170,7 @@ def test_on_packed_weights_it_is_refused_and_changes_nothing(small_model: Maker,
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 
-@pytest.mark.parametrize("name", ["kasa", "velora", "unilora"])
+@pytest.mark.parametrize("name", ["velora", "unilora"])  # kasa reads the weight, which refuses by itself
 def test_put_on_packed_weights_it_is_wrong_in_silence_indeed_and_inspect_says_so(
     small_model: Maker, recipe: MakeRecipe, moved: Move, step: Step, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,13 +75,14 @@ def test_no_second_copy_of_the_weights_is_alive_while_they_are_packed(
     weights = {name: weakref.ref(model.get_parameter(f"{name}.weight")) for name in (Q, DOWN)}
     alive: list[list[str]] = []
 
-    def wrapped(cls: Any, linear: nn.Module, how: Any) -> None:
-        wrap(cls, linear, how)
+    def wrapped(cls: Any, linear: nn.Module, how: Any, name: str) -> None:
+        wrap(cls, linear, how, name)
         alive.append([name for name, weight in weights.items() if weight() is not None])
 
     monkeypatch.setattr(PackedLinear, "wrap", classmethod(wrapped))
     qsurgeon.apply(recipe(), model)
-    assert alive[0] == [DOWN]
+    assert alive[0] == [Q, DOWN]
+    assert [Q] in alive  # the larger one is gone by then
     assert alive[-1] == []
 
 

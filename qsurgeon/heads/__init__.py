@@ -1,0 +1,30 @@
+"""Libraries that multiply with the weight of an output head themselves, and never call it, are refused a wrapped one.
+
+A fused loss saves the memory of the logits: it takes the weight and computes past the layer. That can be seen where a
+library sets its loss up, and no later: under FSDP it is handed a tensor that it gathered. Each module below is imported
+right after the library's.
+"""
+
+import sys
+from typing import Any
+
+from qsurgeon.errors import SurgeryError
+from qsurgeon.layers import PackedLinear, QuantLinear
+
+
+def refuse_wrapped_head(model: Any, who: str) -> None:
+    """Do nothing if the output head of ``model`` may be computed past: it is not wrapped, or not while it trains.
+
+    Raises: SurgeryError, which says that ``who`` would.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    held = head.get_base_layer() if tuners is not None and isinstance(head, tuners.BaseTunerLayer) else head
+    if not isinstance(held, QuantLinear) or held.quantization.phases == "rollout":
+        return
+    path = next(path for path, module in model.named_modules() if module is head)
+    how = "take its packed codes for values" if isinstance(held, PackedLinear) else "train it in full precision"
+    raise SurgeryError(
+        f"{path}, the output head of {type(model).__name__}, is wrapped, and {who} multiplies with its weight itself "
+        f"and never calls it: it would {how}. Exclude the head in the recipe: 'exclude: [{path}]'"
+    )
