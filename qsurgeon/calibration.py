@@ -12,6 +12,7 @@ from qsurgeon.errors import CalibrationError
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
+from qsurgeon.layers.compiling import eagerly
 from qsurgeon.quantizer import hosts, note
 from qsurgeon.surgery import plain_model
 
@@ -30,7 +31,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Modu
     layers = {path: layer for path, layer in quant_linears(model).items() if _roles(layer)}
     if not layers:
         raise CalibrationError("no module has a static tensor scale; say tensor_scale: static in a recipe's formats")
-    with _observed(layers) as largest, _evaluating(model), torch.no_grad():
+    with _observed(layers) as largest, _evaluating(model), eagerly(model), torch.no_grad():
         for batch in batches:
             model(**batch)
     _agree(largest)

@@ -9,13 +9,17 @@ from typing import Any
 import transformers
 from torch import nn
 
+from qsurgeon.arguments import check_model, check_path, check_recipe, live
 from qsurgeon.checkpoint import config_of, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
 from qsurgeon.opening import FINDING, adapter_at
-from qsurgeon.quantizer import follow_rollouts, hosts, note, register
+from qsurgeon.places import named
+from qsurgeon.quantizer import hosts, note, register
 from qsurgeon.recipe import Recipe, load_recipe
+from qsurgeon.references import refuse_unloaded, remember
+from qsurgeon.rollouts import follow_rollouts
 from qsurgeon.surgery import (
     QUANT_METHOD,
     Excluded,
@@ -26,6 +30,7 @@ from qsurgeon.surgery import (
     build_plan,
     current_record,
     foreign_method,
+    inventory,
     mark,
     modules_of,
     operate,
@@ -51,7 +56,7 @@ _CLASSES: dict[str, Any] = {
 
 
 def plan(
-    recipe: Recipe | str | Path, model: Any, revision: str | None = None, *, trust_remote_code: bool = False
+    recipe: Recipe | str | Path, model: Any = None, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Plan:
     """Decide what ``recipe`` does to ``model``, module by module; no weight is read.
 
@@ -61,6 +66,8 @@ def plan(
 
     Raises: RecipeError, PlanError, CheckpointError with all that is wrong; ConnectionError if the hub is out of reach.
     """
+    check_recipe("plan", recipe, Recipe, (model,))
+    check_model("plan", model, transformers.PreTrainedConfig)
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
         return _following(build_plan(made, modules_of(model)), model)[0]
@@ -94,15 +101,18 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
+def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Module:
     """Wrap the modules of a live model as ``recipe`` says, in place, and return it.
 
     Its config keeps the record, so that ``save_pretrained`` writes a folder that ``from_pretrained`` rebuilds.
     ``config.name_or_path`` no longer names what the model was loaded from, which is not what it is now: a trainer
     that would reload it as its reference fails instead, until ``reference`` says what it shall load.
 
-    Raises: RecipeError, PlanError, and SurgeryError (also for a model that is wrapped already).
+    Raises: RecipeError, PlanError, SurgeryError (also for a model that is wrapped already), and CallError for what is
+    no live model.
     """
+    check_recipe("apply", recipe, Recipe, (model,))
+    model = live("apply", model)
     found = hosts(plain_model(model)[1])
     foreign = next(filter(None, (foreign_method(host.config) for host in found)), None)
     if foreign is not None:
@@ -116,7 +126,7 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
     mark(model, Origin(source, made.recipe.text), excluded)
     for remark in made.remarks:
         warnings.warn(remark, UserWarning, stacklevel=2)
-    follow_rollouts(chosen.values())
+    follow_rollouts(model, chosen.values())
     for host in found:
         if not quant_linears(host):
             continue
@@ -139,13 +149,16 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
     """Say what a trainer loads as the reference of ``model``: ``source``, which is ``wrapped`` or in full precision.
 
     TRL's trainers load their reference from ``model.config.name_or_path``, unless they are given one or train an
-    adapter, which they switch off instead. No weight is read here. ``source``: a folder or a hub id, with the weights
-    that the reference shall have; ``qsurgeon.load`` leaves its own folder there, which is wrapped.
+    adapter, which they switch off instead: then the reference is the wrapped base, and putting an adapter on a model
+    whose reference shall be in full precision is refused. No weight is read here. ``source``: a folder or a hub id,
+    with the weights that the reference shall have; ``qsurgeon.load`` leaves its own folder there, which is wrapped.
 
     Raises: NothingWrappedError if ``source`` shall be wrapped and is not; CheckpointError if it shall not and is, or
-    if there is no model; SurgeryError for a model without a config to say it in.
+    if there is no model; SurgeryError for a model without a config to say it in, and for one with an adapter whose
+    reference shall be in full precision.
     """
-    config = getattr(plain_model(model)[1], "config", None)
+    root = plain_model(model)[1]
+    config = getattr(root, "config", None)
     if not isinstance(config, transformers.PreTrainedConfig):
         raise SurgeryError(f"{type(model).__name__} has no config that could name its reference")
     there = config_of(source)
@@ -154,7 +167,10 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
         raise NothingWrappedError(_nothing(source))
     if not wrapped and record_in(there) is not None:
         raise CheckpointError(f"{source} was rewritten by qsurgeon; expected a checkpoint in full precision")
+    if not wrapped and quant_linears(model) and any(module.adapter for module in inventory(model)):
+        refuse_unloaded(str(source))
     config.name_or_path = str(source)
+    remember(root, str(source), wrapped=wrapped)
 
 
 def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
@@ -166,6 +182,8 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     if the checkpoint lacks a tensor of the model, such as the head of another class. SurgeryError for an adapter that
     computes past wrapped layers, or takes codes for values.
     """
+    check_path("load", path, "path")
+    path = named(path)
     register()
     if auto_class is None:
         auto_class = _class_of(path, kwargs)

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 from transformers import modeling_utils
+from transformers.distributed import tensor_parallel
 from transformers.modeling_utils import PreTrainedModel
 
 from qsurgeon.checkpoint.kept import keeping
@@ -97,6 +98,20 @@ def _resizing(resize: Method) -> Method:
     return resize_token_embeddings
 
 
+def _staying_sharded(ask: Method) -> Method:
+    """Let a wrapped layer see that its weight is split: transformers (5.23) hands a Linear its part as a plain tensor.
+
+    It does so where no gradient is computed, and a part alone does not say what the whole is rounded with.
+    """
+
+    def should_use_local_tensors(self: Any, module: Any) -> bool:
+        return not isinstance(module, QuantLinear) and bool(ask(self, module))
+
+    return should_use_local_tensors
+
+
+for _style in (tensor_parallel.ColwiseParallel, tensor_parallel.RowwiseParallel):
+    patch(_style, "should_use_local_tensors", _staying_sharded)
 patch(PreTrainedModel, "from_pretrained", _opening)
 patch(PreTrainedModel, "save_pretrained", saving)
 patch(PreTrainedModel, "_upload_modified_files", uploading)

@@ -24,9 +24,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qsurgeon.checkpoint.kept import kept_names, packed_names, past
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.stored import WEIGHT
-from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears, rollout_unless_told
+from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
 from qsurgeon.opening import places
 from qsurgeon.patching import Method, patch
+from qsurgeon.rollouts import follow_rollouts
 from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
 
 
@@ -70,6 +71,11 @@ class QSurgeonQuantizer(HfQuantizer):
         """Whether the weights themselves can be trained."""
         return not self.is_packed
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model."""
+        return True
+
     def is_serializable(self) -> bool:
         """Say that the model can be saved."""
         return True
@@ -96,7 +102,7 @@ class QSurgeonQuantizer(HfQuantizer):
             Origin(record.source, record.recipe),
             {name: excluded[there] for name, there in place.items() if there in excluded},
         )
-        follow_rollouts(chosen.values())
+        follow_rollouts(model, chosen.values())
         if self.is_packed:
             patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         self._slots = {
@@ -208,20 +214,6 @@ class _Header:
         self.is_floating_point = tensor.is_floating_point() if is_read else self.dtype.startswith(("F", "BF"))
 
 
-def follow_rollouts(quantizations: Iterable[Quantization]) -> None:
-    """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase."""
-    if any(how.phases != "both" for how in quantizations):
-        patch(transformers.GenerationMixin, "generate", _in_rollout)
-
-
-def _in_rollout(generate: Method) -> Method:
-    def in_rollout(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with rollout_unless_told():
-            return generate(self, *args, **kwargs)
-
-    return in_rollout
-
-
 def hosts(root: nn.Module) -> list[Any]:
     """Return the models of transformers that are saved and loaded as such: ``root``, or the outermost inside of it."""
     found: list[Any] = []
@@ -250,8 +242,10 @@ def note(model: Any) -> None:
     vars(model).update(hf_quantizer=None, is_quantized=False)
     if record.storage == "packed":
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
-        vars(model)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
-        vars(model).update(is_quantized=True, quantization_method=QUANT_METHOD)
+        # accelerate's compile_regions returns a copy that remembers the original (1.15); trainers save that.
+        for one in filter(None, (model, vars(model).get("_orig_mod"))):
+            vars(one)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
+            vars(one).update(is_quantized=True, quantization_method=QUANT_METHOD)
 
 
 def _saving_what_is_given(save: Method) -> Method:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+from qsurgeon.arguments import check_path, check_recipe
 from qsurgeon.checkpoint import journal
 from qsurgeon.checkpoint.card import CARD, with_record
 from qsurgeon.checkpoint.files import INDEX, companions, copy_companions, write_json
@@ -32,6 +33,7 @@ from qsurgeon.checkpoint.ranks import Ranks, ranks
 from qsurgeon.checkpoint.staging import partial_of, refuse_inside, refuse_taken, staged
 from qsurgeon.checkpoint.stream import SLAB, Stream
 from qsurgeon.errors import CheckpointError, OtherRankError, in_words
+from qsurgeon.places import expanded, model_here
 from qsurgeon.reading import MOST_JSON, read_json, read_regular
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
@@ -74,8 +76,8 @@ class Options:
 
 def rewrite(
     recipe: Recipe | str | Path,
-    source: str | Path,
-    destination: str | Path,
+    source: str | Path = "",
+    destination: str | Path = "",
     events: Events | None = None,
     options: Options = Options(),
 ) -> Plan:
@@ -90,9 +92,12 @@ def rewrite(
     Raises: RecipeError, PlanError, CheckpointError; and OSError for what the machine does not give. ``destination``
     does not exist then, and ``source`` is as it was. A KeyboardInterrupt says what is kept.
     """
+    check_recipe("rewrite", recipe, Recipe, (source,))
+    check_path("rewrite", source, "source")
+    check_path("rewrite", destination, "destination")
     events = events or Events()
     here = ranks() if options.shared else Ranks()
-    destination = Path(os.path.normpath(destination))
+    destination = Path(os.path.normpath(expanded(destination)))
     try:
         work = _prepare(recipe, source, destination, events, options) if here.rank == 0 else None
     except BaseException:
@@ -140,6 +145,7 @@ def _prepare(
     """Find out all that can be wrong before anything is written."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    source = model_here(source) or source
     if Path(source).is_file():
         raise CheckpointError(f"{source}: is a file; expected a folder")
     if Path(source).is_dir():

@@ -7,13 +7,14 @@ transformers writes a card of its own into what it pushes, after ``save_pretrain
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from qsurgeon.checkpoint.card import CARD, front_matter, with_record
+from qsurgeon.layers.compiling import uncompiled
 from qsurgeon.patching import Method
 from qsurgeon.surgery import QUANT_METHOD, Record, configs_in, current_record, inventory, is_ours, record_in
 
@@ -28,7 +29,7 @@ def saving(save: Method) -> Method:
             return save(self, save_directory, is_main_process, *args, **kwargs)
         record = current_record(self)
         _tell_what_is_lost(self, record)
-        with _recorded(self.config, record):
+        with _recorded(self.config, record), nullcontext() if record is None else uncompiled(self):
             done = save(self, save_directory, is_main_process, *args, **kwargs)
         card = Path(save_directory) / CARD
         is_writer = self.should_save_on_this_rank(is_main_process)

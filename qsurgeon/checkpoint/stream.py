@@ -59,7 +59,7 @@ class Stream:
                 self._left[self.folder / shard.file] += len(shard.jobs)
                 self._left.update(file for job in shard.jobs for file in job.files)
             tasks = [
-                pool.submit(self._do, shard, job, done.get(job.name))
+                pool.submit(self._try, shard, job, done.get(job.name))
                 for shard in shards
                 # The longest first, so that no thread is left alone with it in the end.
                 for job in sorted(shard.jobs, key=lambda one: -one.source.size)
@@ -79,6 +79,14 @@ class Stream:
             torch.set_num_threads(before)
             for handle in self._handles.values():
                 os.close(handle)
+
+    def _try(self, shard: Shard, job: Job, before: Entry | None) -> None:
+        """Do a job; if it fails, none begins after it, however long it takes until ``run`` hears of it."""
+        try:
+            self._do(shard, job, before)
+        except BaseException:
+            self._stop.set()
+            raise
 
     def _do(self, shard: Shard, job: Job, before: Entry | None) -> None:
         if self._stop.is_set():

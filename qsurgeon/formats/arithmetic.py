@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE, Fields
-from qsurgeon.formats.scale import SCALE_RULES, PowerOfTwoScale
+from qsurgeon.formats.scale import PowerOfTwoScale, block_scale
 from qsurgeon.formats.stochastic import uniform
 
 At = tuple[int, int]  # the row and column of the whole tensor where a piece begins
@@ -59,24 +59,30 @@ def largest(rows: Tensor, fields: Fields) -> Tensor:
     if not rows.numel():
         return rows.new_zeros(shape, dtype=torch.float32)
     if fields.has_row_scales:
-        return torch.maximum(rows.amax(-1), -rows.amin(-1)).reshape(shape).to(torch.float32)
+        return widened(torch.maximum(rows.amax(-1), -rows.amin(-1))).reshape(shape)
     if fields.tensor_scale == "static":  # it depends on no value
         return rows.new_zeros(shape, dtype=torch.float32)
     low, high = torch.aminmax(rows)
-    return torch.maximum(high, -low).reshape(shape).to(torch.float32)
+    return widened(torch.maximum(high, -low)).reshape(shape)
 
 
-def scale_of(top: Tensor, fields: Fields) -> Tensor:
-    """Return the tensor scales of what has the largest magnitudes ``top`` (float32), in the same shape."""
+def scale_of(top: Tensor, fields: Fields, number: Tensor | None = None) -> Tensor:
+    """Return the tensor scales of what has the largest magnitudes ``top`` (float32), in the same shape.
+
+    number: the static scale as a tensor, (), which takes the place of the format's own.
+    """
     scale = (top / fields.top).clamp_min(SMALLEST_TENSOR_SCALE)
     if fields.tensor_scale == "static":
-        scale = torch.full_like(scale, fields.static_scale or 0.0)
+        if number is None:
+            scale = torch.full_like(scale, fields.static_scale or 0.0)
+        else:
+            scale = torch.zeros_like(scale) + number
     return scale if fields.scale else torch.where(top.isfinite(), scale, torch.nan)
 
 
 def fake_quantize(rows: Tensor, above: Tensor | None, fields: Fields, at: At = (0, 0)) -> Tensor:
     """Return ``rows`` rounded, in their dtype; ``above`` is the tensor scale as ``tensor_scale`` has it."""
-    wide = rows.to(torch.float32)
+    wide = widened(rows)
     blocks = split(wide, fields)
     scale = product(block_scales(blocks, above, fields), above)
     values = _rounded(blocks, scale, wide, fields, at).mul_(scale)
@@ -85,7 +91,7 @@ def fake_quantize(rows: Tensor, above: Tensor | None, fields: Fields, at: At = (
 
 def quantize(rows: Tensor, above: Tensor | None, fields: Fields, at: At = (0, 0)) -> tuple[Tensor, Tensor | None]:
     """Return the codes (uint8, the shape of ``rows``) and the codes of the block scales (..., rows, blocks)."""
-    wide = rows.to(torch.float32)
+    wide = widened(rows)
     blocks = split(wide, fields)
     scale = block_scales(blocks, above, fields)
     values = _rounded(blocks, product(scale, above), wide, fields, at)
@@ -105,28 +111,29 @@ def dequantize(codes: Tensor, scale: Tensor | None, above: Tensor | None, fields
 
 def saturates(rows: Tensor, above: Tensor | None, fields: Fields) -> Tensor:
     """Return where (bool) a value exceeds the largest that its block can hold."""
-    blocks = split(rows.to(torch.float32), fields)
+    blocks = split(widened(rows), fields)
     limit = product(block_scales(blocks, above, fields), above) * fields.element.max
     if above is not None:
         limit = limit * (1 + 2.0**-20)  # that FP32 rounds the scales' product is no saturation
-    return join(blocks.abs() > limit, rows.shape, fields)
+    found = join(blocks.abs() > limit, rows.shape, fields)
+    return found | _exceeds_float32(rows) if rows.dtype == torch.float64 else found
 
 
 def block_scales(blocks: Tensor, above: Tensor | None, fields: Fields) -> Tensor:
     """Return the value of each block's scale, (..., n, 1); the tensor scale is divided out."""
     if fields.scale is None or fields.scale_rule is None:
         return blocks.new_ones(*blocks.shape[:-1], 1)
-    amax = blocks.abs().amax(-1, keepdim=True) if blocks.shape[-1] else blocks.new_zeros(*blocks.shape[:-1], 1)
-    if above is not None:
-        amax = amax / above[..., None]
-    scale = _clamped(SCALE_RULES[fields.scale_rule](amax, fields.element, fields.scale), fields)
+    largest = blocks.abs().amax(-1, keepdim=True) if blocks.shape[-1] else blocks.new_zeros(*blocks.shape[:-1], 1)
+    # Under a static scale that is too small for it, the quotient may be infinite: then the scale saturates.
+    amax = largest if above is None else largest / above[..., None]
+    scale = _clamped(block_scale(amax, fields.element, fields.scale, fields.scale_rule), fields)
     if fields.four_over_six and not isinstance(fields.scale, PowerOfTwoScale):
         wider = _clamped(fields.scale.round(amax / fields.element.magnitudes[-2]), fields)
         better = _error(blocks, product(wider, above), fields) < _error(blocks, product(scale, above), fields)
         scale = torch.where(better, wider, scale)
     # NaN from the values, not as a constant, which equals nothing: torch.compile would not see that three layers round
     # the same input in the same way.
-    return torch.where(amax.isfinite(), scale, amax - amax)
+    return torch.where(largest.isfinite(), scale, largest - largest)
 
 
 def _clamped(scale: Tensor, fields: Fields) -> Tensor:
@@ -161,6 +168,18 @@ def product(scale: Tensor, above: Tensor | None) -> Tensor:
 def _divided(blocks: Tensor, scale: Tensor) -> Tensor:
     """Return ``blocks / scale``; a zero block stays 0 also where denormals are flushed and its scale reads as 0."""
     return blocks / torch.where(scale == 0, 1, scale)
+
+
+def widened(rows: Tensor) -> Tensor:
+    """Return ``rows`` in float32; what float64 has beyond its largest number saturates, only infinity is infinite."""
+    if rows.dtype != torch.float64:
+        return rows.to(torch.float32)
+    limit = torch.finfo(torch.float32).max
+    return torch.where(_exceeds_float32(rows), rows.clamp(-limit, limit), rows).to(torch.float32)
+
+
+def _exceeds_float32(rows: Tensor) -> Tensor:
+    return (rows.abs() > torch.finfo(torch.float32).max) & rows.isfinite()
 
 
 def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:

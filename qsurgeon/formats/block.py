@@ -6,21 +6,32 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qsurgeon.errors import FormatError, GradientError, ShapeError
 from qsurgeon.formats import arithmetic, kernels
-from qsurgeon.formats.fields import Fields
+from qsurgeon.formats.fields import NONE, Fields
 from qsurgeon.formats.packing import packed_length, unpack
 from qsurgeon.formats.rotation import Rotation, rotated
 
 
 @dataclass(frozen=True)
 class Format(Fields):
-    """What values a tensor may take, and how to round to them; the fields are described by ``Fields``."""
+    """What values a tensor may take, and how to round to them; the fields are described by ``Fields``.
+
+    A tensor scale ``by_role`` (nvfp4) is one number for a weight and one a row for an input. A layer rounds its weight
+    as ``as_weight`` and its input as ``as_input``, each a format of its own: ``get_format("nvfp4").as_input
+    .fake_quantize(x)`` is what a layer multiplies its weight with. What is asked of the format itself is of a weight.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.rotation
+
+    def __repr__(self) -> str:
+        fields = {field: value for field, value in self.to_dict().items() if value not in (NONE, False, 0)}
+        role = "; rounds as_weight, one tensor scale; as_input has one a row" if self.depends_on_role else ""
+        return f"Format({self.name}: {', '.join(f'{field} {value}' for field, value in fields.items())}{role})"
 
     @cached_property
     def rotation(self) -> Rotation | None:
@@ -30,13 +41,16 @@ class Format(Fields):
     def fake_quantize(self, x: Tensor, dim: int = -1) -> Tensor:
         """Return ``x`` rounded to values of this format, in its own shape and dtype.
 
+        Where the tensor scale is ``by_role`` (nvfp4) ``x`` is rounded as a weight, under one scale for all of it. A
+        layer rounds its input under one a row: for that, call ``as_input.fake_quantize(x)``.
+
         Blocks run along ``dim``. A block of zeros stays zero; one NaN or infinity makes its block NaN, and all
         that shares its tensor scale. With a rotation the values are those of the format where they are rotated,
         and are rotated back.
 
-        Raises: ShapeError for a tensor that is not floating point, has no dimension, or rows that the rotation does
-        not fit. GradientError for a tensor that takes part in autograd: rounding has no gradient, QuantLinear gives
-        it one. FormatError where a static tensor scale has no number.
+        Raises: ShapeError for a tensor that is not floating point or not strided, has no dimension, or rows that the
+        rotation does not fit. GradientError for a tensor that takes part in autograd, backward or forward: rounding has
+        no gradient, QuantLinear gives it one. FormatError where a static tensor scale has no number.
         """
         rows = rotated(_rows(x, dim), self.rotation)
         self._check_number()
@@ -47,6 +61,8 @@ class Format(Fields):
 
     def quantize(self, x: Tensor, dim: int = -1, *, top: Tensor | None = None) -> "Quantized":
         """Return the packed codes and scales of ``x``; their ``dequantize()`` equals ``fake_quantize(x)``.
+
+        As there, ``by_role`` is decided for a weight; for an input, call ``as_input.quantize(x)``.
 
         ``top``: what ``peak`` says of the whole tensor, where ``x`` is a slab of it and all of it shares one tensor
         scale. Slabs of whole rows (and whole blocks) then have the codes and scales that they have in the whole, unless
@@ -73,12 +89,14 @@ class Format(Fields):
 
         None where no tensor scale depends on all values. Raises: ShapeError as ``fake_quantize``.
         """
-        if self.tensor_scale != "tensor":
+        if self.as_weight.tensor_scale != "tensor":
             return None
-        return arithmetic.largest(rotated(_rows(x, dim), self.rotation), self).reshape(())
+        return arithmetic.largest(rotated(_rows(x, dim), self.rotation), self.as_weight).reshape(())
 
     def saturates(self, x: Tensor, dim: int = -1) -> Tensor:
         """Return where (bool, the shape of ``x``) a value exceeds the largest its block can hold.
+
+        As in ``fake_quantize``, ``by_role`` is decided for a weight; for an input, call ``as_input.saturates(x)``.
 
         Raises: ShapeError as ``fake_quantize``; FormatError for a format with a rotation, whose values are others.
         """
@@ -87,11 +105,8 @@ class Format(Fields):
                 f"format '{self.name}' rotates values before it rounds them; ask its without_rotation, of rotated ones"
             )
         rows = _rows(x.detach(), dim)
-        return _shaped(arithmetic.saturates(rows, self._tensor_scale(rows), self), x, dim)
-
-    def _tensor_scale(self, rows: Tensor) -> Tensor | None:
         self._check_number()
-        return arithmetic.tensor_scale(rows, self)
+        return _shaped(kernels.saturates(rows, self), x, dim)
 
     def _check_number(self) -> None:
         if self.tensor_scale == "static" and self.static_scale is None:
@@ -174,14 +189,25 @@ def _rows(x: Tensor, dim: int) -> Tensor:
     """Return ``x`` as (…, rows, columns), the contraction dimension last, refusing what cannot be quantized."""
     if not x.is_floating_point() or x.element_size() == 1:
         raise ShapeError(f"cannot quantize a tensor of {x.dtype}; expected float32, bfloat16, float16 or float64")
+    if x.layout != torch.strided:
+        raise ShapeError(
+            f"cannot quantize a tensor of layout {x.layout}; expected torch.strided: call to_dense() first"
+        )
     if x.dim() == 0:
         raise ShapeError("cannot quantize a tensor without dimensions; blocks run along one")
-    if torch.is_grad_enabled() and x.requires_grad:
+    if (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x):
         raise GradientError(
             "fake quantization has no gradient of its own: use QuantLinear (or layers.straight_through), "
             "or call it under torch.no_grad()"
         )
     return _at_least_rows(x.movedim(dim, -1))
+
+
+def _has_tangent(x: Tensor) -> bool:
+    # A private name of torch 2.13: asking each tensor takes longer, and outside of a level none has a tangent.
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _at_least_rows(x: Tensor) -> Tensor:

@@ -36,6 +36,9 @@ CATALOG |= {name: replace(CATALOG[one], name=name) for name, one in _ALSO_CALLED
 def get_format(name: str) -> Format:
     """Return the format the catalogue has under ``name``.
 
+    What a layer does to its weight and to its input are the format's ``as_weight`` and ``as_input``: they differ where
+    the tensor scale is ``by_role`` (nvfp4), and there the format itself rounds as a weight.
+
     Raises: FormatError, with the nearest name, if it has none.
     """
     if name not in CATALOG:

@@ -108,14 +108,19 @@ class Fields:
         """The smallest magnitude above zero that element and block scale can say, in the units of ``largest``."""
         return self.element.smallest * (self.scale.smallest if self.scale else 1.0)
 
+    @property
+    def depends_on_role(self) -> bool:
+        """Whether a weight and an input are rounded under different tensor scales: see as_weight and as_input."""
+        return self.tensor_scale == "by_role"
+
     @cached_property
     def as_weight(self) -> Self:
-        """This format where ``by_role`` is decided for a weight: one tensor scale for all of it."""
-        return replace(self, tensor_scale="tensor") if self.tensor_scale == "by_role" else self
+        """What a layer rounds its weight to: ``by_role`` is one tensor scale for all of it; itself otherwise."""
+        return replace(self, tensor_scale="tensor") if self.depends_on_role else self
 
     @cached_property
     def as_input(self) -> Self:
-        """This format where ``by_role`` is decided for an input: each row (token) has its own tensor scale.
+        """What a layer rounds its input to: ``by_role`` is a tensor scale for each row (token); itself otherwise.
 
         Raises: FormatError for two-dimensional blocks.
         """
@@ -124,7 +129,7 @@ class Fields:
                 f"block {shown(self.block)} of format '{self.name}' spans rows: an input's rows are tokens, whose "
                 "values must not depend on each other; such a block is for weights"
             )
-        return replace(self, tensor_scale="row") if self.tensor_scale == "by_role" else self
+        return replace(self, tensor_scale="row") if self.depends_on_role else self
 
     @cached_property
     def without_rotation(self) -> Self:

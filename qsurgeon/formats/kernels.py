@@ -4,6 +4,10 @@ On a CPU it is native.cpp, compiled for the format; on a GPU the operations of a
 into one Triton kernel each (compiled.py); where there is no compiler, the same operations one by one (pieces.py).
 ``QSURGEON_KERNELS`` (native, compile, eager) takes the choice away from this module. Inside a model that is itself
 being compiled, a CPU sees one opaque operator and a GPU the operations, to fuse them with others.
+
+Under ``torch.set_flush_denormal(True)``, which belongs to a thread, native code computes in the mode of the thread that
+called it, as the other kinds do on one thread: subnormal values are rounded as zeros. Torch's own operations on several
+threads flush on some of them.
 """
 
 import os
@@ -41,7 +45,7 @@ def kind_for(rows: Tensor, fields: Fields) -> Kind:
 
 def fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
     """Return ``rows`` (…, rows, columns) rounded, contiguous, in their own dtype."""
-    if _is_opaque(rows):
+    if is_opaque(rows):
         rounded: Tensor = _fake_quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
         return rounded
     if torch.compiler.is_compiling():
@@ -50,13 +54,18 @@ def fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
 
 
 def _fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
+    return fake_quantize_under(rows, arithmetic.tensor_scale(rows, fields), fields)
+
+
+def fake_quantize_under(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    """Return ``rows`` rounded, contiguous, below a tensor scale that is given; not compiled."""
     if not rows.numel():
         return torch.empty_like(rows, memory_format=torch.contiguous_format)
     rows = rows.resolve_neg()
-    return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, arithmetic.tensor_scale(rows, fields), fields)
+    return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, above, fields)
 
 
-def _is_opaque(rows: Tensor) -> bool:
+def is_opaque(rows: Tensor) -> bool:
     """Return whether what watches torch operations is to see one of ours instead of those that it is made of."""
     return rows.device.type == "cpu" and (torch.compiler.is_compiling() or _is_traced(rows))
 
@@ -74,7 +83,7 @@ def _is_traced(rows: Tensor) -> bool:
 
 def quantize(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None, Above]:
     """Return the packed codes (…, rows, bytes) of ``rows``, their block scales' (…, rows, blocks), the tensor scale."""
-    if _is_opaque(rows):
+    if is_opaque(rows):
         data, scale, top = _quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
         return data, scale if fields.scale else None, None if fields.tensor_scale == "none" else top
     above = arithmetic.tensor_scale(rows, fields)
@@ -96,7 +105,7 @@ def dequantize(
     data: Tensor, scale: Tensor | None, above: Above, fields: Fields, length: int, dtype: torch.dtype
 ) -> Tensor:
     """Return the values (…, rows, length), contiguous, of what ``quantize`` returned, in ``dtype``."""
-    if _is_opaque(data):
+    if is_opaque(data):
         name, key = fields.name, fields.without_number.key
         values: Tensor = _dequantize_op(data, scale, above, name, key, length, dtype)
         return values
@@ -112,6 +121,23 @@ def _dequantize(
     if not data.numel():
         return like.new_empty(*data.shape[:-1], length)
     return _DEQUANTIZE[kind_for(like, fields)](data, scale, above, fields, length, dtype)
+
+
+def saturates(rows: Tensor, fields: Fields) -> Tensor:
+    """Return where (bool) a value of ``rows`` (…, rows, columns) exceeds the largest that its block can hold."""
+    if is_opaque(rows):
+        marked: Tensor = _saturates_op(rows, fields.name, fields.without_number.key, fields.static_scale)
+        return marked
+    if torch.compiler.is_compiling():
+        return arithmetic.saturates(rows, arithmetic.tensor_scale(rows, fields), fields)
+    return _saturates(rows, fields)
+
+
+def _saturates(rows: Tensor, fields: Fields) -> Tensor:
+    if not rows.numel():
+        return torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    rows = rows.resolve_neg()
+    return _SATURATES[kind_for(rows, fields)](rows, arithmetic.tensor_scale(rows, fields), fields)
 
 
 # ---- native.cpp
@@ -139,6 +165,13 @@ def _native_dequantize(
     return out
 
 
+def _native_saturates(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    flat = matrices(rows).contiguous()
+    out = torch.empty(rows.shape, dtype=torch.bool)
+    _library(rows, fields).saturates(flat, out, per_row_of(above, rows))
+    return out
+
+
 def _library(rows: Tensor, fields: Fields) -> native.Library:
     library = native.library(fields, rows.dtype)
     if library is None:
@@ -162,6 +195,12 @@ _DEQUANTIZE: dict[Kind, Callable[[Tensor, Tensor | None, Above, Fields, int, tor
     "eager": pieces.dequantize,
 }
 
+_SATURATES: dict[Kind, Callable[[Tensor, Above, Fields], Tensor]] = {
+    "native": _native_saturates,
+    "compile": compiled.saturates,
+    "eager": pieces.saturates,
+}
+
 
 # ---- what torch.compile sees of the CPU's kernels
 
@@ -179,6 +218,16 @@ def _fake_quantize_op(rows: Tensor, name: str, key: str, static_scale: float | N
 @_fake_quantize_op.register_fake
 def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qsurgeon::saturates", mutates_args=())
+def _saturates_op(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
+    return _saturates(rows, _numbered(key, name, static_scale))
+
+
+@_saturates_op.register_fake
+def _(rows: Tensor, name: str, key: str, static_scale: float | None) -> Tensor:
+    return torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
 
 
 # An operator returns tensors only: what a format does not have is an empty one.

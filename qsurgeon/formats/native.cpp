@@ -5,6 +5,7 @@
 
 #include "native_numbers.h"
 
+#include <cfenv>
 #include <cstddef>
 #include <utility>
 #include <vector>
@@ -129,8 +130,9 @@ static void find_scales(const Job& job, const Tile& t, Buffers& buffers) {
     for (i64 b = 0; b < blocks; b++) top[b] = 0;
     for (i64 r = 0; r < t.height; r++) find_largest(job.x + (t.row + r) * job.columns + t.column, t, buffers);
     for (i64 b = 0; b < blocks; b++) {
-        const float amax = job.above ? widened(top[b]) / above : widened(top[b]);
-        scale[b] = (bits(amax) & MAGNITUDE) < EXPONENT ? scale_of(amax) : value(0x7fc00000u);
+        // Under a static scale that is too small for it, the quotient may be infinite: then the scale saturates.
+        const float largest = widened(top[b]), amax = job.above ? largest / above : largest;
+        scale[b] = bits(largest) < EXPONENT ? scale_of(amax) : value(0x7fc00000u);
         top[b] = bits(amax);
     }
 #if FOUR_OVER_SIX
@@ -234,6 +236,21 @@ static void round_tile(const Job& job, const Tile& t, Buffers& buffers) {
     }
 }
 
+static void mark_tile(const Job& job, const Tile& t, Buffers& buffers) {
+    // That FP32 rounds the product of the scales is no saturation.
+    const float beyond = job.above ? 0x1.00001p0f : 1.0f;
+    float *const limit = buffers.divide.data(), *const each_limit = buffers.each_divisor.data();
+    for (i64 r = 0; r < t.height; r++) {
+        const i64 row = t.row + r, width = t.width;
+        const T* const __restrict x = job.x + row * job.columns + t.column;
+        u8* const __restrict marks = job.data + row * job.columns + t.column;
+        prepare(job, t, row, buffers);
+        for (i64 b = 0; b < t.blocks(); b++) limit[b] = buffers.whole[b] * ELEMENT_MAX * beyond;
+        spread(limit, t.blocks(), each_limit);
+        for (i64 j = 0; j < width; j++) marks[j] = value(bits(load(x[j])) & MAGNITUDE) > each_limit[j];
+    }
+}
+
 static void decode_tile(const Job& job, const Tile& t, Buffers& buffers) {
     float* const each_scale = buffers.each_scale.data();
     u8* const codes = buffers.codes.data();
@@ -262,11 +279,16 @@ static void run(Job job, int threads, Act&& act) {
     job.row_blocks = (job.columns + WIDTH - 1) / WIDTH;
     const i64 chunks = (job.columns + CHUNK - 1) / CHUNK, heights = (job.rows + HEIGHT - 1) / HEIGHT;
     const i64 tiles = job.matrices * heights * chunks;
+    std::fenv_t caller;  // whether it flushes subnormal numbers: a thread made earlier would not know
+    std::fegetenv(&caller);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
 #endif
     {
         Buffers buffers;
+        std::fenv_t own;
+        std::fegetenv(&own);
+        std::fesetenv(&caller);
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
@@ -277,6 +299,7 @@ static void run(Job job, int threads, Act&& act) {
             if (t.width > CHUNK) t.width = CHUNK;
             act(job, t, buffers);
         }
+        std::fesetenv(&own);
     }
 }
 
@@ -300,6 +323,15 @@ void quantize(const T* x, u8* data, S* scale, i64 matrices, i64 rows, i64 column
               u32 seed, int threads) {
     const Job job{x, nullptr, data, scale, matrices, rows, columns, above, above_step, seed, 0, 0};
     round_all<true>(job, threads);
+}
+
+void saturates(const T* x, u8* marks, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,
+               int threads) {
+    const Job job{x, nullptr, marks, nullptr, matrices, rows, columns, above, above_step, 0, 0, 0};
+    run(job, threads, [](const Job& j, const Tile& t, Buffers& buffers) {
+        find_scales(j, t, buffers);
+        mark_tile(j, t, buffers);
+    });
 }
 
 void dequantize(const u8* data, const S* scale, T* out, i64 matrices, i64 rows, i64 columns, const float* above,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qsurgeon.formats.element import Element, FloatElement
 from qsurgeon.formats.fields import Fields
-from qsurgeon.formats.scale import ElementScale, PowerOfTwoScale, WideScale, even_carry
+from qsurgeon.formats.scale import POWER_RULES, ElementScale, PowerOfTwoScale, WideScale
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 SMALL = 1 << 15  # values below which a second thread costs more than it gives
@@ -65,6 +65,10 @@ class Library:
         self._functions.dequantize(
             _at(data), _at(scale), _at(out), *_sizes(out.shape), *_above(above), _threads(out.numel())
         )
+
+    def saturates(self, rows: Tensor, out: Tensor, above: Tensor | None) -> None:
+        """Write where ``rows`` exceed the largest that their blocks can hold into ``out`` (bool), both contiguous."""
+        self._functions.saturates(_at(rows), _at(out), *_sizes(rows.shape), *_above(above), _threads(rows.numel()))
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -257,14 +261,8 @@ def _of_scale(fields: Fields) -> dict[str, str]:
     }
     match scale:
         case PowerOfTwoScale():
-            carries = {"floor": 0, "even": even_carry(element)}
-            return numbers | {
-                "SCALE": "1",
-                "SCALE_EXPONENT": _float(2.0**-element.emax),
-                "SCALE_CARRY": f"{carries.get(str(rule), 0x7FFFFF)}u",
-                "SCALE_RATIO": str(int(rule == "rceil")),
-                "SCALE_UP": str(int(rule in ("ceil", "rceil"))),
-            }
+            carry = POWER_RULES[rule](element) if rule else 0
+            return numbers | {"SCALE": "1", "SCALE_EMAX": str(element.emax), "SCALE_CARRY": str(carry)}
         case ElementScale(element=one):
             return {"SCALE": "2", **_of_element("SCALE", one), **numbers}
         case WideScale(dtype=dtype):

@@ -8,8 +8,8 @@
 //                         one is infinity; 0: NaN)
 //   BLOCK_ROWS, _COLUMNS  of a block; 0 columns: no blocks, the tensor scale alone
 //   SCALE                 0 none, 1 a power of two, 2 an element, 3 bfloat16, 4 float32
-//   SCALE_*               SMALLEST, LARGEST, EXPONENT (emax of the element), CARRY, RATIO (amax / max first); of an
-//                         element scale also MANTISSA, MIN_NORMAL, MAX, BIAS, NAN_CODE, FINITE, INFINITY
+//   SCALE_*               SMALLEST, LARGEST; of a power of two also EMAX (of the element) and CARRY (see POWER_RULES in
+//                         scale.py); of an element scale also MANTISSA, MIN_NORMAL, MAX, BIAS, NAN_CODE, FINITE, INFINITY
 //   STOCHASTIC, FOUR_OVER_SIX, FOUR
 
 #pragma once
@@ -204,10 +204,12 @@ static INLINE float to_scale(float x) {  // of a scale that is no power of two
 
 static INLINE float scale_of(float amax) {
 #if SCALE == 1
-    const float x = SCALE_RATIO ? amax / ELEMENT_MAX : amax;
-    const float power = value((bits(x) + SCALE_CARRY) & EXPONENT);
-    const float found = SCALE_UP && !(x > SCALE_SMALLEST) ? 0.0f : power;
-    return scale_range(SCALE_RATIO ? found : found * SCALE_EXPONENT);
+    const int b = int(bits(amax));
+    if (SCALE_EMAX > 0)  // a subnormal amax is below all scales whatever is added
+        return scale_range(value(u32(b + SCALE_CARRY) & EXPONENT) * value(u32(127 - SCALE_EMAX) << 23));
+    const int counted = b > 0x7fffff ? b : int(bits(float(b))) - (149 << 23);
+    const int exponent = ((counted + SCALE_CARRY) >> 23) - SCALE_EMAX;
+    return scale_range(value(exponent > 0 ? u32(exponent) << 23 : 0x00400000u));
 #else
     return to_scale(amax / ELEMENT_MAX);
 #endif

@@ -65,6 +65,15 @@ def dequantize(
     return out
 
 
+def saturates(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    """Return where (bool) a value of ``rows`` exceeds the largest that its block can hold, contiguous."""
+    out = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    flat, into, per_row = matrices(rows), matrices(out), per_row_of(above, rows)
+    for m, r, c in _pieces(flat, fields):
+        into[m, r, c] = arithmetic.saturates(flat[m, r, c], _piece(per_row, flat, m, r), fields)
+    return out
+
+
 def empty_codes(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None]:
     """Return memory for the codes of ``rows``, and for those of their block scales, if there are such."""
     *lead, r, c = rows.shape

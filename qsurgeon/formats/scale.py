@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from qsurgeon.formats.element import E4M3, EXPONENT_MASK, FP32_BIAS, FP32_MANTIS
 
 ScaleRule = Literal["floor", "even", "rceil", "ceil", "nearest"]
 _MANTISSA_MASK = (1 << FP32_MANTISSA) - 1
+_SUBNORMAL = FP32_BIAS - 1 + FP32_MANTISSA  # a subnormal number of FP32 is its bits, as a whole number, times 2^-149
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,25 @@ class WideScale:
     def largest(self, limit: float) -> float:
         """Return the largest value that does not exceed ``limit``."""
         significand, exponent = math.frexp(limit)
-        digits = 1 - round(math.log2(torch.finfo(self.dtype).eps))
+        digits = 1 + self._mantissa
         return math.ldexp(math.floor(math.ldexp(significand, digits)), exponent - digits)
 
     def round(self, x: Tensor) -> Tensor:
-        """Return the nearest value to each of ``x`` (float32)."""
-        return x.to(self.dtype).to(torch.float32)
+        """Return the nearest value to each of ``x`` (float32, not negative), ties to even; none for a NaN.
+
+        By its bits, as of a normal number, which every scale is once it is clamped. A compiler that fuses operations
+        drops a cast to a narrow dtype and back.
+        """
+        lost = FP32_MANTISSA - self._mantissa
+        if not lost:
+            return x.clone()
+        bits = x.view(torch.int32)
+        last = (bits >> lost).bitwise_and_(1)
+        return (bits + ((1 << (lost - 1)) - 1)).add_(last).bitwise_and_(-1 << lost).view(torch.float32)
+
+    @property
+    def _mantissa(self) -> int:
+        return -round(math.log2(torch.finfo(self.dtype).eps))
 
     def encode(self, x: Tensor) -> Tensor:
         """Return ``x`` (float32), which must be values of this scale or NaN, in its dtype."""
@@ -143,36 +157,40 @@ class WideScale:
         return codes.to(torch.float32)
 
 
-def _power(amax: Tensor, carry: int) -> Tensor:
-    """Return the power of two at or below ``amax`` (0 below FP32's normal numbers), its bits raised by ``carry``."""
-    return (amax.view(torch.int32) + carry).bitwise_and_(EXPONENT_MASK).view(torch.float32)
-
-
-def _power_above(x: Tensor) -> Tensor:
-    """Return the power of two at or above ``x``, or 0 where that is below all scales."""
-    return torch.where(x > E8M0.smallest, _power(x, _MANTISSA_MASK), 0)
-
-
-def even_carry(element: Element) -> int:
-    """Return what makes FP32 bits round to the precision that ``element`` has at its largest power of two."""
+def _even(element: Element) -> int:
     at_emax = sum(value >= 2.0**element.emax for value in element.magnitudes)  # how many lie from 2^emax up
     mantissa = (at_emax - 1).bit_length()
     return 1 << (FP32_MANTISSA - 1 - mantissa)
 
 
-# Each rule: (largest magnitude of the block, element, scale) -> the block's scale, before it is clamped.
-SCALE_RULES: Mapping[ScaleRule, Callable[[Tensor, Element, Any], Tensor]] = {
-    # 2^(floor(log2 amax) - emax), OCP MX v1.0
-    "floor": lambda amax, element, scale: _power(amax, 0) * 2.0**-element.emax,
-    # the same, after rounding amax to the element's mantissa
-    "even": lambda amax, element, scale: _power(amax, even_carry(element)) * 2.0**-element.emax,
-    # 2^(ceil(log2 amax) - emax)
-    "ceil": lambda amax, element, scale: _power_above(amax) * 2.0**-element.emax,
-    # 2^ceil(log2(amax / max)): nothing saturates
-    "rceil": lambda amax, element, scale: _power_above(amax / element.max),
-    # amax / max, rounded to nearest even
-    "nearest": lambda amax, element, scale: scale.round(amax / element.max),
+def _rceil(element: Element) -> int:
+    significand, _ = math.frexp(element.max)
+    return _MANTISSA_MASK - (int(math.ldexp(significand, FP32_MANTISSA + 1)) & _MANTISSA_MASK)
+
+
+# Each rule takes 2^(floor(log2 amax) - emax), or twice that where the bits of amax's mantissa, and what the rule adds
+# to them for this element, overflow into the exponent. No logarithm and no division is rounded, here or in native.cpp.
+POWER_RULES: Mapping[ScaleRule, Callable[[Element], int]] = {
+    "floor": lambda element: 0,  # OCP MX v1.0
+    "even": _even,  # rounds amax to the precision that the element has at its largest power of two
+    "rceil": _rceil,  # 2^ceil(log2(amax / max)): nothing saturates
+    "ceil": lambda element: _MANTISSA_MASK,  # 2^(ceil(log2 amax) - emax)
 }
+
+
+def block_scale(amax: Tensor, element: Element, scale: "Scale", rule: ScaleRule) -> Tensor:
+    """Return the scale (float32) of blocks with the largest magnitudes ``amax``, before it is clamped to its range."""
+    if not isinstance(scale, PowerOfTwoScale):
+        return scale.round(amax / element.max)  # rule ``nearest``
+    carry, bits = POWER_RULES[rule](element), amax.view(torch.int32)
+    if element.emax > 0:  # a subnormal amax, whose bits have no hidden one, is below all scales whatever is added
+        return (bits + carry).bitwise_and_(EXPONENT_MASK).view(torch.float32) * 2.0**-element.emax
+    # In whole numbers: a mode that flushes subnormal numbers to zero does not change the scale.
+    counted = bits.to(torch.float32).view(torch.int32) - (_SUBNORMAL << FP32_MANTISSA)
+    bits = torch.where(bits > _MANTISSA_MASK, bits, counted)
+    exponent = (bits + carry >> FP32_MANTISSA).sub_(element.emax).clamp_(0, 2 * FP32_BIAS)
+    return torch.where(exponent > 0, exponent << FP32_MANTISSA, 1 << FP32_MANTISSA - 1).view(torch.float32)
+
 
 E8M0 = PowerOfTwoScale("e8m0")
 E4M3_SCALE = ElementScale(E4M3)
@@ -187,5 +205,4 @@ def rules_for(scale: Scale | None) -> tuple[ScaleRule, ...]:
     """Return the rules that find a scale of this kind; none where there is no scale to find."""
     if scale is None:
         return ()
-    powers: tuple[ScaleRule, ...] = ("floor", "even", "rceil", "ceil")
-    return powers if isinstance(scale, PowerOfTwoScale) else ("nearest",)
+    return tuple(POWER_RULES) if isinstance(scale, PowerOfTwoScale) else ("nearest",)

@@ -70,5 +70,6 @@ def formats_text(rows: list[FormatRow]) -> str:
         "bits: per value, block scales counted. largest, smallest: magnitudes, in units of the tensor scale if any.\n"
         "dB: signal over quantization noise of a weight, Gaussian and heavy-tailed (Student's t, 4 degrees of freedom)"
         ".\n"
+        "tensor scale by_role: one for a weight, one a row for an input; in Python, the format's as_weight, as_input.\n"
         "A recipe changes any field: formats: {mine: {like: mxfp4, block: 16}}; see `qsurgeon schema`."
     )

@@ -7,6 +7,11 @@ from transformers import PreTrainedConfig
 from qsurgeon.errors import CheckpointError
 from qsurgeon.surgery.record import QUANT_METHOD
 
+# Published models that exist in no other form, and how transformers writes them in full precision.
+_DEQUANTIZED = {
+    "mxfp4": "from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)), then save_pretrained(…)",
+    "fp8": "from_pretrained(…, quantization_config=FineGrainedFP8Config(dequantize=True)), then save_pretrained(…)",
+}
 # Where a config says it; the second is what compressed-tensors wrote at first.
 _SECTIONS = ("quantization_config", "compression_config")
 
@@ -25,7 +30,10 @@ def refuse_foreign(config: Any, name: str) -> None:
     """Do nothing for a config in full precision or of ours. Raises: CheckpointError if something else quantized it."""
     method = foreign_method(config)
     if method is not None:
-        raise CheckpointError(f"{name} is quantized already, by {method}; expected a checkpoint in full precision")
+        hint = f". transformers has it so: {_DEQUANTIZED[method]}" if method in _DEQUANTIZED else ""
+        raise CheckpointError(
+            f"{name} is quantized already, by {method}; expected a checkpoint in full precision{hint}"
+        )
 
 
 def foreign_method(config: Any) -> str | None:

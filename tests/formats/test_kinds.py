@@ -1,0 +1,173 @@
+"""Every kind of kernel, for real, over all formats, row lengths, roles, acts and dtypes: the bits of the eager one.
+
+The formats are generated from the registries, so that a new element, scale or rule is here at once. Native code runs
+over the full product. A kernel of torch.compile takes seconds to make: there each format has one act and one dtype, in
+turn, so that each act meets each dtype, each kind of scale and each layout of blocks.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from qsurgeon.formats import CATALOG, Format, Quantized, arithmetic, get_format, kernels
+from qsurgeon.formats.scale import ScaleRule, rules_for
+
+MXFP4, NVFP4, FP8 = get_format("mxfp4"), get_format("nvfp4"), get_format("fp8_e4m3")
+MADE = (
+    *(MXFP4.with_fields(rule, scale_rule=rule) for rule in get_args(ScaleRule) if rule in rules_for(MXFP4.scale)),
+    get_format("mxint8").with_fields("mxint8-even", scale_rule="even"),
+    MXFP4.with_fields("e5m2-rceil-block-7", element="e5m2", scale_rule="rceil", block=7),
+    MXFP4.with_fields("int4-block-12", element="int4", block=12),
+    MXFP4.with_fields("32x32", block=[32, 32]),
+    MXFP4.with_fields("stochastic", rounding="stochastic", seed=5),
+    NVFP4.with_fields("16x16", block=[16, 16]),
+    NVFP4.with_fields("static", tensor_scale="static", static_scale=0.01),
+    NVFP4.with_fields("four-over-six", four_over_six=True),
+    NVFP4.with_fields("four-over-six-16x16", four_over_six=True, block=[16, 16]),
+    NVFP4.with_fields("stochastic-16x16", rounding="stochastic", seed=7, block=[16, 16]),
+    NVFP4.with_fields("hadamard", hadamard=16, seed=3),
+    FP8.with_fields("fp8-static", tensor_scale="static", static_scale=0.01),
+)
+
+
+def by_role(formats: tuple[Format, ...]) -> list[Format]:
+    """Return what each format is for a weight and for an input, the same thing once."""
+    both = [one for fmt in formats for one in (fmt.as_weight, None if fmt.is_two_dimensional else fmt.as_input) if one]
+    return list({(fmt.name, fmt.key): fmt for fmt in both}.values())
+
+
+VARIANTS = by_role((*CATALOG.values(), *MADE))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def lengths(fmt: Format) -> tuple[int, ...]:
+    """Return row lengths: one that the block divides, one that it does not, one shorter than it, and 1."""
+    if fmt.hadamard:
+        return fmt.hadamard, 3 * fmt.hadamard
+    width = fmt.block_shape[1] or 32
+    return 2 * width, 2 * width + max(width // 2 + 1, 1), max(width - 3, 1), 1
+
+
+def wild(columns: int, dtype: torch.dtype, rows: int = 21) -> Tensor:
+    """Return values of many magnitudes, with rows of zeros, of NaN, of infinity, of tiny and of huge values."""
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(rows, columns, generator=generator) * torch.exp2(
+        torch.randn(rows, columns, generator=generator) * 3
+    )
+    for row, factor in enumerate((0.0, -0.0, 1e-30, 2.0**-120, 2.0**-126, 1e-45, 1e30, 3e38)):
+        x[row + 1] *= factor
+    x[10, columns // 2], x[11, -1], x[12, 0] = torch.nan, torch.inf, -torch.inf
+    return x.to(dtype)
+
+
+def tame(columns: int, dtype: torch.dtype) -> Tensor:
+    """Return values of which none makes all others NaN."""
+    return wild(columns, torch.float32).nan_to_num(1.0, 2.0, -2.0).clamp(-1e4, 1e4).to(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    """Return the bits of ``x``, the sign of a zero included, and one pattern for every NaN."""
+    if not x.is_floating_point():
+        return x
+    return torch.where(x.isnan(), torch.nan, x).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def codes(fmt: Format, x: Tensor) -> list[Tensor]:
+    found = fmt.quantize(x)
+    return [one for one in (found.data, found.scale, found.tensor_scale) if one is not None]
+
+
+def values(fmt: Format, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setenv(kernels.VARIABLE, "eager")
+        found: Quantized = fmt.quantize(x)
+    return [found.dequantize()]
+
+
+def saturates(fmt: Format, x: Tensor) -> list[Tensor]:
+    return [fmt.without_rotation.saturates(x)]
+
+
+Act = Callable[[Format, Tensor], list[Tensor]]
+
+
+def acts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Act]:
+    return {
+        "fake_quantize": lambda fmt, x: [fmt.fake_quantize(x)],
+        "quantize": codes,
+        "dequantize": partial(values, monkeypatch=monkeypatch),
+        "saturates": saturates,
+    }
+
+
+ACTS = tuple(acts(pytest.MonkeyPatch()))
+
+
+def assert_alike(kind: str, act: str, fmt: Format, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for one in (kind, "eager"):
+        monkeypatch.setenv(kernels.VARIABLE, one)
+        found[one] = acts(monkeypatch)[act](fmt, x)
+    for one, other in zip(found[kind], found["eager"], strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), (act, x.shape)
+        differ = (bits(one) != bits(other)).sum().item()
+        assert not differ, f"{kind} {act} of {tuple(x.shape)}: {differ} of {one.numel()} differ"
+
+
+def check(kind: str, act: str, fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in lengths(fmt):
+        for x in (wild(columns, dtype), tame(columns, dtype)):
+            assert_alike(kind, act, fmt, x, monkeypatch)
+    assert_alike(kind, act, fmt, tame(lengths(fmt)[-2], dtype).view(3, 7, -1), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", VARIANTS, ids=lambda fmt: f"{fmt.name}-{fmt.tensor_scale}")
+def test_native_code_is_eager_to_the_bit(fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for act in ACTS:
+        check("native", act, fmt, dtype, monkeypatch)
+
+
+def selection() -> list[Any]:
+    """Return (act, dtype, format): acts and dtypes in turn, and one format of each make."""
+    kinds: dict[Any, Format] = {}
+    for fmt in VARIANTS:
+        (height, width), element = fmt.block_shape, fmt.element
+        layout = height > 1, width * element.bits % 8
+        kind = type(element), element.bits, fmt.scale, fmt.scale_rule, layout, fmt.rounding, fmt.four_over_six
+        kinds.setdefault(kind, fmt)
+    cases = zip(cycle(ACTS), cycle(DTYPES), kinds.values(), strict=False)
+    return [pytest.param(*one, id=f"{one[2].name}-{one[2].tensor_scale}-{one[0]}-{one[1]}") for one in cases]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own imports
+@pytest.mark.parametrize(("act", "dtype", "fmt"), selection())
+def test_what_torch_compile_makes_is_eager_to_the_bit(
+    act: str, dtype: torch.dtype, fmt: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check("compile", act, fmt, dtype, monkeypatch)
+
+
+def test_each_act_of_the_selection_meets_each_dtype_and_each_layout() -> None:
+    seen = [case.values for case in selection()]
+    for act in ACTS:
+        mine = [(dtype, fmt) for one, dtype, fmt in seen if one == act]
+        assert {dtype for dtype, _ in mine} == set(DTYPES)
+        assert {type(fmt.scale) for _, fmt in mine} == {type(fmt.scale) for fmt in VARIANTS}
+        assert {fmt.is_two_dimensional for _, fmt in mine} == {True, False}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["int4_b32", "mxfp4"])
+def test_what_a_compiler_would_fuse_or_cut_is_kept(name: str) -> None:
+    # The round trip of a bf16 scale, in operations that a compiler sees; a short block is kept from it on a CPU.
+    fmt = get_format(name)
+    x = tame(2 * fmt.block_shape[1], torch.float32)
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: arithmetic.fake_quantize(x, None, fmt) * 2)
+    assert torch.equal(bits(run(x)), bits(arithmetic.fake_quantize(x, None, fmt) * 2))
