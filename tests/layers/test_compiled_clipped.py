@@ -29,12 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's
 
 
 class Side(nn.Module):
-    """Layers beside each other, each with an input of its own."""
+    """Layers beside each other, each with an input of its own. A bias, whose gradient is a sum in any order, is away."""
 
     def __init__(self, formats: Sequence[Format], columns: int, kind: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(columns, OUTPUTS) for _ in formats)
+        self.layers = nn.ModuleList(nn.Linear(columns, OUTPUTS, bias=False) for _ in formats)
         for layer, fmt in zip(self.layers, formats, strict=True):
             kind.wrap(layer, Quantization(fmt, None if fmt.is_two_dimensional else fmt, "clipped"))
 
