@@ -3,11 +3,13 @@
 python benchmarks/plan.py
 
 Each model is planned in a process of its own, on a config of its published shape, and its first plan is what counts.
-The ratio is to importing what is needed for it.
+The ratio is to importing what is needed for it. Then, what a command line takes as a whole, in seconds of CPU, beside
+importing torch and transformers, and beside importing the class of one model, which a plan cannot do without.
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -41,6 +43,34 @@ print(json.dumps({"imports": imported - start, "plan": time.perf_counter() - imp
 """
 
 
+TINY_MATH = str(Path(__file__).parents[1] / "examples/models/tiny-math")
+PROGRAM = ["-m", "qsurgeon", "plan"]
+STARTS = {
+    "import torch, transformers": ["-c", "import torch, transformers"],
+    "import a model's class": ["-c", "import transformers.models.qwen2.modeling_qwen2"],
+    "plan": [*PROGRAM, "w4a4-mxfp4", "--model", TINY_MATH],
+    "plan, a mistyped recipe": [*PROGRAM, "w4a4-mxpf4", "--model", TINY_MATH],
+    "plan, a missing folder": [*PROGRAM, "w4a4-mxfp4", "--model", "./nowhere"],
+    "plan, no model": [*PROGRAM, "w4a4-mxfp4"],
+}
+ROUNDS = 5
+
+
+def cpu(words: list[str]) -> float:
+    """Return the seconds of CPU that Python takes for ``words``."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], check=False, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def starts() -> None:
+    took = {name: min(cpu(words) for _ in range(ROUNDS)) for name, words in STARTS.items()}
+    base = next(iter(took.values()))
+    for name, seconds in took.items():
+        print(f"{name:27} {seconds:5.2f} s of CPU, {seconds / base:.2f} x")
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -52,6 +82,8 @@ def main() -> None:
             took = json.loads(said.splitlines()[-1])
             ratio = took["plan"] / took["imports"]
             print(f"{name:12} {took['plan']:5.2f} s, {ratio:.2f} x the imports; {took['summary']}")
+
+    starts()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import nn
 from qsurgeon.errors import SurgeryError
 from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
 from qsurgeon.patching import Method, patch
+from qsurgeon.references import refuse_an_adapter
 from qsurgeon.surgery import objection, refuse_adapters
 
 
@@ -24,6 +25,7 @@ def _refusing(inject: Method) -> Method:
         if is_wrapped:
             try:
                 _check(self, model, self.peft_config[adapter_name])
+                refuse_an_adapter(model)
             except SurgeryError:
                 _forget(self, model, adapter_name)
                 raise

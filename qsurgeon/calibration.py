@@ -12,8 +12,9 @@ from qsurgeon.errors import CalibrationError
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
-from qsurgeon.quantizer import QSurgeonConfig, record_in
-from qsurgeon.surgery import inventory, plain_model
+from qsurgeon.layers.compiling import eagerly
+from qsurgeon.quantizer import hosts, note
+from qsurgeon.surgery import plain_model
 
 
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Module:
@@ -30,14 +31,15 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Modu
     layers = {path: layer for path, layer in quant_linears(model).items() if _roles(layer)}
     if not layers:
         raise CalibrationError("no module has a static tensor scale; say tensor_scale: static in a recipe's formats")
-    with _observed(layers) as largest, _evaluating(model), torch.no_grad():
+    with _observed(layers) as largest, _evaluating(model), eagerly(model), torch.no_grad():
         for batch in batches:
             model(**batch)
     _agree(largest)
     chosen = {path: _calibrated(path, layer, largest) for path, layer in layers.items()}
     for path, layer in layers.items():
         vars(layer)["quantization"] = chosen[path]
-    _note(model, chosen)
+    for host in hosts(plain_model(model)[1]):
+        note(host)
     return model
 
 
@@ -126,16 +128,3 @@ def _calibrated(path: str, layer: QuantLinear, largest: Mapping[str, Tensor]) ->
         numbered = replace(format, static_scale=number)
         how = replace(how, weight=numbered) if role == "weight" else replace(how, input=numbered)
     return how
-
-
-def _note(model: nn.Module, chosen: Mapping[str, Quantization]) -> None:
-    """Write the numbers into the record that the model's config keeps, under the names of the plain model."""
-    config = getattr(plain_model(model)[1], "config", None)
-    record = record_in(config)
-    if config is None or record is None:
-        return
-    names = {module.path: module.name for module in inventory(model)}
-    scales = {names[path]: how.static_scales for path, how in chosen.items()}
-    config.quantization_config = QSurgeonConfig(
-        **record.model_copy(update={"static_scales": record.static_scales | scales}).model_dump()
-    )

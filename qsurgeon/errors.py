@@ -11,10 +11,12 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
 ├── OtherRankError        a process that was launched with this one has failed, and says why itself
 ├── UsageError            a command that lacks something, or names a program that is not there
+├── CallError             a function that was called with something else than it takes
 └── NothingWrappedError   a model that should compute in another format and does not
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -97,15 +99,39 @@ class UsageError(QSurgeonError):
     """A command that lacks something that neither its options nor its recipe say, or a program that is not there."""
 
 
+class CallError(QSurgeonError, TypeError):
+    """A function was called with something else than it takes: arguments in another order, a tokenizer for a model."""
+
+
 class NothingWrappedError(QSurgeonError):
     """A model that should compute in another format does not: the run would silently be full precision."""
+
+
+MOST_COMPARED = 100  # characters of a word: to compare takes the square of them
+
+
+def guess(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that ``word`` probably means, or None. For messages: it is never taken for that word."""
+    names = sorted(known)
+    wanted = _bare(word)
+    same = [name for name in names if _bare(name) == wanted]
+    near = same or difflib.get_close_matches(word[:MOST_COMPARED], names, n=1)
+    if not near:
+        folded = {name.casefold(): name for name in names}
+        near = [folded[one] for one in difflib.get_close_matches(wanted, folded, n=1)]
+    return near[0] if near else None
+
+
+def _bare(word: str) -> str:
+    """Return a word without what people write differently: case, the kind of dash, quotes and blanks around it."""
+    return re.sub(r"[-_ ]+", "-", word[:MOST_COMPARED].strip(" \t\"'`“”‘’").casefold())
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return the end of an error message: a guess, or all that would have been right."""
     names = sorted(known)
-    guess = difflib.get_close_matches(word, names, n=1)
-    return f"did you mean '{guess[0]}'?" if guess else f"expected one of: {', '.join(names)}"
+    near = guess(word, names)
+    return f"did you mean '{near}'?" if near else f"expected one of: {', '.join(names)}"
 
 
 def in_words(error: OSError) -> str:

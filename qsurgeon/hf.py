@@ -1,39 +1,62 @@
 """A recipe and a Hugging Face model: plan, apply, load, and what the model's config says of it."""
 
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
 
-from qsurgeon.checkpoint import carry_cards, config_of, origin
+from qsurgeon.arguments import check_model, check_path, check_recipe, live
+from qsurgeon.checkpoint import config_of, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
-from qsurgeon.quantizer import QSurgeonConfig, attach, follow_rollouts, record_in, register
+from qsurgeon.opening import FINDING, adapter_at
+from qsurgeon.places import named
+from qsurgeon.quantizer import hosts, note, register
 from qsurgeon.recipe import Recipe, load_recipe
+from qsurgeon.references import refuse_unloaded, remember
+from qsurgeon.rollouts import follow_rollouts
 from qsurgeon.surgery import (
     QUANT_METHOD,
+    Excluded,
+    Origin,
     Plan,
+    Record,
     architecture,
     build_plan,
+    current_record,
     foreign_method,
     inventory,
+    mark,
+    modules_of,
     operate,
     plain_model,
     read_config,
-    record_of,
+    record_in,
     refuse_foreign,
     refuse_quantized,
+    repacked,
     skeleton,
+    unwrapped,
 )
-from qsurgeon.version import __version__
 
-ADAPTER = "adapter_config.json"
+# What peft makes an adapter's base of, by the task that its config names.
+_CLASSES: dict[str, Any] = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
 
 
 def plan(
-    recipe: Recipe | str | Path, model: Any, revision: str | None = None, *, trust_remote_code: bool = False
+    recipe: Recipe | str | Path, model: Any = None, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Plan:
     """Decide what ``recipe`` does to ``model``, module by module; no weight is read.
 
@@ -43,13 +66,34 @@ def plan(
 
     Raises: RecipeError, PlanError, CheckpointError with all that is wrong; ConnectionError if the hub is out of reach.
     """
+    check_recipe("plan", recipe, Recipe, (model,))
+    check_model("plan", model, transformers.PreTrainedConfig)
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
-        return build_plan(made, inventory(model))
+        return _following(build_plan(made, modules_of(model)), model)[0]
     is_config = isinstance(model, transformers.PreTrainedConfig)
     config = model if is_config else config_of(model, revision, trust_remote_code=trust_remote_code)
-    refuse_quantized(config, "the model" if is_config else str(model))
-    return build_plan(made, inventory(skeleton(config, trust_remote_code)))
+    name = "the model" if is_config else str(model)
+    record = record_in(config)
+    if record is None:
+        refuse_quantized(config, name)
+    planned = build_plan(made, modules_of(skeleton(config, trust_remote_code)))
+    return planned if record is None else repacked(planned, record, name)
+
+
+def _following(planned: Plan, model: nn.Module) -> tuple[Plan, Record | None]:
+    """Return the plan for a live model and, if it packs one that is wrapped, the record of that: nothing else changes.
+
+    Raises: SurgeryError if the plan would change anything else.
+    """
+    if planned.recipe.storage != "packed" or not quant_linears(model):
+        return planned, None
+    record = current_record(model)
+    assert record is not None
+    try:
+        return repacked(planned, record, "the model"), record
+    except CheckpointError as error:
+        raise SurgeryError(str(error)) from error
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -57,36 +101,41 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
+def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Module:
     """Wrap the modules of a live model as ``recipe`` says, in place, and return it.
 
     Its config keeps the record, so that ``save_pretrained`` writes a folder that ``from_pretrained`` rebuilds.
     ``config.name_or_path`` no longer names what the model was loaded from, which is not what it is now: a trainer
     that would reload it as its reference fails instead, until ``reference`` says what it shall load.
 
-    Raises: RecipeError, PlanError, and SurgeryError (also for a model that is wrapped already).
+    Raises: RecipeError, PlanError, SurgeryError (also for a model that is wrapped already), and CallError for what is
+    no live model.
     """
-    root: Any = plain_model(model)[1]
-    config = getattr(root, "config", None)
-    config = config if isinstance(config, transformers.PreTrainedConfig) else None
-    foreign = foreign_method(config)
+    check_recipe("apply", recipe, Recipe, (model,))
+    model = live("apply", model)
+    found = hosts(plain_model(model)[1])
+    foreign = next(filter(None, (foreign_method(host.config) for host in found)), None)
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
-    made = build_plan(as_recipe(recipe), inventory(model))
-    record = QSurgeonConfig(**record_of(made, __version__, _origin(config)).model_dump())
+    made, before = _following(build_plan(as_recipe(recipe), modules_of(model)), model)
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
-    operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
-    follow_rollouts(chosen.values())
-    carry_cards(record_in)
-    if made.recipe.storage == "packed":
-        attach(root, record)
-    if config is not None:
-        config.quantization_config = record
-        if config.name_or_path:
-            config.name_or_path = f"{config.name_or_path} rewritten in memory by qsurgeon: see qsurgeon.reference"
-    if hasattr(root, "add_model_tags"):
-        root.add_model_tags([QUANT_METHOD])
-    announce(root)
+    excluded = {step.module.name: step.fate for step in made.steps if isinstance(step.fate, Excluded)}
+    source = before.source if before is not None else next(filter(None, (_origin(host.config) for host in found)), "")
+    with unwrapped(model) if before is not None else nullcontext():
+        operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
+    mark(model, Origin(source, made.recipe.text), excluded)
+    for remark in made.remarks:
+        warnings.warn(remark, UserWarning, stacklevel=2)
+    follow_rollouts(model, chosen.values())
+    for host in found:
+        if not quant_linears(host):
+            continue
+        note(host)
+        if host.config.name_or_path and before is None:
+            host.config.name_or_path += " rewritten in memory by qsurgeon: see qsurgeon.reference"
+        host.add_model_tags([QUANT_METHOD])
+    for one in found or [model]:
+        announce(one)
     return model
 
 
@@ -100,13 +149,16 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
     """Say what a trainer loads as the reference of ``model``: ``source``, which is ``wrapped`` or in full precision.
 
     TRL's trainers load their reference from ``model.config.name_or_path``, unless they are given one or train an
-    adapter, which they switch off instead. No weight is read here. ``source``: a folder or a hub id, with the weights
-    that the reference shall have; ``qsurgeon.load`` leaves its own folder there, which is wrapped.
+    adapter, which they switch off instead: then the reference is the wrapped base, and putting an adapter on a model
+    whose reference shall be in full precision is refused. No weight is read here. ``source``: a folder or a hub id,
+    with the weights that the reference shall have; ``qsurgeon.load`` leaves its own folder there, which is wrapped.
 
     Raises: NothingWrappedError if ``source`` shall be wrapped and is not; CheckpointError if it shall not and is, or
-    if there is no model; SurgeryError for a model without a config to say it in.
+    if there is no model; SurgeryError for a model without a config to say it in, and for one with an adapter whose
+    reference shall be in full precision.
     """
-    config = getattr(plain_model(model)[1], "config", None)
+    root = plain_model(model)[1]
+    config = getattr(root, "config", None)
     if not isinstance(config, transformers.PreTrainedConfig):
         raise SurgeryError(f"{type(model).__name__} has no config that could name its reference")
     there = config_of(source)
@@ -115,47 +167,84 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
         raise NothingWrappedError(_nothing(source))
     if not wrapped and record_in(there) is not None:
         raise CheckpointError(f"{source} was rewritten by qsurgeon; expected a checkpoint in full precision")
+    if not wrapped and quant_linears(model) and any(module.adapter for module in inventory(model)):
+        refuse_unloaded(str(source))
     config.name_or_path = str(source)
+    remember(root, str(source), wrapped=wrapped)
 
 
 def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
-    """Return the model in a folder (or under a hub id) that qsurgeon wrote; wrapped, or not at all.
+    """Return the model in a folder (or under a hub id) that qsurgeon wrote; wrapped and whole, or not at all.
 
-    ``auto_class``: the class that a folder's config.json names, or AutoModelForCausalLM for a hub id, unless told
-    otherwise. ``kwargs`` go to its ``from_pretrained``.
+    ``auto_class``: the class that config.json names, unless told otherwise. ``kwargs`` go to its ``from_pretrained``.
 
-    Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision. SurgeryError for
-    an adapter that computes past them, or takes codes for values.
+    Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision. CheckpointError
+    if the checkpoint lacks a tensor of the model, such as the head of another class. SurgeryError for an adapter that
+    computes past wrapped layers, or takes codes for values.
     """
+    check_path("load", path, "path")
+    path = named(path)
     register()
     if auto_class is None:
-        auto_class = _class_of(Path(path), bool(kwargs.get("trust_remote_code"))) or transformers.AutoModelForCausalLM
+        auto_class = _class_of(path, kwargs)
     try:
-        model = auto_class.from_pretrained(path, **kwargs)
+        model, info = auto_class.from_pretrained(path, **{**kwargs, "output_loading_info": True})
     except SurgeryError as error:
         raise SurgeryError(f"{path}: {error}") from error
-    if quant_linears(model):
-        return model
-    if (Path(path) / ADAPTER).is_file():
-        base = model.config.name_or_path
-        raise NothingWrappedError(
-            f"{path}: an adapter, and no module of its base {base} is wrapped. An adapter does not carry a recipe: "
-            f"write the base first (qsurgeon apply RECIPE --model {base} --output FOLDER) and train the adapter on that"
+    if not quant_linears(model):
+        raise NothingWrappedError(_nothing_in(path, model, kwargs))
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{path}: has no tensor {missing[0]}, which {type(model).__name__} would have at random "
+            f"({len(missing)} in all). To train it, use {auto_class.__name__}.from_pretrained"
         )
-    raise NothingWrappedError(_nothing(path))
+    return (model, info) if kwargs.get("output_loading_info") else model
 
 
-def _class_of(folder: Path, trust_remote_code: bool) -> Any:
-    """Return the model class that a folder's config.json names; None for an adapter's folder, and for a hub id.
+def _class_of(path: str | Path, arguments: Mapping[str, Any]) -> Any:
+    """Return the model class to open a checkpoint with: the one that its config.json names, or its adapter's task.
 
     Raises: NothingWrappedError, before any weight is read, if the config has no record of ours.
     """
-    if not folder.is_dir() or (folder / ADAPTER).is_file():
-        return None
-    config = read_config(folder, trust_remote_code)
+    trusted = bool(arguments.get("trust_remote_code"))
+    finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+    adapter = adapter_at(path, finding)
+    base = None if adapter is None else adapter["base_model_name_or_path"]
+    config = config_of(base, trust_remote_code=trusted) if base else _config_of(path, finding, trusted)
     if record_in(config) is None:
-        raise NothingWrappedError(_nothing(folder))
-    return architecture(config, trust_remote_code)
+        raise NothingWrappedError(_adapter_alone(path, base) if base else _nothing(path))
+    task = None if adapter is None else _CLASSES.get(str(adapter.get("task_type")))
+    return task or architecture(config, trusted) or transformers.AutoModel
+
+
+def _config_of(path: str | Path, finding: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """Return the config of a checkpoint that is found as ``from_pretrained`` finds it."""
+    if Path(path).is_dir():
+        return read_config(Path(path) / finding.get("subfolder", ""), trust_remote_code)
+    if finding.keys() <= {"revision"}:
+        return config_of(path, finding.get("revision"), trust_remote_code=trust_remote_code)
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **finding)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no model at '{path}': {' '.join(str(error).split())[:300]}") from error
+
+
+def _nothing_in(path: str | Path, model: Any, arguments: Mapping[str, Any]) -> str:
+    finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+    adapter = adapter_at(path, finding)
+    if adapter is not None:
+        return _adapter_alone(path, adapter["base_model_name_or_path"])
+    if record_in(model.config) is None:
+        return _nothing(path)
+    return f"{path}: no module of {type(model).__name__} is wrapped; open it as the class that its config.json names"
+
+
+def _adapter_alone(path: str | Path, base: str) -> str:
+    return (
+        f"{path}: an adapter, and no module of its base {base} is wrapped. An adapter does not carry a recipe: "
+        f"write the base first (qsurgeon apply RECIPE --model {base} --output FOLDER) and train the adapter on that"
+    )
 
 
 def _nothing(path: str | Path) -> str:

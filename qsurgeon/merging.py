@@ -29,8 +29,9 @@ from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.quality import decibels, energy
 from qsurgeon.formats.rotation import rotated
-from qsurgeon.hf import ADAPTER, load
+from qsurgeon.hf import load
 from qsurgeon.layers import AS_IT_IS, PackedLinear, QuantLinear
+from qsurgeon.opening import ADAPTER
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import inventory
 
@@ -180,7 +181,7 @@ def _config(adapter: Path) -> dict[str, Any]:
     config = read_json(adapter / ADAPTER)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{adapter}: is an adapter of kind {config.get('peft_type')}; only LORA can be merged")
-    for key, plain in (("bias", "none"), ("layer_replication", None)):
+    for key, plain in (("bias", "none"), ("layer_replication", None), ("arrow_config", None), ("use_bdlora", None)):
         if config.get(key, plain) != plain:
             raise CheckpointError(f"{adapter}: has {key}={config[key]!r}, which cannot be merged; expected {plain!r}")
     if not (adapter / WEIGHTS).is_file():
@@ -232,6 +233,11 @@ def _adapted(root: nn.Module) -> Iterator[tuple[str, Any]]:
         if kind not in ("Linear", "Embedding") and not isinstance(layer, ModulesToSaveWrapper | TrainableTokensWrapper):
             raise CheckpointError(
                 f"{name}: its adapter is a {kind}; only plain LoRA of a Linear or Embedding is merged"
+            )
+        if isinstance(layer, lora.Linear) and layer.lora_bias[NAME] and layer.get_base_layer().bias is None:
+            raise CheckpointError(
+                f"{name}: its adapter has a bias (lora_bias=True), and the layer has none that it could be added to; "
+                "train without lora_bias, or on modules that have a bias"
             )
         yield name, layer
 

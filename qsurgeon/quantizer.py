@@ -11,21 +11,24 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.core_model_loading import ConversionOps
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qsurgeon.checkpoint import carry_cards
-from qsurgeon.errors import CheckpointError, NothingWrappedError
+from qsurgeon.checkpoint.kept import kept_names, packed_names, past
+from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.stored import WEIGHT
-from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears, rollout_unless_told
+from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
+from qsurgeon.opening import places
 from qsurgeon.patching import Method, patch
-from qsurgeon.surgery import QUANT_METHOD, Record, inventory, operate, read_record
+from qsurgeon.rollouts import follow_rollouts
+from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
 
 
 class QSurgeonConfig(QuantizationConfigMixin):
@@ -38,19 +41,6 @@ class QSurgeonConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps."""
         return {"quant_method": QUANT_METHOD, **self.record.model_dump(mode="json")}
-
-
-def record_in(config: Any) -> Record | None:
-    """Return the record that a config carries, or None if it has none of ours.
-
-    Raises: CheckpointError for a record that cannot be read.
-    """
-    data = getattr(config, "quantization_config", None)
-    if isinstance(data, QSurgeonConfig):
-        return data.record
-    if isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD:
-        return read_record(data, "config.json")
-    return None
 
 
 class QSurgeonQuantizer(HfQuantizer):
@@ -67,6 +57,7 @@ class QSurgeonQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._slots: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # what the packed layers are to be filled with
         self._found: set[str] = set()
+        self._kept: frozenset[str] = frozenset()  # names that a checkpoint has as the modules have them
         self._to_save: Any = None
 
     @property
@@ -79,6 +70,11 @@ class QSurgeonQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Whether the weights themselves can be trained."""
         return not self.is_packed
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model."""
+        return True
 
     def is_serializable(self) -> bool:
         """Say that the model can be saved."""
@@ -93,12 +89,20 @@ class QSurgeonQuantizer(HfQuantizer):
                 "first (qsurgeon apply), and load that"
             )
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        record = self.quantization_config.record
-        quantizations = record.quantizations()
-        operate(model, _as_named_in(model, quantizations), storage=record.storage)
-        follow_rollouts(quantizations.values())
-        carry_cards(record_in)
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Iterable[str] | None = None, **_: Any
+    ) -> None:
+        record: Record = self.quantization_config.record
+        wrapped, excluded = record.quantizations(), record.exclusions()
+        place = places(model, wrapped, excluded, checkpoint_files or ())
+        chosen = {name: wrapped[there] for name, there in place.items() if there in wrapped}
+        operate(model, chosen, storage=record.storage)
+        mark(
+            model,
+            Origin(record.source, record.recipe),
+            {name: excluded[there] for name, there in place.items() if there in excluded},
+        )
+        follow_rollouts(model, chosen.values())
         if self.is_packed:
             patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         self._slots = {
@@ -107,12 +111,19 @@ class QSurgeonQuantizer(HfQuantizer):
             for key, parameter in module.named_parameters(recurse=False)
         }
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Return conversions that leave codes and scales alone."""
+        self._kept = kept_names(model, packed_names(model)) if self.is_packed else frozenset()
+        return past(weight_conversions, self._kept, model.base_model_prefix)
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Say what a tensor of a checkpoint is to be cast to. transformers asks of each, before it is read.
 
         Raises: CheckpointError for one that is not what a packed layer takes.
         """
         name = converter.target_patterns[0]
+        if isinstance(converter, WeightConverter):  # of biases, which are split as ever
+            self._found |= {one for one in self._slots if any(part in one for part in converter.target_patterns)}
         if name in self._slots:
             self._found.add(name)
             shape, kind = self._slots[name]
@@ -129,7 +140,10 @@ class QSurgeonQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a tensor of a plain checkpoint is a weight to be packed on the way."""
         module, _, key = param_name.rpartition(".")
-        return not self.pre_quantized and key == WEIGHT and isinstance(model.get_submodule(module), PackedLinear)
+        if self.pre_quantized or key != WEIGHT:
+            return False
+        # Of what is split into several weights, transformers asks of the first alone.
+        return param_name in self._kept or isinstance(model.get_submodule(module), PackedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what packs a weight."""
@@ -145,12 +159,16 @@ class QSurgeonQuantizer(HfQuantizer):
                 if not (is_read and is_named):
                     raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
         self._slots, self._found = {}, set()
+        record = current_record(model)
+        if record is not None:
+            model.config.quantization_config = QSurgeonConfig(**record.model_dump())
         if self.is_packed:
             return model
         # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
         # `state_dict=`, which FSDP needs, and block .half() and .float().
         model.hf_quantizer = None
         model.is_quantized = False
+        vars(model).pop("quantization_method", None)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
@@ -168,18 +186,22 @@ class QSurgeonQuantizer(HfQuantizer):
 
 
 class _Pack(ConversionOps):
-    """Packs one weight of a plain checkpoint as soon as it is read."""
+    """Packs weights of a plain checkpoint as soon as they are read; what else was split off with them stays."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        name, model = kwargs["full_layer_name"], kwargs["model"]
-        path = name.removesuffix(f".{WEIGHT}")
-        layer = model.get_submodule(path)
-        expected = layer.out_features, layer.in_features
-        if tuple(weight.shape) != expected:
-            raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
-        return {f"{path}.{key}": tensor for key, tensor in pack(weight, layer.quantization).items()}
+        done: dict[str, Any] = {}
+        for name, found in input_dict.items():
+            weight = found[0] if isinstance(found, list) else found
+            path = name.removesuffix(f".{WEIGHT}")
+            layer = kwargs["model"].get_submodule(path)
+            if not isinstance(layer, PackedLinear):
+                done[name] = weight
+                continue
+            expected = layer.out_features, layer.in_features
+            if tuple(weight.shape) != expected:
+                raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
+            done |= {f"{path}.{key}": tensor for key, tensor in pack(weight, layer.quantization).items()}
+        return done
 
 
 class _Header:
@@ -192,61 +214,38 @@ class _Header:
         self.is_floating_point = tensor.is_floating_point() if is_read else self.dtype.startswith(("F", "BF"))
 
 
-def _as_named_in(model: Any, quantizations: dict[str, Quantization]) -> dict[str, Quantization]:
-    """Return ``quantizations`` under the names that ``model`` has for them.
+def hosts(root: nn.Module) -> list[Any]:
+    """Return the models of transformers that are saved and loaded as such: ``root``, or the outermost inside of it."""
+    found: list[Any] = []
+    inside = ""
+    for path, module in root.named_modules():
+        if isinstance(module, transformers.PreTrainedModel) and not (inside and path.startswith(inside)):
+            found.append(module)
+            inside = f"{path}."
+            if not path:
+                break
+    return found
 
-    A checkpoint of a model with a head may be loaded as its base model, and the other way round: then all names
-    begin with the base model's prefix on one side only, and what is outside of it does not exist.
 
-    Raises: NothingWrappedError if no module would be left to wrap, CheckpointError if one is missing.
+def note(model: Any) -> None:
+    """Let a model that was wrapped in memory be in the state of one that was loaded so.
+
+    Its config has the record, and where weights are packed the model has a quantizer. Models of transformers ask
+    ``_is_quantized`` where they would read a weight instead of calling its layer.
     """
-    prefix = model.base_model_prefix + "."
-    names = {module.name for module in inventory(model)}
-    for rename in (
-        _same,
-        lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None,
-        prefix.__add__,
-    ):
-        found = {new: how for name, how in quantizations.items() if (new := rename(name)) in names}
-        inside = [name for name in quantizations if rename(name) is not None]
-        if found and len(found) == len(inside):
-            return found
-    if found_any := [name for name in quantizations if name in names]:
-        missing = next(name for name in quantizations if name not in names)
-        raise CheckpointError(f"{type(model).__name__} has {found_any[0]} but no {missing}, which config.json wraps")
-    raise NothingWrappedError(
-        f"{type(model).__name__} has none of the {len(quantizations)} modules that config.json wraps, "
-        f"such as {next(iter(quantizations), 'none')}"
-    )
-
-
-def _same(name: str) -> str | None:
-    return name
-
-
-def follow_rollouts(quantizations: Iterable[Quantization]) -> None:
-    """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase."""
-    if any(how.phases != "both" for how in quantizations):
-        patch(transformers.GenerationMixin, "generate", _in_rollout)
-
-
-def _in_rollout(generate: Method) -> Method:
-    def in_rollout(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with rollout_unless_told():
-            return generate(self, *args, **kwargs)
-
-    return in_rollout
-
-
-def attach(model: Any, config: QSurgeonConfig) -> None:
-    """Give a model that was packed in memory the quantizer that one which was loaded so has."""
-    patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
-    if isinstance(model, transformers.PreTrainedModel):
-        vars(model)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
-        vars(model).update(is_quantized=True, quantization_method=QUANT_METHOD)
-        for module in model.modules():
-            if isinstance(module, transformers.PreTrainedModel):
-                module.config._is_quantized = True
+    record = current_record(model)
+    if record is None:
+        return
+    config = QSurgeonConfig(**record.model_dump())
+    vars(model.config)["quantization_config"] = config
+    _assign_is_quantized(model)  # type: ignore[no-untyped-call]
+    vars(model).update(hf_quantizer=None, is_quantized=False)
+    if record.storage == "packed":
+        patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
+        # accelerate's compile_regions returns a copy that remembers the original (1.15); trainers save that.
+        for one in filter(None, (model, vars(model).get("_orig_mod"))):
+            vars(one)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
+            vars(one).update(is_quantized=True, quantization_method=QUANT_METHOD)
 
 
 def _saving_what_is_given(save: Method) -> Method:

@@ -1,6 +1,7 @@
 """Phases in models: what a recipe says, what a checkpoint keeps, what generate does; a teacher in the same weights."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qsurgeon
 from qsurgeon.formats import kernels
+from qsurgeon.launch import VARIABLE
 from qsurgeon.layers import quant_linears
 from qsurgeon.recipe import Recipe, Rule
+from qsurgeon.report.inspection import report_of
 
 ROOT = Path(__file__).parent.parent
 IDS = torch.arange(1, 9).reshape(1, 8)
@@ -21,6 +24,19 @@ IDS = torch.arange(1, 9).reshape(1, 8)
 def recipe(phases: str, **fields: Any) -> Recipe:
     rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)  # type: ignore[arg-type]
     return Recipe(version=1, rules=(rule,), **fields)
+
+
+def by_layer(*phases: str) -> Recipe:
+    """Return a recipe with a rule for each layer."""
+    rules = tuple(
+        Rule(name=f"rule {number}", target=(f"layers.{number}",), weight="mxfp4", input="mxfp4", phases=one)  # type: ignore[arg-type]
+        for number, one in enumerate(phases)
+    )
+    return Recipe(version=1, rules=rules)
+
+
+def share(report: Any) -> float:
+    return sum(row.parameters for row in report.rows if row.gradient == "ste") / report.parameters  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -79,6 +95,80 @@ def test_inspect_and_plan_say_in_which_phase_a_module_rounds(tiny_qwen2: Any) ->
     assert {step.why for step in plan.wrapped} == {"rule 'decoder', in rollout only"}
     report = qsurgeon.inspect(qsurgeon.apply(recipe("rollout"), tiny_qwen2))
     assert {row.why for row in report.rows if row.gradient == "ste"} == {"rule 'decoder', in rollout only"}
+
+
+LAYER = "7 with weight mxfp4, input mxfp4"
+
+
+@pytest.mark.parametrize(
+    ("phases", "block", "said"),
+    [
+        (("both", "both"), nullcontext, " are wrapped: 14 with weight mxfp4, input mxfp4"),
+        (
+            ("rollout", "rollout"),
+            nullcontext,
+            " are wrapped, but compute in full precision at this moment, in phase training: 14 with weight mxfp4, "
+            "input mxfp4, in rollout only",
+        ),
+        (
+            ("rollout", "rollout"),
+            lambda: qsurgeon.phase("rollout"),
+            " are wrapped: 14 with weight mxfp4, input mxfp4, in rollout only",
+        ),
+        (
+            ("both", "training"),
+            lambda: qsurgeon.phase("rollout"),
+            " are wrapped, but 7 of them compute in full precision at this moment, in phase rollout: "
+            f"{LAYER}; {LAYER}, in training only",
+        ),
+    ],
+)
+def test_the_summary_says_what_rounds_at_this_moment(
+    make_qwen2: Callable[..., Any], phases: tuple[str, ...], block: Any, said: str
+) -> None:
+    model = qsurgeon.apply(by_layer(*phases), make_qwen2(num_hidden_layers=2))
+    with block():
+        report = qsurgeon.inspect(model)
+        assert report.summary == f"14 of 15 Linear modules ({share(report):.1%} of the parameters){said}"
+        assert report.summary in str(report)
+
+
+def test_the_summary_says_that_a_model_is_disabled(make_qwen2: Callable[..., Any]) -> None:
+    for phases in (("both", "both"), ("training", "training")):
+        model = qsurgeon.apply(by_layer(*phases), make_qwen2(num_hidden_layers=2))
+        with qsurgeon.disabled(model):
+            assert "are wrapped, but compute in full precision at this moment, inside qsurgeon.disabled: " in (
+                qsurgeon.inspect(model).summary
+            )
+        with qsurgeon.disabled(model.model.layers[0]):
+            assert "but 7 of them compute in full precision at this moment, inside qsurgeon.disabled: " in (
+                qsurgeon.inspect(model).summary
+            )
+
+
+def test_a_plan_and_a_folder_say_the_phase_and_nothing_of_a_moment(tiny_qwen2: Any, tmp_path: Path) -> None:
+    said = "are wrapped: 21 with weight mxfp4, input mxfp4, in rollout only"
+    assert said in report_of(qsurgeon.plan(recipe("rollout"), tiny_qwen2)).summary
+    qsurgeon.apply(recipe("rollout"), tiny_qwen2).save_pretrained(tmp_path)
+    assert said in qsurgeon.inspect(tmp_path).summary
+    assert qsurgeon.inspect(tmp_path).to_dict()["phase"] == ""
+
+
+def test_what_is_printed_of_a_layer_has_its_phase(tiny_qwen2: Any) -> None:
+    layer = qsurgeon.apply(recipe("rollout"), tiny_qwen2).model.layers[0].mlp.up_proj
+    assert repr(layer) == (
+        "QuantLinear(in_features=64, out_features=128, bias=False, weight=mxfp4, input=mxfp4, gradient=ste, "
+        "phases=rollout)"
+    )
+
+
+def test_what_is_announced_has_the_phases_of_its_rules(
+    make_qwen2: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, "1")
+    qsurgeon.apply(by_layer("rollout", "both"), make_qwen2(num_hidden_layers=2))
+    said = "14 of 15 Linear modules wrapped (recipe rules: rule 0 (rounds in rollout only), rule 1)\n"
+    assert capfd.readouterr().err.endswith(said)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # the teacher's, reentrant

@@ -237,6 +237,30 @@ def test_a_reference_of_the_other_precision_is_refused_and_changes_nothing(plain
     assert model.config.name_or_path == str(wrapped)
 
 
+NO_EFFECT = (
+    "qsurgeon.reference(model, '{}', wrapped=False) has no effect with an adapter: a trainer's reference is then the "
+    "model with its adapter off, which is wrapped. Train without an adapter (no peft_config), say wrapped=True, or "
+    "compute the reference yourself, with the adapter off, inside qsurgeon.disabled(model)"
+)
+
+
+def test_a_reference_that_an_adapter_would_leave_unused_is_refused(plain: Path, wrapped: Path, tmp_path: Path) -> None:
+    model = qsurgeon.load(wrapped)
+    qsurgeon.reference(model, plain, wrapped=False)
+    with pytest.raises(SurgeryError) as by_trainer:
+        grpo(model, tmp_path, beta=0.1, peft_config=lora())
+    assert str(by_trainer.value) == NO_EFFECT.format(plain)
+    with pytest.raises(SurgeryError) as by_peft:
+        model.add_adapter(lora())
+    assert str(by_peft.value) == NO_EFFECT.format(plain)
+    qsurgeon.reference(model, wrapped, wrapped=True)
+    adapted = peft.get_peft_model(model, lora())
+    with pytest.raises(SurgeryError) as too_late:
+        qsurgeon.reference(adapted, plain, wrapped=False)
+    assert str(too_late.value) == NO_EFFECT.format(plain)
+    assert model.config.name_or_path == str(wrapped)
+
+
 def test_a_model_without_a_config_has_no_place_for_a_reference(plain: Path) -> None:
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.reference(torch.nn.Sequential(torch.nn.Linear(4, 4)), plain, wrapped=False)

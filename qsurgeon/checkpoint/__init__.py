@@ -6,7 +6,6 @@ from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.progress import Estimate, Events
 from qsurgeon.checkpoint.quantized import refuse_quantized_weight
 from qsurgeon.checkpoint.rewrite import Options, rewrite
-from qsurgeon.checkpoint.saving import carry_cards
 
 __all__ = [
     "Estimate",
@@ -15,7 +14,6 @@ __all__ = [
     "Options",
     "Source",
     "Tensor",
-    "carry_cards",
     "config_of",
     "fetch",
     "fetch_config",

@@ -5,7 +5,6 @@ cache that all of Hugging Face's libraries share; what is there whole is not dow
 """
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,11 +28,11 @@ from huggingface_hub.errors import (
 from qsurgeon.checkpoint.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE
 from qsurgeon.checkpoint.index import weight_files
 from qsurgeon.errors import CheckpointError, nearest
+from qsurgeon.places import CONFIG, OFFLINE, missing, model_here
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import read_config
 from qsurgeon.version import __version__
 
-CONFIG = "config.json"
 # What belongs beside the weights: settings, tokenizers, chat templates, the model card and the license.
 BESIDE = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.bpe", "LICENSE*", "NOTICE*")
 CODE = "*.py"
@@ -178,23 +177,13 @@ def _api() -> HfApi:
 
 def _here(model: str | Path, revision: str | None) -> Source | None:
     """Return ``model`` as a folder if that is what it is, or None if it can only be a hub id."""
-    path = Path(model)
-    if path.exists():
-        if revision is not None:
-            raise CheckpointError(f"{path} is on this disk; a revision is of a model on the hub")
-        folder = path.parent if path.name == CONFIG else path
-        return Source(folder, origin(folder))
-    text = str(model)
-    if path.is_absolute() or len(path.parts) > 2 or text.startswith((".", "~")) or text.endswith("/"):
-        raise CheckpointError(f"{path}: no such folder{_nearby(path)}")
-    return None
-
-
-def _nearby(path: Path) -> str:
-    """Return the end of a message about a folder that is not there: the one beside it with the nearest name, if any."""
-    beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
-    guess = difflib.get_close_matches(path.name, beside, n=1)
-    return f"; did you mean '{path.with_name(guess[0])}'?" if guess else ""
+    path = model_here(model)
+    if path is None:
+        return None
+    if revision is not None:
+        raise CheckpointError(f"{path} is on this disk; a revision is of a model on the hub")
+    folder = path.parent if path.name == CONFIG else path
+    return Source(folder, origin(folder))
 
 
 # --- what is on the hub
@@ -248,29 +237,24 @@ def _check_whole(folder: Path) -> None:
 @contextlib.contextmanager
 def _reading(model: str, revision: str | None) -> Iterator[None]:
     """Raise CheckpointError for what the user can mend, ConnectionError for what the network or the hub can."""
-
-    def missing(reason: str) -> str:
-        return f"no model at '{model}': no such folder, and {reason}{_nearby(Path(model))}"
-
     try:
         yield
     except HFValidationError as error:
-        raise CheckpointError(missing(f"it cannot be a hub id: {_first_line(error)}")) from error
+        raise CheckpointError(missing(model, f"it cannot be a hub id: {_first_line(error)}")) from error
     except GatedRepoError as error:
         page = f"{constants.ENDPOINT}/{model}"
         raise CheckpointError(f"{model} is gated: ask for access at {page}, then log in with {LOGIN}") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(missing(f"the hub has none, or it is private (log in with {LOGIN})")) from error
+        raise CheckpointError(missing(model, f"the hub has none, or it is private (log in with {LOGIN})")) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{model} has no revision '{revision}'") from error
     except RemoteEntryNotFoundError as error:
         raise CheckpointError(f"{model} has no {CONFIG} on the hub") from error
     except (LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled) as error:
         if constants.is_offline_mode():
-            reason = "HF_HUB_OFFLINE is set and the cache has no whole snapshot of it"
-            raise CheckpointError(missing(reason)) from error
+            raise CheckpointError(missing(model, OFFLINE)) from error
         reason = f"the hub cannot be reached: {_first_line(error.__cause__ or error)}"
-        raise ConnectionError(missing(reason)) from error
+        raise ConnectionError(missing(model, reason)) from error
     except HfHubHTTPError as error:
         reason = f"the hub does not give {model}: {error.server_message or _first_line(error)}"
         if error.response.status_code in _REFUSED:

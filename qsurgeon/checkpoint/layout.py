@@ -17,6 +17,7 @@ from qsurgeon.formats.stored import WEIGHT, stored_shapes
 MAX_SHARD_SIZE = "5GB"
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[KMGT]?B)?", re.IGNORECASE)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+FEW_BYTES = 10**6  # a file of less is not meant, if no unit says so
 _ALIGNMENT = 8  # of where the data begin, as safetensors has it
 
 
@@ -33,16 +34,30 @@ class Piece:
 
 @dataclass(frozen=True)
 class Job:
-    """A stored tensor to be read, and what is written of it: its own bytes, or its codes and scales in ``format``."""
+    """A stored tensor to be read, and what is written of it: its own bytes, or its codes and scales in ``format``.
+
+    parts: where its bytes are, one after the other, if ``source`` is made of several stored tensors or of rows of them.
+    """
 
     source: Tensor
     format: Format | None
     pieces: tuple[Piece, ...]
+    parts: tuple[Tensor, ...] = ()
 
     @property
     def name(self) -> str:
         """What no other job is called: its first piece's name."""
         return self.pieces[0].name
+
+    @property
+    def runs(self) -> tuple[Tensor, ...]:
+        """What is read, in its order."""
+        return self.parts or (self.source,)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that are read."""
+        return {run.file for run in self.runs}
 
     @property
     def size(self) -> int:
@@ -136,12 +151,15 @@ def sharded(jobs: Sequence[Job], max_shard_size: int | str = MAX_SHARD_SIZE, ste
 def size_in_bytes(size: int | str) -> int:
     """Return how many bytes ``size`` is: a number of them, or one with a unit, such as "5GB".
 
-    Raises: CheckpointError for another text, and for less than one byte.
+    Raises: CheckpointError for another text, for less than one byte, and for a text that says few bytes without a
+    unit: who writes "5" means gigabytes.
     """
     match = _SIZE.fullmatch(str(size).strip())
     count = int(float(match["number"]) * _UNITS[(match["unit"] or "").upper()]) if match else 0
     if count < 1:
         raise CheckpointError(f"'{size}' is no size of a file; expected one like 5GB, 500MB or a number of bytes")
+    if match and not match["unit"] and isinstance(size, str) and count < FEW_BYTES:
+        raise CheckpointError(f"'{size}' is {count} bytes; did you mean {match['number']}GB? Write the unit")
     return count
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+from qsurgeon.arguments import check_path, check_recipe
 from qsurgeon.checkpoint import journal
 from qsurgeon.checkpoint.card import CARD, with_record
 from qsurgeon.checkpoint.files import INDEX, companions, copy_companions, write_json
@@ -32,16 +33,20 @@ from qsurgeon.checkpoint.ranks import Ranks, ranks
 from qsurgeon.checkpoint.staging import partial_of, refuse_inside, refuse_taken, staged
 from qsurgeon.checkpoint.stream import SLAB, Stream
 from qsurgeon.errors import CheckpointError, OtherRankError, in_words
+from qsurgeon.places import expanded, model_here
 from qsurgeon.reading import MOST_JSON, read_json, read_regular
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
     QUANT_METHOD,
     Plan,
     build_plan,
-    inventory,
+    is_ours,
+    modules_of,
     read_config,
+    read_record,
     record_of,
-    refuse_quantized,
+    refuse_foreign,
+    repacked,
     skeleton,
 )
 from qsurgeon.version import __version__
@@ -71,8 +76,8 @@ class Options:
 
 def rewrite(
     recipe: Recipe | str | Path,
-    source: str | Path,
-    destination: str | Path,
+    source: str | Path = "",
+    destination: str | Path = "",
     events: Events | None = None,
     options: Options = Options(),
 ) -> Plan:
@@ -87,9 +92,12 @@ def rewrite(
     Raises: RecipeError, PlanError, CheckpointError; and OSError for what the machine does not give. ``destination``
     does not exist then, and ``source`` is as it was. A KeyboardInterrupt says what is kept.
     """
+    check_recipe("rewrite", recipe, Recipe, (source,))
+    check_path("rewrite", source, "source")
+    check_path("rewrite", destination, "destination")
     events = events or Events()
     here = ranks() if options.shared else Ranks()
-    destination = Path(os.path.normpath(destination))
+    destination = Path(os.path.normpath(expanded(destination)))
     try:
         work = _prepare(recipe, source, destination, events, options) if here.rank == 0 else None
     except BaseException:
@@ -137,6 +145,7 @@ def _prepare(
     """Find out all that can be wrong before anything is written."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    source = model_here(source) or source
     if Path(source).is_file():
         raise CheckpointError(f"{source}: is a file; expected a folder")
     if Path(source).is_dir():
@@ -150,16 +159,20 @@ def _prepare(
     trusted = options.trust_remote_code
     found = fetch_config(source, options.revision, trust_remote_code=trusted)
     config = read_json(found.folder / "config.json")
-    refuse_quantized(config, str(source))
+    refuse_foreign(config, str(source))
+    own = config.get("quantization_config")
+    record = read_record(own, "config.json") if isinstance(own, dict) and is_ours(own) else None
     model = skeleton(read_config(found.folder, trusted), trusted)
-    plan = build_plan(recipe, inventory(model))
+    plan = build_plan(recipe, modules_of(model))
+    plan = plan if record is None else repacked(plan, record, str(source))
     events.ready()
     # By the commit: a branch may have moved since.
     whole = fetch(source, found.commit, trust_remote_code=trusted)
-    folder, origin = whole.folder, whole.origin
+    folder = whole.folder
+    origin = whole.origin if record is None else record.source or whole.origin
     tensors = read_headers(folder)
     names = names_in(model, tensors)
-    layout = layout_of(plan, tensors, names, folder, options.max_shard_size)
+    layout = layout_of(plan, model, tensors, names, folder, options.max_shard_size)
     run = _run(plan, tensors, folder, options)
     card = with_record(_text(folder / CARD), record_of(plan, __version__, origin))
     beside = sum((folder / one).stat().st_size for one in companions(folder))
@@ -210,6 +223,8 @@ def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
             events.note(
                 f"{partial} is an unfinished run of this: {len(done)} of {len(work.layout.jobs)} tensors are done"
             )
+        for remark in work.plan.remarks:
+            events.note(remark)
         unknown, missing = work.names.unknown, work.names.missing
         if unknown:
             events.note(

@@ -7,10 +7,13 @@ read and written at given places by ordinary calls: what fails is an error, wher
 import os
 import threading
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -54,9 +57,9 @@ class Stream:
         try:
             for shard in shards:
                 self._left[self.folder / shard.file] += len(shard.jobs)
-                self._left.update(job.source.file for job in shard.jobs)
+                self._left.update(file for job in shard.jobs for file in job.files)
             tasks = [
-                pool.submit(self._do, shard, job, done.get(job.name))
+                pool.submit(self._try, shard, job, done.get(job.name))
                 for shard in shards
                 # The longest first, so that no thread is left alone with it in the end.
                 for job in sorted(shard.jobs, key=lambda one: -one.source.size)
@@ -77,6 +80,14 @@ class Stream:
             for handle in self._handles.values():
                 os.close(handle)
 
+    def _try(self, shard: Shard, job: Job, before: Entry | None) -> None:
+        """Do a job; if it fails, none begins after it, however long it takes until ``run`` hears of it."""
+        try:
+            self._do(shard, job, before)
+        except BaseException:
+            self._stop.set()
+            raise
+
     def _do(self, shard: Shard, job: Job, before: Entry | None) -> None:
         if self._stop.is_set():
             raise _StoppedError
@@ -87,7 +98,8 @@ class Stream:
             else:
                 entry = self._written(job, output)
                 self.journal.add(job.name, entry)
-            self._leave(job.source.file)
+            for file in job.files:
+                self._leave(file)
             self._leave(self.folder / shard.file, flush=True)
         except OSError as error:
             raise OSError(error.errno, error.strerror, error.filename or str(self.folder / shard.file)) from error
@@ -110,6 +122,9 @@ class Stream:
             if file not in self._handles:
                 self._handles[file] = os.open(file, os.O_RDONLY)
             return self._handles[file]
+
+    def _source(self, job: Job) -> "_Runs":
+        return _Runs(tuple((self._input(run.file), run) for run in job.runs))
 
     def _leave(self, file: Path, *, flush: bool = False) -> None:
         """Close ``file`` if no other job needs it: a checkpoint may have more files than a process may open."""
@@ -150,11 +165,11 @@ class Stream:
 
     def _copied(self, job: Job, output: int) -> Entry:
         (piece,) = job.pieces
-        handle, crc, finite = self._input(job.source.file), 0, True
+        source, crc, finite = self._source(job), 0, True
         buffer = _buffer(min(SLAB, job.source.size))
         for start in range(0, job.source.size, SLAB):
             data = buffer[: min(SLAB, job.source.size - start)]
-            _read(handle, job.source, start, data)
+            source.read(start, data)
             finite = finite and _is_finite(data, job.source.dtype)
             crc = zlib.crc32(_bytes(data), crc)
             _write(output, _bytes(data), piece.start + start)
@@ -162,7 +177,7 @@ class Stream:
         return Entry((crc,), finite)
 
     def _packed(self, job: Job, format: Format, output: int) -> Entry:
-        slabs = _Slabs(self._input(job.source.file), job.source, format)
+        slabs = _Slabs(self._source(job), job.source, format)
         finite = True
         tops = [format.peak(slab) for slab in slabs] if format.tensor_scale == "tensor" else []
         top = torch.stack([one for one in tops if one is not None]).max() if tops else None
@@ -185,7 +200,7 @@ class Stream:
 class _Slabs:
     """A matrix in slabs of whole rows, and of whole blocks; each is valid until the next."""
 
-    handle: int
+    source: "_Runs"
     tensor: Tensor
     format: Format
 
@@ -199,8 +214,29 @@ class _Slabs:
         buffer = _buffer(min(most, rows) * row)
         for start in range(0, rows, most):
             data = buffer[: min(most, rows - start) * row]
-            _read(self.handle, self.tensor, start * row, data)
+            self.source.read(start * row, data)
             yield data.view(dtype).view(-1, columns)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Tensors of open files that are read as if they were one, each where the one before it ends."""
+
+    runs: tuple[tuple[int, Tensor], ...]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(accumulate((run.size for _, run in self.runs[:-1]), initial=0))
+
+    def read(self, start: int, data: Values) -> None:
+        """Fill ``data`` with the bytes from ``start`` on."""
+        at = bisect_right(self._starts, start) - 1
+        while data.numel():
+            handle, run = self.runs[at]
+            inside = start - self._starts[at]
+            count = min(run.size - inside, data.numel())
+            _read(handle, run, inside, data[:count])
+            start, data, at = start + count, data[count:], at + 1
 
 
 def _buffer(size: int) -> Values:

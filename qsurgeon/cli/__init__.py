@@ -6,14 +6,22 @@ Exit codes: 0 done, 1 found something wrong or the environment failed, 2 the use
 import os
 import sys
 
+from typer.main import get_command
+
 from qsurgeon.cli.commands import app
+from qsurgeon.cli.lines import check
 from qsurgeon.errors import OtherRankError, QSurgeonError, in_words
+
+COMPLETION = "_QSURGEON_COMPLETE"  # set by a shell that asks how a line may go on
 
 
 def main() -> None:
     """Run the command line."""
     try:
-        app(prog_name="qsurgeon")
+        command = get_command(app)
+        if COMPLETION not in os.environ:
+            check(sys.argv[1:], command)
+        command(prog_name="qsurgeon")
     except OtherRankError:
         sys.exit(1)
     except QSurgeonError as error:

@@ -3,17 +3,21 @@
 import json
 import shutil
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
 from qsurgeon.errors import CheckpointError, UsageError
 from qsurgeon.launch import run as become
+from qsurgeon.places import OFFLINE, expanded, is_id, missing, model_here, quoted
+from qsurgeon.recipe import find_recipe, said, shipped_recipes
 from qsurgeon.version import __version__
 
 if TYPE_CHECKING:
-    from qsurgeon.recipe import Recipe
     from qsurgeon.report.rows import Report
 
 
@@ -88,10 +92,14 @@ def plan(
     every: All = False,
 ) -> None:
     """Show what a recipe would do to every module of a model; read no weight, change nothing."""
+    source = _model_of(said(find_recipe(recipe), "model"), model)  # a typo should not wait for torch
+
     from qsurgeon.recipe import load_recipe
 
-    loaded = load_recipe(recipe)  # a typo should not wait for transformers
-    source = _model_of(loaded, model)
+    loaded = load_recipe(recipe)  # nor for transformers
+
+    if not trust_remote_code:
+        _without_torchao()
 
     from qsurgeon.hf import plan as make_plan
     from qsurgeon.report.inspection import report_of
@@ -124,19 +132,24 @@ def apply(
     Interrupted, it leaves FOLDER.partial, and the same command goes on from there. Below torchrun or accelerate launch
     the processes share the work.
     """
+    own = said(find_recipe(recipe), "model", "output")
+    source = _model_of(own, model)
+    destination = output or own.get("output")
+    if destination is None:
+        raise UsageError("no folder to write: say --output FOLDER, or 'output:' in the recipe")
+    destination = str(expanded(destination))
+    if public and push_to_hub is None:
+        raise UsageError("--public is of a repository that is pushed to: say --push-to-hub REPO too")
+
+    from qsurgeon.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+
     from qsurgeon.checkpoint import Options, reserve, rewrite
     from qsurgeon.checkpoint.ranks import launched
     from qsurgeon.cli.progress import Bar
-    from qsurgeon.recipe import load_recipe
     from qsurgeon.report.inspection import report_of
 
-    loaded = load_recipe(recipe)
-    source = _model_of(loaded, model)
-    destination = output or loaded.output
-    if destination is None:
-        raise UsageError("no folder to write: say --output FOLDER, or 'output:' in the recipe")
-    if public and push_to_hub is None:
-        raise UsageError("--public is of a repository that is pushed to: say --push-to-hub REPO too")
     options = Options(workers, max_shard_size, resume, allow_nonfinite, launched(), revision, trust_remote_code)
     reserved: list[str] = []
 
@@ -151,7 +164,7 @@ def apply(
     typer.echo(f"{destination}: {report_of(done).summary}")
     for repo in reserved:
         typer.echo(_pushed(destination, repo, private=not public))
-    typer.echo(f"see it with: qsurgeon inspect {destination}", err=True)
+    typer.echo(f"see it with: qsurgeon inspect {quoted(destination)}", err=True)
 
 
 @app.command()
@@ -165,6 +178,9 @@ def merge(
     every: All = False,
 ) -> None:
     """Fold an adapter into its wrapped base; show what rounding the sum anew changes."""
+    adapter, output = str(expanded(adapter)), str(expanded(output))
+    model = None if model is None else str(expanded(model))
+
     from qsurgeon.cli.progress import Bar
     from qsurgeon.merging import merge as fold
     from qsurgeon.report.merging import merge_text
@@ -184,6 +200,11 @@ def inspect(
     every: All = False,
 ) -> None:
     """Show what every module of a model computes with, and why. Exits 1 if nothing is wrapped."""
+    _look_for(model)
+
+    if not trust_remote_code:
+        _without_torchao()
+
     from qsurgeon.report.inspection import inspect as ask
 
     report = ask(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -193,11 +214,17 @@ def inspect(
 
 
 @app.command()
-def formats(as_json: Json = False) -> None:
+def formats(
+    name: Annotated[str | None, typer.Argument(help="Show this format alone.")] = None, as_json: Json = False
+) -> None:
     """List the number formats that a recipe can name, and how near each comes to what it rounds."""
     from qsurgeon.report.formats import format_rows, formats_text
 
-    rows = format_rows()
+    if name is not None:
+        from qsurgeon.formats import get_format
+
+        get_format(name)
+    rows = [row for row in format_rows() if name is None or name in row.names]
     typer.echo(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else formats_text(rows))
 
 
@@ -206,8 +233,6 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None, as_json: Json = False
 ) -> None:
     """List the shipped recipes, or print one to start from."""
-    from qsurgeon.recipe import find_recipe, shipped_recipes
-
     if name is not None:
         typer.echo(find_recipe(name).read_text("utf-8"), nl=False)
         return
@@ -252,15 +277,38 @@ def _pushed(folder: str, repo: str, *, private: bool) -> str:
     try:
         return push(folder, repo, private=private)
     except (CheckpointError, ConnectionError):
-        typer.echo(f"{folder} is whole; upload it with: hf upload {repo} {folder}", err=True)
+        typer.echo(f"{folder} is whole; upload it with: hf upload {repo} {quoted(folder)}", err=True)
         raise
 
 
-def _model_of(recipe: "Recipe", model: str | None) -> str:
-    source = model or recipe.model
+def _model_of(own: Mapping[str, str], model: str | None) -> str:
+    """Return the model that is asked for, by the option or by what a recipe says itself, after a look for a folder."""
+    source = model or own.get("model")
     if source is None:
         raise UsageError("no model: say --model FOLDER, or 'model:' in the recipe")
+    _look_for(source)
     return source
+
+
+def _look_for(model: str) -> None:
+    """Do nothing for a model that may be there. Raises: CheckpointError for one that is not, as far as a look tells."""
+    if model_here(model) is not None or not (is_id(model) or is_id(f"owner/{model}")):
+        return
+
+    from huggingface_hub import constants
+
+    kept = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
+    if constants.is_offline_mode() and not kept.exists():
+        raise CheckpointError(missing(model, OFFLINE))
+
+
+def _without_torchao() -> None:
+    """Let transformers not find torchao, which takes longer to import than a plan, and which reads quantized weights.
+
+    A plan reads no weight. A program that has imported transformers already is not ours alone, and left as it is.
+    """
+    if "transformers" not in sys.modules:
+        sys.modules.setdefault("torchao", cast(ModuleType, None))
 
 
 def _print_report(report: "Report", as_json: bool, every: bool) -> None:

@@ -66,11 +66,17 @@ def largest(rows: Tensor, fields: Fields) -> Tensor:
     return widened(torch.maximum(high, -low)).reshape(shape)
 
 
-def scale_of(top: Tensor, fields: Fields) -> Tensor:
-    """Return the tensor scales of what has the largest magnitudes ``top`` (float32), in the same shape."""
+def scale_of(top: Tensor, fields: Fields, number: Tensor | None = None) -> Tensor:
+    """Return the tensor scales of what has the largest magnitudes ``top`` (float32), in the same shape.
+
+    number: the static scale as a tensor, (), which takes the place of the format's own.
+    """
     scale = (top / fields.top).clamp_min(SMALLEST_TENSOR_SCALE)
     if fields.tensor_scale == "static":
-        scale = torch.full_like(scale, fields.static_scale or 0.0)
+        if number is None:
+            scale = torch.full_like(scale, fields.static_scale or 0.0)
+        else:
+            scale = torch.zeros_like(scale) + number
     return scale if fields.scale else torch.where(top.isfinite(), scale, torch.nan)
 
 

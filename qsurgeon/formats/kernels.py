@@ -45,7 +45,7 @@ def kind_for(rows: Tensor, fields: Fields) -> Kind:
 
 def fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
     """Return ``rows`` (…, rows, columns) rounded, contiguous, in their own dtype."""
-    if _is_opaque(rows):
+    if is_opaque(rows):
         rounded: Tensor = _fake_quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
         return rounded
     if torch.compiler.is_compiling():
@@ -54,13 +54,18 @@ def fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
 
 
 def _fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
+    return fake_quantize_under(rows, arithmetic.tensor_scale(rows, fields), fields)
+
+
+def fake_quantize_under(rows: Tensor, above: Above, fields: Fields) -> Tensor:
+    """Return ``rows`` rounded, contiguous, below a tensor scale that is given; not compiled."""
     if not rows.numel():
         return torch.empty_like(rows, memory_format=torch.contiguous_format)
     rows = rows.resolve_neg()
-    return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, arithmetic.tensor_scale(rows, fields), fields)
+    return _FAKE_QUANTIZE[kind_for(rows, fields)](rows, above, fields)
 
 
-def _is_opaque(rows: Tensor) -> bool:
+def is_opaque(rows: Tensor) -> bool:
     """Return whether what watches torch operations is to see one of ours instead of those that it is made of."""
     return rows.device.type == "cpu" and (torch.compiler.is_compiling() or _is_traced(rows))
 
@@ -78,7 +83,7 @@ def _is_traced(rows: Tensor) -> bool:
 
 def quantize(rows: Tensor, fields: Fields) -> tuple[Tensor, Tensor | None, Above]:
     """Return the packed codes (…, rows, bytes) of ``rows``, their block scales' (…, rows, blocks), the tensor scale."""
-    if _is_opaque(rows):
+    if is_opaque(rows):
         data, scale, top = _quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
         return data, scale if fields.scale else None, None if fields.tensor_scale == "none" else top
     above = arithmetic.tensor_scale(rows, fields)
@@ -100,7 +105,7 @@ def dequantize(
     data: Tensor, scale: Tensor | None, above: Above, fields: Fields, length: int, dtype: torch.dtype
 ) -> Tensor:
     """Return the values (…, rows, length), contiguous, of what ``quantize`` returned, in ``dtype``."""
-    if _is_opaque(data):
+    if is_opaque(data):
         name, key = fields.name, fields.without_number.key
         values: Tensor = _dequantize_op(data, scale, above, name, key, length, dtype)
         return values
@@ -120,7 +125,7 @@ def _dequantize(
 
 def saturates(rows: Tensor, fields: Fields) -> Tensor:
     """Return where (bool) a value of ``rows`` (…, rows, columns) exceeds the largest that its block can hold."""
-    if _is_opaque(rows):
+    if is_opaque(rows):
         marked: Tensor = _saturates_op(rows, fields.name, fields.without_number.key, fields.static_scale)
         return marked
     if torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ from typing import Any
 
 from qsurgeon.formats.native import say
 from qsurgeon.launch import VARIABLE
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import Quantization, quant_linears
 from qsurgeon.surgery import inventory
 
 _said: set[str] = set()
@@ -26,7 +26,7 @@ def announce(model: Any) -> None:
     linears = sum(module.linear and not module.adapter for module in inventory(model))
     wrapped = quant_linears(model).values()
     if wrapped:
-        rules = ", ".join(dict.fromkeys(layer.quantization.rule for layer in wrapped))
+        rules = ", ".join(dict.fromkeys(_named(layer.quantization) for layer in wrapped))
         line = f"{who}: {name}: {len(wrapped)} of {linears} Linear modules wrapped (recipe rules: {rules})"
     else:
         origin = getattr(getattr(model, "config", None), "name_or_path", "")
@@ -34,3 +34,8 @@ def announce(model: Any) -> None:
     if line not in _said:
         _said.add(line)
         say(line)
+
+
+def _named(how: Quantization) -> str:
+    """Return the name of a rule, with when it rounds, where that is not always."""
+    return f"{how.rule} (rounds {how.when})" if how.when else how.rule

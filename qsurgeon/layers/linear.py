@@ -1,11 +1,13 @@
 """QuantLinear: a Linear that multiplies rounded inputs with a rounded weight."""
 
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from qsurgeon.errors import SurgeryError
 from qsurgeon.layers.phases import is_active
 from qsurgeon.layers.product import quantized_linear
 from qsurgeon.layers.quantization import Quantization
+from qsurgeon.layers.sharded import Layer, is_sharded, on_mesh, refuse_part, sharded_linear
 
 
 class QuantLinear(nn.Linear):
@@ -22,6 +24,7 @@ class QuantLinear(nn.Linear):
     """
 
     quantization: Quantization
+    name: str = ""  # in the plain model, for errors; empty where it is not known
 
     @staticmethod
     def check(linear: nn.Module) -> None:
@@ -36,8 +39,8 @@ class QuantLinear(nn.Linear):
             raise SurgeryError("its forward was replaced on the instance, so that wrapping would have no effect")
 
     @classmethod
-    def wrap(cls, linear: nn.Module, quantization: Quantization) -> None:
-        """Turn ``linear`` itself into a QuantLinear; no tensor is copied or made.
+    def wrap(cls, linear: nn.Module, quantization: Quantization, name: str = "") -> None:
+        """Turn ``linear`` itself into a QuantLinear; no tensor is copied or made. ``name``: see the class.
 
         The module object stays the same, so that hooks, optimizers and parents keep what they hold.
 
@@ -45,22 +48,35 @@ class QuantLinear(nn.Linear):
         """
         cls.check(linear)
         linear.__class__ = cls
-        vars(linear)["quantization"] = quantization
+        vars(linear).update(quantization=quantization, name=name)
         if hasattr(linear, "_hf_hook"):
             # accelerate's hook calls the forward it found when it was attached.
             vars(linear)["_old_forward"] = cls.forward.__get__(linear)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return q(x) · q(W)ᵀ + b, or x · Wᵀ + b in a phase in which the layer does not round."""
-        how = self.quantization
+        how, weight = self.quantization, self.weight
+        # Of another type: a DTensor, or what a hook or a parametrization computed.
+        is_split = type(weight) is not Parameter and is_sharded(weight)
         if not is_active(self, how.phases):
-            return nn.functional.linear(input, self.weight, self.bias)
-        return quantized_linear(input, self.weight, self.bias, how)
+            return nn.functional.linear(on_mesh(input, weight) if is_split else input, weight, self.bias)
+        if is_split:
+            return sharded_linear(input, weight, self.bias, self._described())
+        rows, columns = weight.shape
+        if rows < self.out_features or columns < self.in_features:
+            refuse_part(self._described(), weight)
+        return quantized_linear(input, weight, self.bias, how)
+
+    def _described(self) -> Layer:
+        return Layer(self.name or type(self).__name__, self.in_features, self.out_features, self.quantization)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
         how = self.quantization
-        return f"{super().extra_repr()}, weight={how.weight_name}, input={how.input_name}, gradient={how.gradient}"
+        phases = "" if how.phases == "both" else f", phases={how.phases}"
+        return (
+            f"{super().extra_repr()}, weight={how.weight_name}, input={how.input_name}, gradient={how.gradient}{phases}"
+        )
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:

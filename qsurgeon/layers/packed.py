@@ -1,7 +1,6 @@
 """PackedLinear: a QuantLinear that holds its weight as codes and scales alone."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,9 +11,10 @@ from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.formats.stored import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
 from qsurgeon.layers.linear import QuantLinear, quant_linears
-from qsurgeon.layers.phases import without
+from qsurgeon.layers.phases import During, without
 from qsurgeon.layers.product import packed_format, packed_linear
 from qsurgeon.layers.quantization import Quantization
+from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 
 
 class PackedLinear(QuantLinear):
@@ -53,7 +53,7 @@ class PackedLinear(QuantLinear):
             raise SurgeryError("its weight is offloaded, and its values are not here to be packed")
 
     @classmethod
-    def wrap(cls, linear: nn.Module, quantization: Quantization) -> None:
+    def wrap(cls, linear: nn.Module, quantization: Quantization, name: str = "") -> None:
         """Turn ``linear`` itself into a PackedLinear; of a weight on the meta device only the shapes are packed.
 
         Raises: as ``check_packing``.
@@ -61,11 +61,11 @@ class PackedLinear(QuantLinear):
         cls.check_packing(linear, quantization)
         weight = linear.get_parameter("weight")
         packed = empty(packed_format(quantization), *weight.shape) if weight.is_meta else pack(weight, quantization)
-        super().wrap(linear, quantization)
+        super().wrap(linear, quantization, name)
         vars(linear)["compute_dtype"] = weight.dtype
         vars(linear)["_is_hf_initialized"] = True  # transformers would draw new codes as if they were a weight
-        for name, tensor in packed.items():
-            linear.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        for key, tensor in packed.items():
+            linear.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 
     @property
     def grid(self) -> Format:
@@ -117,7 +117,10 @@ class PackedLinear(QuantLinear):
         """Return q(x) · q(W)ᵀ + b. Raises: ShapeError for an input of another length or of whole numbers."""
         if input.shape[-1] != self.in_features:
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
-        return packed_linear(input, tuple(self.stored.values()), self.bias, self.quantization)
+        stored = self.stored
+        if is_sharded(stored[WEIGHT]):
+            return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
+        return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
@@ -159,11 +162,11 @@ def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in quant_linears(model).items() if isinstance(module, PackedLinear)}
 
 
-@contextmanager
-def disabled(*models: nn.Module) -> Iterator[None]:
+def disabled(*models: nn.Module) -> During:
     """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.
 
-    Only the thread that enters the block sees it. Where ``backward`` is called makes no difference.
+    As a phase does, it follows the work, into the threads that are started inside, tasks of asyncio and thread pools;
+    what others do meanwhile with the same models is not disabled. Where ``backward`` is called makes no difference.
 
     Raises: NothingWrappedError for a model without a QuantLinear, which is in full precision everywhere. SurgeryError
     for one with packed weights, whose full precision is nowhere any more.
@@ -178,5 +181,4 @@ def disabled(*models: nn.Module) -> Iterator[None]:
                 "their full precision is gone. Load the checkpoint that they were packed from as a teacher or "
                 "reference, or use storage: master"
             )
-    with without(layer for layers in found for layer in layers.values()):
-        yield
+    return without([layer for layers in found for layer in layers.values()])

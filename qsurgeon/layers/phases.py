@@ -1,114 +1,92 @@
-"""When a QuantLinear rounds: in training, in rollouts, or in both, and not at all inside ``without``.
+"""When a QuantLinear rounds: in training, in rollouts, or in both, and not at all inside ``disabled``.
 
-torch's gradient checkpointing computes a forward pass again in the state that it was in the first time: importing this
-module sees to it, as torch itself does for autocast and random numbers.
-
-The state belongs to a thread. Dynamo guards on what it reads of a ``threading.local``, so that a compiled model
-follows a change of phase by compiling once more; a ``contextvars.ContextVar`` it cannot read at all.
+Which phase it is is a matter of the work, not of the model: one thread may evaluate a model in rollouts while another
+trains it. ``state.py`` says where that stands, ``carrying.py`` how it reaches what works for the caller.
 """
 
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, get_args
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, get_args
 
-import torch
 from torch import nn
-from torch.utils import checkpoint
 
 from qsurgeon.errors import UsageError, nearest
 from qsurgeon.formats import Phase, Phases
-from qsurgeon.patching import Method, patch
+from qsurgeon.layers.around import around
+from qsurgeon.layers.carrying import carry
+from qsurgeon.layers.marks import is_among, number_of
+from qsurgeon.layers.state import Block, entered
+from qsurgeon.layers.state import current as _state
 
-_KEY = "qsurgeon.phase"  # of a copy that torch hands on to the threads that run a backward pass on a GPU
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-class _Here(threading.local):
-    def __init__(self) -> None:
-        # Dynamo needs attributes of the instance: those of the class are not guarded.
-        self.phase: Phase | None = None
-        self.disabled: frozenset[int] = frozenset()
-
-
-_here = _Here()
-_State = tuple[Phase | None, frozenset[int]]
+carry()
 
 
-def _state() -> _State:
-    if not torch.compiler.is_compiling() and torch._C._is_key_in_tls(_KEY):
-        state: _State = torch._C._get_obj_in_tls(_KEY)
-        return state
-    return _here.phase, _here.disabled
+class During(AbstractContextManager[None]):
+    """What holds inside a ``with`` block, or inside each call of a function that it decorates.
+
+    A coroutine function or a generator function may be decorated too: then it holds where they work. A generator that
+    yields inside of a ``with`` block lends the block to whoever iterates it, as with all of Python's contexts.
+    """
+
+    def __init__(self, make: Callable[[], Block]) -> None:
+        self._make = make
+        self._entered: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> None:
+        if self._entered is not None:
+            raise UsageError("this block is entered already, and was not left; make another one for a second `with`")
+        self._entered = entered(self._make())
+        self._entered.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        inside, self._entered = self._entered, None
+        if inside is not None:
+            inside.__exit__(None, None, None)
+
+    def __call__(self, function: _Function) -> _Function:
+        """Return ``function`` such that each call of it is inside."""
+        decorated: Any = around(function, lambda: entered(self._make()))
+        return decorated  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _entered(state: _State) -> Iterator[None]:
-    # In a thread of a backward pass the two differ: what torch handed on is known to one of them alone.
-    here, handed_on = (_here.phase, _here.disabled), _state()
-    try:
-        _set(state, state)
-        yield
-    finally:
-        _set(here, handed_on)
-
-
-def _set(here: _State, handed_on: _State) -> None:
-    _here.phase, _here.disabled = here
-    torch._C._stash_obj_in_tls(_KEY, handed_on)
-
-
-@contextmanager
-def phase(name: Phase) -> Iterator[None]:
+def phase(name: Phase) -> During:
     """Say what the model is called for inside the block: ``training`` (the default outside) or ``rollout``.
 
-    A rule with ``phases: training`` does not round in rollouts, and the other way round. Inside
-    ``model.generate`` the phase is rollout by itself, unless a block says otherwise. Only the thread that enters the
-    block is in the phase. Where ``backward`` is called makes no difference, with torch's gradient checkpointing too.
+    A rule with ``phases: training`` does not round in rollouts, and the other way round. Inside ``model.generate``
+    and in continuous batching the phase is rollout by itself, unless a block says otherwise.
+
+    The phase follows the work. It reaches the tasks and callbacks of asyncio, the threads that are started inside
+    (to their end), what is submitted inside to a thread pool, and all that a compiled model or gradient checkpointing
+    computes; where ``backward`` is called makes no difference. It does not reach what others do meanwhile, in threads
+    or tasks of their own, other processes, nor a thread that takes its work from a queue: enter the block there.
 
     Raises: UsageError for another name.
     """
     if name not in get_args(Phase):
         raise UsageError(f"no phase '{name}'; {nearest(name, get_args(Phase))}")
-    with _entered((name, _state()[1])):
-        yield
+    return During(lambda: Block(name))
 
 
-@contextmanager
-def rollout_unless_told() -> Iterator[None]:
+def rollout_unless_told() -> During:
     """Enter the phase ``rollout``, where no block has said which phase it is."""
-    named, disabled = _state()
-    with _entered((named or "rollout", disabled)):
-        yield
+    return During(lambda: Block("rollout", unless_told=True))
 
 
-@contextmanager
-def without(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let ``layers`` not round inside the block."""
-    named, before = _state()
-    with _entered((named, before | {id(layer) for layer in layers})):
-        yield
+def without(layers: Iterable[nn.Module]) -> During:
+    """Let ``layers`` not round inside the block, which reaches as far as that of ``phase``."""
+    found = list(layers)
+    return During(lambda: Block(off=(number_of(found),) if found else ()))
 
 
 def is_active(layer: nn.Module, phases: Phases) -> bool:
     """Return whether ``layer``, which rounds in ``phases``, rounds now."""
-    named, off = _state()
-    return (phases in ("both", named or "training")) and id(layer) not in off
+    state = _state()
+    # Not asked for nothing: dynamo guards on what it reads of a layer, and would compile a block once for each.
+    return phases in ("both", state.named or "training") and not (state.off and is_among(layer, state.off))
 
 
-def _computing_again_alike(begin: Method) -> Method:
-    """Let ``begin(itself, function, ...)``, with which checkpointing begins, keep the state for ``function``."""
-
-    def begin_in_state(itself: Any, function: Method, *args: Any, **kwargs: Any) -> Any:
-        state = _state()
-
-        def in_state(*inputs: Any) -> Any:
-            with _entered(state):
-                return function(*inputs)
-
-        return begin(itself, in_state, *args, **kwargs)
-
-    return begin_in_state
-
-
-patch(checkpoint.CheckpointFunction, "forward", _computing_again_alike)  # reentrant
-patch(checkpoint._CheckpointFrame, "__init__", _computing_again_alike)  # not reentrant
+def current_phase() -> Phase:
+    """Return what a model is called for now."""
+    return _state().named or "training"

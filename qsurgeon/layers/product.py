@@ -17,21 +17,39 @@ from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.formats.stored import from_stored, stored_shapes
 from qsurgeon.layers.quantization import Quantization
+from qsurgeon.layers.rounding import Agreement, above_of, bits_of, coded, mask_of, rounded, saturated
 
 
-def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization) -> Tensor:
+def quantized_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization, agree: Agreement | None = None
+) -> Tensor:
     """Return q(x) · q(W)ᵀ + b, (..., outputs), for ``x`` (..., inputs) and ``weight`` (outputs, inputs).
+
+    agree: where they are a process' parts of operands that several have together.
 
     Raises: GradientError under the transforms of torch.func, and in a backward pass that is itself to be
     differentiated; FormatError and ShapeError as the formats do.
     """
     _refuse_transforms(x, weight)
+    numbers = _numbers(how)
     if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))):
-        return torch.nn.functional.linear(
-            _rounded(rotated(x.detach(), how.rotation), _input_grid(how), x.dtype), _weight(weight, how), bias
-        )
-    result: Tensor = _Product.apply(x, weight, bias, how, _Wanted.of(x, weight, bias, how))  # type: ignore[no-untyped-call]
+        values, turned = _values(x, how, numbers[0], agree), rotated(weight.detach(), how.rotation)
+        above = above_of(turned, how.weight_grid, numbers[1], agree and agree.weight)
+        return torch.nn.functional.linear(values, rounded(turned, how.weight_grid, above, weight.dtype), bias)
+    wanted = _Wanted.of(x, weight, bias, how)
+    result: Tensor = _Product.apply(x, weight, bias, how, wanted, *numbers, agree)  # type: ignore[no-untyped-call]
     return result
+
+
+def _numbers(how: Quantization) -> tuple[Tensor | None, Tensor | None]:
+    """Return the static scales of input and weight as torch.compile is to be told them; an eager product knows them."""
+    return (how.input_number, how.weight_number) if torch.compiler.is_compiling() else (None, None)
+
+
+def _values(x: Tensor, how: Quantization, number: Tensor | None, agree: Agreement | None) -> Tensor:
+    """Return q(x)."""
+    turned = rotated(x.detach(), how.rotation)
+    return rounded(turned, how.input_grid, above_of(turned, how.input_grid, number, agree and agree.input), x.dtype)
 
 
 def _refuse_transforms(*operands: Tensor) -> None:
@@ -82,29 +100,15 @@ class _Wanted:
         return self.input or self.clips_weight
 
 
-def _input_grid(how: Quantization) -> Format | None:
-    """Return how an input is rounded once it is rotated."""
-    return None if how.input is None else how.input.as_input.without_rotation
-
-
-def _weight_grid(how: Quantization) -> Format | None:
-    """Return how a weight is rounded once it is rotated."""
-    return None if how.weight is None else how.weight.as_weight.without_rotation
-
-
-def _rounded(turned: Tensor, grid: Format | None, dtype: torch.dtype) -> Tensor:
-    return (turned if grid is None else grid.fake_quantize(turned)).to(dtype)
-
-
-def _weight(weight: Tensor, how: Quantization) -> Tensor:
+def _weight(weight: Tensor, how: Quantization, above: Tensor | None) -> Tensor:
     """Return q(W) in the dtype of ``weight``, rotated where the formats rotate."""
-    return _rounded(rotated(weight.detach(), how.rotation), _weight_grid(how), weight.dtype)
+    return rounded(rotated(weight.detach(), how.rotation), how.weight_grid, above, weight.dtype)
 
 
-def _back(grad: Tensor, how: Quantization, saturated: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _back(grad: Tensor, how: Quantization, outside: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the gradient of an operand from that of what it was rounded to; zero where it saturated."""
-    if saturated is not None:
-        grad = grad.masked_fill(saturated, 0)
+    if outside is not None:
+        grad = grad.masked_fill(outside, 0)
     return (grad if how.rotation is None else how.rotation.back(grad)).to(dtype)
 
 
@@ -113,53 +117,84 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization, wanted: "_Wanted"
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        how: Quantization,
+        wanted: "_Wanted",
+        input_number: Tensor | None,
+        weight_number: Tensor | None,
+        agree: Agreement | None,
     ) -> Tensor:
         ctx.how, ctx.wanted, ctx.inputs = how, wanted, weight.shape[-1]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         saved: list[Tensor] = []
-        turned, grid = rotated(x.detach(), how.rotation), _input_grid(how)
+        turned, grid = rotated(x.detach(), how.rotation), how.input_grid
+        above = above_of(turned, grid, input_number, agree and agree.input)
         if wanted.packs and grid is not None:
-            codes = grid.quantize(turned)
+            codes = coded(turned, grid, above)
             saved = [one for one in (codes.data, codes.scale, codes.tensor_scale) if one is not None]
             values = codes.dequantize().to(x.dtype)
         else:
-            values = _rounded(turned, grid, x.dtype)
+            values = rounded(turned, grid, above, x.dtype)
             if wanted.weight:
                 # Where nothing was rounded it is the input itself, which autograd must know as such.
                 saved = [x if how.input is None and how.rotation is None else values]
         if wanted.clips_input and grid is not None:
-            saved.append(_bits(grid.saturates(turned)))
+            saved.append(bits_of(saturated(turned, grid, above)))
+        turned = rotated(weight.detach(), how.rotation)
+        above = above_of(turned, how.weight_grid, weight_number, agree and agree.weight)
+        ctx.is_under = above is not None
         if wanted.reads_weight:
-            saved.append(weight)
+            saved += [weight] if above is None else [above, weight]
         ctx.save_for_backward(*saved)
-        return torch.nn.functional.linear(values, _weight(weight, how), bias)
+        values_of_weight = rounded(turned, how.weight_grid, above, weight.dtype)
+        return _of_its_own(torch.nn.functional.linear(values, values_of_weight, bias))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         _refuse_second_derivative()
         how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         weight = _once_more(saved.pop()) if wanted.reads_weight else None
+        above = _once_more(saved.pop()) if wanted.reads_weight and ctx.is_under else None
         bits = saved.pop() if wanted.clips_input else None
-        flat = grad.reshape(-1, grad.shape[-1])
+        flat = _matrix(grad)
         grad_x = grad_weight = grad_bias = None
         if wanted.input and weight is not None:
-            product = (flat @ _weight(weight, how)[0].to(grad.dtype)).reshape(*grad.shape[:-1], ctx.inputs)
-            saturated = None if bits is None else _from_bits(bits, ctx.inputs)
-            grad_x = _back(product, how, saturated, x_dtype)
+            product = (flat @ _weight(weight, how, above)[0].to(grad.dtype)).reshape(*grad.shape[:-1], ctx.inputs)
+            outside = None if bits is None else mask_of(bits, ctx.inputs)
+            grad_x = _back(product, how, outside, x_dtype)
         if wanted.weight:
-            grid = _input_grid(how)
+            grid = how.input_grid
             values = _opened(saved, grid, ctx.inputs, x_dtype) if wanted.packs and grid is not None else saved[0]
-            product = flat.T @ values.to(grad.dtype).reshape(-1, ctx.inputs)
-            saturated, grid = None, _weight_grid(how)
+            product = flat.T @ _matrix(values.to(grad.dtype))
+            outside, grid = None, how.weight_grid
             if wanted.clips_weight and grid is not None and weight is not None:
-                saturated = grid.saturates(rotated(weight.detach(), how.rotation))[0]
-            grad_weight = _back(product, how, saturated, weight_dtype)
+                outside = saturated(rotated(weight.detach(), how.rotation), grid, above)[0]
+            grad_weight = _back(product, how, outside, weight_dtype)
         if wanted.bias:
             grad_bias = flat.sum(0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _of_its_own(output: Tensor) -> Tensor:
+    """Return ``output``, the view of another tensor where it is one, as a tensor of its own in the same memory.
+
+    linear computes some products as a matrix, and returns a view of that. Autograd refuses to change the view that a
+    Function returns in place, which it allows of what nn.Linear returns.
+    """
+    if not torch.compiler.is_compiling() and not output._is_view():
+        return output
+    own: Tensor = torch.ops.aten._unsafe_view(output, output.shape)  # as in torch 2.13
+    return own
+
+
+def _matrix(rows: Tensor) -> Tensor:
+    """Return ``rows`` (..., k) as (rows, k); k may be 0, which leaves reshape(-1, k) no answer."""
+    return rows.flatten(0, -2) if rows.dim() > 1 else rows[None]
 
 
 def _once_more(operand: Tensor) -> Tensor:
@@ -179,26 +214,12 @@ def _opened(saved: list[Tensor], format: Format, length: int, dtype: torch.dtype
     return Quantized(data, scale, above, format, dtype, length).dequantize()
 
 
-def _bits(mask: Tensor) -> Tensor:
-    """Return ``mask`` (..., k), bool, as bytes (..., ceil(k / 8))."""
-    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8))
-    groups = padded.reshape(*padded.shape[:-1], padded.shape[-1] // 8, 8).to(torch.uint8)
-    return (groups << _places(mask)).sum(-1, dtype=torch.uint8)
-
-
-def _from_bits(data: Tensor, length: int) -> Tensor:
-    """Return the first ``length`` bits of each row of ``data``, as bool."""
-    return (data[..., None] >> _places(data)).bitwise_and_(1).flatten(-2)[..., :length].bool()
-
-
-def _places(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
-
-
 # ---- with a packed weight
 
 
-def packed_linear(x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization) -> Tensor:
+def packed_linear(
+    x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization, agree: Agreement | None = None
+) -> Tensor:
     """Return q(x) · q(W)ᵀ + b, (..., outputs), for a weight that is its codes and scales, in the order of stored.py.
 
     W is opened in the dtype that the product is computed in: autocast's inside of it, the input's outside. It lives
@@ -213,12 +234,11 @@ def packed_linear(x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how:
             "model that casts an input to its weight's dtype cannot have it packed"
         )
     _refuse_transforms(x, *stored)
-    dtype = _product_dtype(x)
+    dtype, (number, _) = _product_dtype(x), _numbers(how)
     if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, bias))):
-        values = _rounded(rotated(x.detach(), how.rotation), _input_grid(how), x.dtype)
-        return _times_opened(values.to(dtype), stored, bias, how)
+        return _times_opened(_values(x, how, number, agree).to(dtype), stored, bias, how)
     wanted = _Wanted.of(x, stored[0], bias, how)
-    result: Tensor = _PackedProduct.apply(x, bias, how, wanted, dtype, *stored)  # type: ignore[no-untyped-call]
+    result: Tensor = _PackedProduct.apply(x, bias, how, wanted, dtype, number, agree, *stored)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -240,16 +260,19 @@ class _PackedProduct(torch.autograd.Function):
         how: Quantization,
         wanted: _Wanted,
         dtype: torch.dtype,
+        number: Tensor | None,
+        agree: Agreement | None,
         *stored: Tensor,
     ) -> Tensor:
         ctx.how, ctx.wanted, ctx.inputs, ctx.stored = how, wanted, x.shape[-1], len(stored)
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
-        turned, grid = rotated(x.detach(), how.rotation), _input_grid(how)
+        turned, grid = rotated(x.detach(), how.rotation), how.input_grid
+        above = above_of(turned, grid, number, agree and agree.input)
         saved = [*stored] if wanted.input else []
         if wanted.clips_input and grid is not None:
-            saved.append(_bits(grid.saturates(turned)))
+            saved.append(bits_of(saturated(turned, grid, above)))
         ctx.save_for_backward(*saved)
-        return _times_opened(_rounded(turned, grid, x.dtype).to(dtype), stored, bias, how)
+        return _of_its_own(_times_opened(rounded(turned, grid, above, x.dtype).to(dtype), stored, bias, how))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -258,14 +281,14 @@ class _PackedProduct(torch.autograd.Function):
         how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
         x_dtype, bias_dtype = ctx.dtypes
         bits = saved.pop() if wanted.clips_input else None
-        flat = grad.reshape(-1, grad.shape[-1])
+        flat = _matrix(grad)
         grad_x = None
         if wanted.input:
             product = _opened_times(flat, saved, how, ctx.inputs).reshape(*grad.shape[:-1], ctx.inputs)
-            saturated = None if bits is None else _from_bits(bits, ctx.inputs)
-            grad_x = _back(product, how, saturated, x_dtype)
+            outside = None if bits is None else mask_of(bits, ctx.inputs)
+            grad_x = _back(product, how, outside, x_dtype)
         grad_bias = flat.sum(0).to(bias_dtype) if wanted.bias else None
-        return grad_x, grad_bias, None, None, None, *[None] * ctx.stored
+        return grad_x, grad_bias, None, None, None, None, None, *[None] * ctx.stored
 
 
 def _times_opened(values: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization) -> Tensor:
@@ -289,7 +312,7 @@ def _opened_times(grad: Tensor, stored: Sequence[Tensor], how: Quantization, inp
 
 def packed_format(how: Quantization) -> Format:
     """Return the format of a packed weight's codes. Raises: FormatError if the weight has no format."""
-    grid = _weight_grid(how)
+    grid = how.weight_grid
     if grid is None:
         raise FormatError("a weight without a format cannot be packed")
     return grid

@@ -20,16 +20,16 @@ from pydantic import (
     model_validator,
 )
 
-from qsurgeon.errors import FormatError, nearest
+from qsurgeon.errors import FormatError
 from qsurgeon.formats import CATALOG, Format, Gradient, Phases, SavedInputs, Storage
 from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
 from qsurgeon.formats.scale import SCALES, ScaleRule
 from qsurgeon.recipe.select import check_pattern
+from qsurgeon.recipe.text import Path
+from qsurgeon.recipe.words import unknown_format
 
 _NAME = re.compile(r"[A-Za-z][\w.+-]*")
-
-Path = tuple[str | int, ...]  # of a value in a recipe: ("rules", 0, "target", 1)
 
 
 def _field(description: str, **hint: Any) -> Any:
@@ -157,7 +157,7 @@ class Recipe(Section):
         """Return the format that ``name`` means in this recipe. Raises: FormatError for an unknown one."""
         known = {**CATALOG, **self.own_formats}
         if name not in known:
-            raise FormatError(f"no format '{name}'; {nearest(name, known)}")
+            raise FormatError(unknown_format(name, known))
         return known[name]
 
     def where(self, *path: str | int) -> tuple[str, str]:
@@ -186,6 +186,6 @@ def make_format(name: str, spec: FormatSpec, above: dict[str, Format]) -> Format
         raise FormatError(f"'{name}' is a format of the catalogue; name yours otherwise")
     known = {**CATALOG, **above}
     if spec.like not in known:
-        raise FormatError(f"no format '{spec.like}'; {nearest(spec.like, known)}")
+        raise FormatError(unknown_format(spec.like, known))
     fields = spec.model_dump(exclude={"like"}, exclude_none=True)
     return known[spec.like].with_fields(name, **fields)

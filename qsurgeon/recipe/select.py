@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from qsurgeon.errors import nearest
+from qsurgeon.recipe.translate import from_regex, is_negated, is_regex, several, variants
 
 _COMPONENT = re.compile(r"(?:[^.{}]|\{[^{}]*\})+")  # dots inside braces belong to a range
 _WORD = re.compile(r"[\w*-]+")
 _INTEGER = re.compile(r"-?\d+")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _MOST_NUMBERS = 10_000
+_LEFT = "what a rule shall leave stands in its 'exclude'"
+_MOST_TRANSLATED = 200  # characters of a text that is no pattern
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,62 @@ def parse_pattern(text: str) -> Pattern:
     body = text.removesuffix("?")
     if not body:
         raise ValueError(f"bad pattern '{text}': it is empty")
+    try:
+        return _parsed(text, body)
+    except ValueError as error:
+        raise ValueError(f"bad pattern '{text}': {_complained(text, str(error))}") from error
+
+
+def _parsed(text: str, body: str) -> Pattern:
     if body.startswith("re:") or re.search(r"[\\^$()|+\[\]]", body):
-        raise ValueError(
-            f"bad pattern '{text}': patterns are globs, not regular expressions; '*', '**' and '{{a,b}}' are known"
-        )
+        raise ValueError("patterns are globs, not regular expressions; '*', '**' and '{a,b}' are known")
     parts = _COMPONENT.findall(body)
     if ".".join(parts) != body:
-        raise ValueError(f"bad pattern '{text}': {_complaint(body)}")
+        raise ValueError(_complaint(body))
     # Any number and any number again is any number; to try each pair of them would take a model's time many times over.
     before = [None, *parts]
     parts = [part for part, one in zip(parts, before, strict=False) if not part == one == ANY_DEPTH.text]
-    return Pattern(text, tuple(_component(part, text) for part in parts), optional=text.endswith("?"))
+    return Pattern(text, tuple(_component(part) for part in parts), optional=text.endswith("?"))
+
+
+def _complained(text: str, complaint: str) -> str:
+    """Return what is wrong with a text that is no pattern, and what to write instead, if that can be told."""
+    if len(text) > _MOST_TRANSLATED:
+        return complaint
+    parts = several(text)
+    if parts and all(map(is_pattern, parts)):
+        return f"{complaint}; write a list: [{', '.join(map(in_yaml, parts))}]"
+    if is_negated(text):
+        return f"{complaint}; {_LEFT}"
+    if is_regex(text):
+        return f"patterns are globs, not regular expressions; {_from_regex(text)}"
+    better = next((one for one in variants(text) if one != text and is_pattern(one)), None)
+    return f"{complaint}; did you mean '{better}'?" if better else complaint
+
+
+def _from_regex(text: str) -> str:
+    """Return the end of a message: what to write for a regular expression."""
+    found = from_regex(text)
+    if found is None or not all(map(is_pattern, found)):
+        return "'*', '**' and '{a,b}' are known"
+    wide, whole = found
+    also = "" if wide == whole else f", or '{whole}' if that is the whole name"
+    every = ", which names every module" if wide == ANY_DEPTH.text else ""
+    return f"write '{wide}'{also}{every}"
+
+
+def is_pattern(text: str) -> bool:
+    """Say whether ``text`` is a pattern."""
+    body = text.removesuffix("?")
+    try:
+        return bool(body and _parsed(text, body))
+    except ValueError:
+        return False
+
+
+def in_yaml(text: str) -> str:
+    """Return a pattern as an item of a list in YAML: in quotes, where YAML would read it otherwise."""
+    return text if text.replace("_", "").replace(".", "").isalnum() else f"'{text}'"
 
 
 def check_pattern(text: str) -> str:
@@ -114,58 +162,54 @@ def _complaint(body: str) -> str:
     return "braces cannot be nested" if re.search(r"\{[^}]*\{", body) else "a component is empty"
 
 
-def _component(part: str, text: str) -> Component:
+def _component(part: str) -> Component:
     if part == ANY_DEPTH.text:
         return (ANY_DEPTH,)
     if whole := re.fullmatch(r"\{([^{}]*)\}", part):
         items = [item.strip() for item in whole[1].split(",")]
-        return tuple(_span(item, text) or Alternative(_word(item, text)) for item in items)
-    return tuple(Alternative(_word(word, text)) for word in _spelled_out(part, text))
+        return tuple(_span(item) or Alternative(_word(item)) for item in items)
+    return tuple(Alternative(_word(word)) for word in _spelled_out(part))
 
 
-def _spelled_out(part: str, text: str) -> list[str]:
+def _spelled_out(part: str) -> list[str]:
     """Return the words that the braces inside a component stand for: ``{q,k}_proj`` is two."""
     before, brace, rest = part.partition("{")
     if not brace:
         return [part]
     inside, _, after = rest.partition("}")
-    tails = _spelled_out(after, text)
-    words = [word for item in inside.split(",") for word in _numbers(item.strip(), text)]
+    tails = _spelled_out(after)
+    words = [word for item in inside.split(",") for word in _numbers(item.strip())]
     if len(words) * len(tails) > _MOST_NUMBERS:
-        raise ValueError(f"bad pattern '{text}': '{part}' stands for more than {_MOST_NUMBERS} words")
+        raise ValueError(f"'{part}' stands for more than {_MOST_NUMBERS} words")
     return [before + word + tail for word in words for tail in tails]
 
 
-def _numbers(item: str, text: str) -> list[str]:
-    span = _span(item, text)
+def _numbers(item: str) -> list[str]:
+    span = _span(item)
     if span is None:
         return [item]
     if span.first < 0 or span.last < 0:
-        raise ValueError(f"bad pattern '{text}': {item} counts from the end, which only a whole component can")
+        raise ValueError(f"{item} counts from the end, which only a whole component can")
     return [str(number) for number in range(span.first, span.last + 1)]
 
 
-def _span(item: str, text: str) -> Span | None:
+def _span(item: str) -> Span | None:
     ends = _RANGE.fullmatch(item)
     if ends is None:
         return None
     first, last = int(ends[1]), int(ends[2])
     if (first < 0) == (last < 0) and first > last:
-        raise ValueError(f"bad pattern '{text}': the range {item} is empty; did you mean {last}..{first}?")
+        raise ValueError(f"the range {item} is empty; did you mean {last}..{first}?")
     if last - first >= _MOST_NUMBERS:
-        raise ValueError(f"bad pattern '{text}': the range {item} has more than {_MOST_NUMBERS} numbers")
+        raise ValueError(f"the range {item} has more than {_MOST_NUMBERS} numbers")
     return Span(first, last)
 
 
-def _word(word: str, text: str) -> str:
+def _word(word: str) -> str:
     if not _WORD.fullmatch(word):
-        raise ValueError(
-            f"bad pattern '{text}': '{word}' is not a name, a number or a glob"
-            if word
-            else f"bad pattern '{text}': a component is empty"
-        )
+        raise ValueError(f"'{word}' is not a name, a number or a glob" if word else "a component is empty")
     if ANY_DEPTH.text in word:
-        raise ValueError(f"bad pattern '{text}': '**' must be a component of its own")
+        raise ValueError("'**' must be a component of its own")
     return word
 
 
@@ -224,6 +268,9 @@ class Namespace:
     def hint(self, pattern: Pattern) -> str:
         """Return the end of a message on a pattern that names nothing: the nearest names there are."""
         known = {part for parts in self._split for part in parts if not part.isdecimal()}
+        better = self._better(pattern.text, known)
+        if better is not None:
+            return better
         for component in pattern.components:
             for way in component:
                 strange = isinstance(way, Alternative) and way.number is None and way != ANY_DEPTH
@@ -233,6 +280,23 @@ class Namespace:
         runs = {".".join(parts[at : at + length]) for parts in self._split for at in range(len(parts) - length + 1)}
         close = difflib.get_close_matches(pattern.text, runs, n=3)
         return f"nearest: {', '.join(close)}" if close else f"no module has {length} such names in a row"
+
+    def _better(self, text: str, known: set[str]) -> str | None:
+        """Return the end of a message that offers what ``text`` may mean, if that is a pattern that names something."""
+        if is_negated(text):
+            return _LEFT
+        for one in dict.fromkeys(variants(text[:_MOST_TRANSLATED])):
+            parts = _COMPONENT.findall(one)
+            strange = bool(parts) and _WORD.fullmatch(parts[0]) is not None and parts[0].strip("*") not in known
+            for at in range(len(parts) if strange else 1):  # what another program puts before the plain model's names
+                tried = ".".join(parts[at:])
+                if tried == text or not is_pattern(tried) or (at and "." not in one):
+                    continue
+                match = self.match(parse_pattern(tried))
+                if match.names and not match.unused:
+                    every = " It names every module" if tried == ANY_DEPTH.text else ""
+                    return f"did you mean '{tried}'?{every}"
+        return None
 
 
 def _unused(pattern: Pattern, used: Sequence[set[tuple[Alternative | Span, str]]]) -> Iterable[str]:

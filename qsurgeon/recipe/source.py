@@ -1,21 +1,21 @@
 """Files to recipes: every mistake of a file in one run, with file, line, column and a caret."""
 
-import difflib
 import json
-import stat
 from pathlib import Path as FilePath
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from qsurgeon.arguments import check_name
 from qsurgeon.errors import FormatError, Mistake, RecipeError, nearest
 from qsurgeon.formats import CATALOG, Format, check_operands
-from qsurgeon.recipe.schema import FormatSpec, Path, Recipe, Rule, make_format
-from qsurgeon.recipe.text import Source, parse, read_source
-
-_PACKAGE = FilePath(__file__).parents[1]
-# In a wheel the recipes lie inside the package, in a checkout beside it.
-SHIPPED = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir())
+from qsurgeon.recipe.find import find_recipe
+from qsurgeon.recipe.foreign import foreign
+from qsurgeon.recipe.schema import FormatSpec, Recipe, Rule, make_format
+from qsurgeon.recipe.select import in_yaml
+from qsurgeon.recipe.text import Path, Source, parse, read_source
+from qsurgeon.recipe.translate import several
+from qsurgeon.recipe.words import unknown_format, unknown_key
 
 MOST_BASES = 20
 
@@ -29,48 +29,12 @@ _EXPECTED = {
 }
 
 
-def shipped_recipes() -> dict[str, FilePath]:
-    """Return the recipes that come with qsurgeon by name: ``w4a4-mxfp4``, ``e13/e13h-mxfp4-w4a4``."""
-    return {str(file.relative_to(SHIPPED).with_suffix("")): file for file in sorted(SHIPPED.rglob("*.yaml"))}
-
-
-def find_recipe(name: str | FilePath, beside: FilePath | None = None) -> FilePath:
-    """Return the file that ``name`` means: a path (from the folder ``beside``), else a shipped recipe.
-
-    Raises: RecipeError with the nearest name if there is neither.
-    """
-    path = FilePath(name) if beside is None else beside / name
-    mode = _mode(path)
-    if stat.S_ISREG(mode):
-        return path
-    shipped = shipped_recipes()
-    if str(name) in shipped:
-        return shipped[str(name)]
-    if stat.S_ISDIR(mode):
-        raise RecipeError([Mistake(str(path), "is a folder; expected a recipe file")])
-    if mode:
-        raise RecipeError([Mistake(str(path), "is not a regular file; expected a recipe file")])
-    around = stat.S_ISDIR(_mode(path.parent))
-    if path.suffix in {".yaml", ".yml"} or not around or _mode(path, follow_symlinks=False):
-        there = [file.name for file in path.parent.glob("*.yaml")] if around else []
-        hint = f"; {nearest(path.name, there)}" if there else ""
-        raise RecipeError([Mistake(str(path), f"no such file{hint}")])
-    raise RecipeError([Mistake("", f"no recipe '{name}'; {nearest(str(name), shipped)}")])
-
-
-def _mode(path: FilePath, *, follow_symlinks: bool = True) -> int:
-    """Return what kind of file there is, as ``stat`` tells it; 0 for none, also where no file can have the name."""
-    try:
-        return path.stat(follow_symlinks=follow_symlinks).st_mode
-    except (OSError, ValueError):
-        return 0
-
-
 def load_recipe(name: str | FilePath) -> Recipe:
     """Return the recipe in a file, or the shipped one of that name, with what it extends merged in.
 
     Raises: RecipeError with every mistake in the file.
     """
+    check_name(name)
     return _load(find_recipe(name), ())
 
 
@@ -78,6 +42,9 @@ def _load(file: FilePath, chain: tuple[FilePath, ...]) -> Recipe:
     """Return the recipe in ``file``; ``chain`` are the files that extend it, in turn."""
     source = read_source(file)
     raw = parse(source)
+    other = foreign(raw)
+    if other is not None:
+        raise RecipeError([Mistake(source.name, other)])
     base = _base(raw, file, source, chain)
     recipe, formats = _validate(raw, source, base)
     recipe._marks = {path: source.locate(node.start_mark, node.end_mark) for path, node in source.values.items()}
@@ -164,8 +131,9 @@ def _explain(error: ValidationError, raw: dict[str, Any], source: Source) -> set
             path: Path = one["loc"]
             known = set(_section(path[:-1]).model_fields) - set(_at(raw, path[:-1]))
             word = str(path[-1])
-            guesses |= {(*path[:-1], guess) for guess in difflib.get_close_matches(word, known, n=1)}
-            source.report_at(path, f"unknown key '{word}'; {nearest(word, known)}", key=True)
+            message, meant = unknown_key(word, known)
+            guesses |= {(*path[:-1], key) for key in meant}
+            source.report_at(path, message, key=True)
     places = [one["loc"] for one in details]
     for one in details:
         path, kind = one["loc"], one["type"]
@@ -186,7 +154,8 @@ def _finding(kind: str, path: Path, one: Any) -> str:
     name = next((str(step) for step in reversed(path) if isinstance(step, str)), "recipe")
     got = one["input"]
     if kind in _EXPECTED:
-        return f"'{name}' expects {_EXPECTED[kind]}, got {_shown(got)}"
+        what = "the name of a format" if name in {"weight", "input", "like"} else _EXPECTED[kind]
+        return f"'{name}' expects {what}, got {_shown(got)}{_as_list(name, got) if kind == 'tuple_type' else ''}"
     if kind == "literal_error":
         words = one["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         return f"'{name}' cannot be {_shown(got)}; {nearest(str(got), words)}"
@@ -195,6 +164,15 @@ def _finding(kind: str, path: Path, one: Any) -> str:
     if kind == "greater_than_equal":
         return f"'{name}' must be at least {one['ctx']['ge']}, got {got}"
     return f"'{name}': {one['msg']}"
+
+
+def _as_list(name: str, got: Any) -> str:
+    """Return the end of a message: how what stands there is written as a list."""
+    if name == "rules" and isinstance(got, dict):
+        return "; begin each rule with '- '"
+    if name not in {"target", "exclude"} or not isinstance(got, str):
+        return ""
+    return f"; write [{', '.join(map(in_yaml, several(got) or [got]))}]"
 
 
 def _shown(value: Any) -> str:
@@ -245,7 +223,7 @@ def _check_formats(
         names = {role: rule.get(role) for role in ("weight", "input")}
         for role, name in names.items():
             if isinstance(name, str) and name not in known and not unsure and not _lost_base(raw, base):
-                source.report_at(("rules", place, role), f"no format '{name}'; {nearest(name, known)}")
+                source.report_at(("rules", place, role), unknown_format(name, known))
         weight, input = ({**CATALOG, **made}.get(str(name)) for name in names.values())
         try:
             check_operands(weight, input)

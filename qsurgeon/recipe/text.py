@@ -4,6 +4,7 @@ Only the data part of YAML is read: no tags, no merge keys, and no more nodes or
 that aliases cannot expand without end.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -13,7 +14,6 @@ import yaml
 
 from qsurgeon.errors import Mistake, RecipeError
 from qsurgeon.reading import read_regular
-from qsurgeon.recipe.schema import Path
 
 # Far more than a recipe needs, and read within a second or two: YAML takes its time for each value.
 MOST_BYTES = 250_000
@@ -21,6 +21,15 @@ MOST_NODES = 10_000
 MOST_LEVELS = 20
 MOST_DIGITS = 100
 EXCERPT_WIDTH = 100
+Path = tuple[str | int, ...]  # of a value in a recipe: ("rules", 0, "target", 1)
+# What PyYAML says where a line is indented otherwise than those around it, or lacks a sign, in words of a recipe.
+_PROBLEMS = {
+    "expected <block end>": "it does not line up with the lines above; keys of one section begin in the same column",
+    "mapping values are not allowed": "a ':' too many, or the line above lacks its ':' or the blank behind its '-'",
+    "scanning a quoted scalar": "a quotation mark is not closed",
+}
+_OPENED = re.compile(r"(?:^|[:,\[-])\s*\{[^{}:]*\}[\w.*]")
+_RESERVED = {"%", "@", "`"}  # no plain text of YAML begins with these
 TAG = "tag:yaml.org,2002:"
 
 
@@ -110,10 +119,29 @@ def _yaml_problem(error: yaml.MarkedYAMLError, source: Source) -> str:
         return "a pattern that begins with '*' must stand in quotes"
     if problem.endswith(("got '?'", "got '{'")):
         return f"inside [ ] a pattern with '{problem[-2]}' must stand in quotes"
-    _, excerpt = source.locate(error.problem_mark)
-    if excerpt.lstrip(" -").startswith("{"):
+    line, column = _problem_line(error, source)
+    if problem.endswith("got '['") and re.search(r"\w$", line[:column]):
+        return "a component's number stands behind a dot (layers.0), and a pattern with [ must stand in quotes"
+    if line[column : column + 1] in _RESERVED:
+        return f"text that begins with '{line[column]}' must stand in quotes"
+    if line[column : column + 1] == "\t":
+        return "a tab; use spaces"
+    if _OPENED.search(line):
         return "a pattern that begins with '{' must stand in quotes"
+    if problem.endswith("got ':'"):
+        return "a [ or { before this is not closed"
+    for found, meaning in _PROBLEMS.items():
+        if found in f"{problem} {error.context}":
+            return f"{problem}: {meaning}"
     return f"{problem} ({error.context})" if error.context else problem
+
+
+def _problem_line(error: yaml.MarkedYAMLError, source: Source) -> tuple[str, int]:
+    """Return the line that a problem is on, and the column in it."""
+    mark = error.problem_mark
+    if mark is None or mark.line >= len(source.lines):
+        return "", 0
+    return source.lines[mark.line], mark.column
 
 
 def _check_extent(text: str, source: Source) -> None:

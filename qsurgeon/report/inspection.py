@@ -10,18 +10,20 @@ import torch
 import transformers
 from torch import nn
 
+from qsurgeon.arguments import check_model
 from qsurgeon.checkpoint import config_of
-from qsurgeon.layers import AS_IT_IS, Quantization, packed_linears, quant_linears
-from qsurgeon.quantizer import record_in
+from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_linears, quant_linears
+from qsurgeon.layers.compiling import eagerly
 from qsurgeon.report.rows import Report, Row
 from qsurgeon.surgery import (
     Excluded,
     Plan,
     Step,
     bypassed,
+    exclusions,
     inventory,
     misread,
-    plain_model,
+    record_in,
     refuse_foreign,
     skeleton,
 )
@@ -57,6 +59,7 @@ def inspect(
     Raises: CheckpointError for a folder without a model, or a record that cannot be read; ConnectionError if the hub
     is out of reach.
     """
+    check_model("inspect", model, transformers.PreTrainedConfig)
     if isinstance(model, nn.Module):
         return _inspect_live(model, example)
     is_config = isinstance(model, transformers.PreTrainedConfig)
@@ -74,13 +77,23 @@ def inspect(
 
 
 def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report:
-    record = record_in(getattr(plain_model(model)[1], "config", None))
-    excluded = record.exclusions() if record else {}
-    wrapped = {path: layer.quantization for path, layer in quant_linears(model).items()}
+    excluded = exclusions(model)
+    layers = quant_linears(model)
+    wrapped = {path: layer.quantization for path, layer in layers.items()}
     steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
     called = None if example is None else _called(model, example)
-    storage = "packed" if packed_linears(model) else record.storage if record else ""
-    return _report(steps, storage, "", called, bypassed(model), misread(model))
+    packed = packed_linears(model)
+    storage = "packed" if packed else "master" if layers else ""
+    resting = {
+        path for path, one in layers.items() if path not in packed and not is_active(one, one.quantization.phases)
+    }
+    report = _report(steps, storage, "", called, bypassed(model), misread(model))
+    paths = (step.module.path for step in steps if step.why)
+    rows = (
+        replace(row, rounds=path not in resting) if path in layers else row
+        for path, row in zip(paths, report.rows, strict=True)
+    )
+    return replace(report, rows=tuple(rows), phase=current_phase())
 
 
 def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
@@ -89,7 +102,7 @@ def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
     called: set[str] = set()
     hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
     try:
-        with torch.no_grad():
+        with eagerly(model), torch.no_grad():
             model(**example)
     finally:
         for hook in hooks:
@@ -143,4 +156,5 @@ def _row(
         not named and not module.adapter and module.parameters >= LARGE * everything,
         module.path in past,
         module.path in wrong,
+        how.when if how else "",
     )

@@ -19,7 +19,8 @@ class Row:
 
     bits: of one weight value as the layer computes with it. bytes: of the parameters it holds now.
     called: by the example, where there was one to ask with. bypassed: by an adapter that computes past it.
-    misread: by an adapter that takes its codes for values.
+    misread: by an adapter that takes its codes for values. when: in which phase it rounds, where not in both.
+    rounds: whether it did when a live model was asked; None where there was none to ask.
     """
 
     module: str
@@ -37,16 +38,19 @@ class Row:
     large: bool = False
     bypassed: bool = False
     misread: bool = False
+    when: str = ""
+    rounds: bool | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of a model, and their totals."""
+    """The rows of a model, and their totals. phase: what a live model was being called for when it was asked."""
 
     rows: tuple[Row, ...]
     storage: str
     source: str = ""
     bytes_after: int | None = None  # what a plan will make of the bytes that the rows have now
+    phase: str = ""
 
     @property
     def wrapped(self) -> int:
@@ -88,14 +92,20 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """What the model computes with, in one line: what an evaluation should print beside its score."""
-        kinds: dict[tuple[str, str], int] = defaultdict(int)
+        """What the model computes with, in one line: what an evaluation should print beside its score.
+
+        Of a live model it says too what does not round at this moment: in another phase, or inside ``disabled``.
+        """
+        kinds: dict[tuple[str, str, str], int] = defaultdict(int)
         for row in self.rows:
             if row.gradient != AS_IT_IS:
-                kinds[row.weight, row.input] += 1
+                kinds[row.weight, row.input, row.when] += 1
         if not kinds:
             return f"full precision: none of {self.linears} Linear modules is wrapped"
-        parts = [f"{n} with weight {weight}, input {input_}" for (weight, input_), n in kinds.items()]
+        parts = [
+            f"{n} with weight {weight}, input {input_}{f', {when}' if when else ''}"
+            for (weight, input_, when), n in kinds.items()
+        ]
         share = sum(row.parameters for row in self.rows if row.gradient != AS_IT_IS) / self.parameters
         uncalled = sum(row.called is False for row in self.rows)
         past = sum(row.bypassed for row in self.rows)
@@ -107,9 +117,20 @@ class Report:
         if uncalled:
             parts.append(f"{uncalled} of them were never called")
         return (
-            f"{self.wrapped} of {self.linears} Linear modules ({share:.1%} of the parameters) are wrapped: "
-            f"{'; '.join(parts)}"
+            f"{self.wrapped} of {self.linears} Linear modules ({share:.1%} of the parameters) are wrapped"
+            f"{self._resting}: {'; '.join(parts)}"
         )
+
+    @property
+    def _resting(self) -> str:
+        """What the summary says of wrapped modules that do not round at this moment; nothing, where all do."""
+        resting = [row for row in self.rows if row.rounds is False]
+        if not resting:
+            return ""
+        count = "" if len(resting) == self.wrapped else f"{len(resting)} of them "
+        by_phase = all(row.when not in ("", f"in {self.phase} only") for row in resting)
+        where = f"in phase {self.phase}" if by_phase else "inside qsurgeon.disabled"
+        return f", but {count}compute in full precision at this moment, {where}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON-ready values."""
@@ -117,6 +138,7 @@ class Report:
         return {
             "source": self.source,
             "storage": self.storage,
+            "phase": self.phase,
             "wrapped": self.wrapped,
             "linears": self.linears,
             "coverage": self.coverage,

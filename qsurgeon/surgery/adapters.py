@@ -11,6 +11,7 @@ from torch import nn
 
 from qsurgeon.errors import SurgeryError
 from qsurgeon.layers import QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers.compiling import HELD
 
 _HELD = ".base_layer"
 # Their forward reads the weight and multiplies with it itself, changed or not, and never calls the layer.
@@ -84,7 +85,7 @@ def objection(config: Any, *, is_packed: bool) -> str | None:
 
 def _first(model: nn.Module, path: str, ask: Callable[[nn.Module], str | None]) -> str | None:
     """Return the first answer of the adapters around the module at ``path``, from the inside out."""
-    while path.endswith(_HELD):
+    while (path := path.removesuffix(f".{HELD}")).endswith(_HELD):
         path = path.removesuffix(_HELD)
         how = ask(model.get_submodule(path))
         if how is not None:

@@ -1,7 +1,7 @@
 """The modules of a model, live or on the meta device, under the names of the plain model.
 
-Wrappers around the model (torch.compile, DDP) and peft's own modules do not change a name: ``base_model.model.``
-and ``.base_layer`` are stripped, and what peft adds is marked as an adapter.
+Wrappers around the model (DDP), what torch.compile puts around it or any part, and peft's own modules do not change a
+name: ``_orig_mod``, ``base_model.model.`` and ``.base_layer`` are stripped, and what peft adds is marked as an adapter.
 """
 
 import sys
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from qsurgeon.layers import PackedLinear, QuantLinear
+from qsurgeon.layers.compiling import HELD, compiled_from
+from qsurgeon.surgery.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Module:
     the bytes that it takes. tied_to: the module that owns its weight, if that is another one.
     adapter: whether peft added it.
     shared: those of its parameters that another module owns. weight_bytes: what its weight takes, its own or shared.
+    readers: the code that takes its weight itself (see ``reads``), where that was asked for.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Module:
     adapter: bool
     shared: tuple[str, ...] = ()
     weight_bytes: int = 0
+    readers: tuple[Reader, ...] = ()
 
 
 def inventory(model: nn.Module) -> tuple[Module, ...]:
@@ -64,8 +68,8 @@ def plain_model(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _inside(model: nn.Module) -> nn.Module:
     """Return what one layer of wrapping holds, or the model itself if it is not wrapped."""
-    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-        return compiled
+    if (original := compiled_from(model)) is not None:
+        return original
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         inner: nn.Module = model.module
         return inner
@@ -77,8 +81,10 @@ def _inside(model: nn.Module) -> nn.Module:
     return model
 
 
-def _held_by_peft(module: nn.Module) -> str | None:
-    """Return under which name a layer of peft's holds the model's own, or None if it is not peft's."""
+def _held(module: nn.Module) -> str | None:
+    """Return under which name a layer of peft's, or what torch.compile made, holds the model's own; None for others."""
+    if compiled_from(module) is not None:
+        return HELD
     tuners, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
     if tuners is not None and isinstance(module, tuners.BaseTunerLayer):
         return "base_layer"
@@ -88,8 +94,8 @@ def _held_by_peft(module: nn.Module) -> str | None:
 
 
 def _walk(module: nn.Module, name: str, path: str, adapter: bool) -> Iterator[tuple[str, str, nn.Module, bool]]:
-    """Yield (plain name, path, module, is an adapter); a peft layer is passed over for the layer it holds."""
-    own = _held_by_peft(module)
+    """Yield (plain name, path, module, is an adapter); what holds a layer of the model is passed over for that."""
+    own = _held(module)
     if own is None:
         yield name, path, module, adapter
     for child_name, child in module.named_children():

@@ -61,7 +61,7 @@ def operate(
     owners = {module.tied_to for module in modules.values()}
     for name, linear in linears.items():
         kind = PackedLinear if _is_packed(quantizations[name], storage) else QuantLinear
-        kind.wrap(linear, quantizations[name])
+        kind.wrap(linear, quantizations[name], name)
         if untie and (modules[name].tied_to or name in owners):
             _untie(linear, name, root)
     return len(linears)

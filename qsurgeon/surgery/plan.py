@@ -10,6 +10,7 @@ from qsurgeon.layers import Quantization, packed_format
 from qsurgeon.recipe import Recipe
 from qsurgeon.recipe.select import Match, Namespace, parse_pattern
 from qsurgeon.surgery.inventory import Module
+from qsurgeon.surgery.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,19 @@ class Step:
         return self.module.bytes - own + stored_bytes(packed_format(how), *self.module.shape)
 
     @property
+    def remark(self) -> str:
+        """Say which code may compute past the module, if any; what is sure to is refused when a plan is made."""
+        past = [one.where for one in self.module.readers if one.takes_values]
+        if not past or self.quantization is None:
+            return ""
+        return f"{past[0]} takes its weight itself in some calls, unrounded"
+
+    @property
     def why(self) -> str:
         """Return the reason in words; nothing for a module that only holds others."""
         match self.fate:
             case Quantization(rule=rule, when=when):
-                return f"rule '{rule}'" + (f", {when}" if when else "")
+                return f"rule '{rule}'" + (f", {when}" if when else "") + (f"; {self.remark}" if self.remark else "")
             case Excluded(rule, pattern):
                 return f"excluded by '{pattern}' of rule '{rule}'"
         if self.module.adapter and self.module.parameters:
@@ -67,6 +76,15 @@ class Plan:
     def wrapped(self) -> tuple[Step, ...]:
         """The steps that change a module."""
         return tuple(step for step in self.steps if step.quantization is not None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What ``why`` cannot promise of modules that are wrapped, in words."""
+        found: dict[str, list[str]] = {}
+        for step in self.wrapped:
+            if step.remark:
+                found.setdefault(step.remark, []).append(step.module.name)
+        return tuple(f"{_and_more(names)}: {remark}" for remark, names in found.items())
 
     @property
     def growth(self) -> int:
@@ -123,6 +141,7 @@ class _Planner:
         quantization = self._quantization(place)
         if quantization is not None:
             self._check_rotation(quantization, fresh, place)
+            self._check_readers(quantization, fresh, place)
             for one in fresh:
                 self._check_tie(self.modules[one], place)
                 self.decided[one] = quantization
@@ -218,6 +237,27 @@ class _Planner:
                 )
                 return
 
+    def _check_readers(self, how: Quantization, names: list[str], place: int) -> None:
+        """Report modules whose weight is taken by code that would compute past them, or misread what is packed."""
+        packs = self.recipe.storage == "packed" and how.weight is not None
+        found: dict[tuple[str, str], dict[str, Reader]] = {}
+        for one in names:
+            for reader in self.modules[one].readers:
+                if reader.misreads_codes if packs else reader.takes_values and reader.certain:
+                    found.setdefault((reader.where, "" if reader.takes_values else reader.what), {})[one] = reader
+                    break
+        for (where, what), taken in found.items():
+            patterns = dict.fromkeys(".".join(one.split(".")[-2:]) for one in taken)
+            way = "exclude " + ", ".join(f"'{one}'" for one in patterns)
+            if what:
+                wrong = f"asks the weight for its {what}, which differs once it is packed"
+                way += ", or say 'storage: master'"
+            else:
+                certain = all(reader.certain for reader in taken.values())
+                wrong = "takes the weight itself and computes with it" + ("" if certain else ", in some calls")
+            reached = f"rule '{self.recipe.rule_name(place)}' reaches {_and_more(list(taken))}"
+            self.report(f"{reached}: {where} {wrong}; {way}", "rules", place)
+
     def _check_tie(self, module: Module, place: int) -> None:
         others = [one.name for one in self.modules.values() if one.tied_to == module.name]
         tied = module.tied_to or (others[0] if others else None)
@@ -244,11 +284,15 @@ class _Planner:
             )
 
 
+def _and_more(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
+
+
 def build_plan(recipe: Recipe, modules: Sequence[Module]) -> Plan:
     """Decide the fate of every module. Reads no file, touches no tensor.
 
     Raises: PlanError with every mistake: a pattern, or a word in its braces, that names nothing; a target without
-    a Linear; a rule that decides nothing; a tied weight; an unknown format.
+    a Linear; a rule that decides nothing; a tied weight; a weight that other code takes; an unknown format.
     """
     if recipe.extends is not None:
         where, excerpt = recipe.where("extends")

@@ -2,9 +2,16 @@
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from qsurgeon.errors import CheckpointError
 from qsurgeon.surgery.record import QUANT_METHOD
 
+# Published models that exist in no other form, and how transformers writes them in full precision.
+_DEQUANTIZED = {
+    "mxfp4": "from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)), then save_pretrained(…)",
+    "fp8": "from_pretrained(…, quantization_config=FineGrainedFP8Config(dequantize=True)), then save_pretrained(…)",
+}
 # Where a config says it; the second is what compressed-tensors wrote at first.
 _SECTIONS = ("quantization_config", "compression_config")
 
@@ -23,7 +30,10 @@ def refuse_foreign(config: Any, name: str) -> None:
     """Do nothing for a config in full precision or of ours. Raises: CheckpointError if something else quantized it."""
     method = foreign_method(config)
     if method is not None:
-        raise CheckpointError(f"{name} is quantized already, by {method}; expected a checkpoint in full precision")
+        hint = f". transformers has it so: {_DEQUANTIZED[method]}" if method in _DEQUANTIZED else ""
+        raise CheckpointError(
+            f"{name} is quantized already, by {method}; expected a checkpoint in full precision{hint}"
+        )
 
 
 def foreign_method(config: Any) -> str | None:
@@ -32,6 +42,23 @@ def foreign_method(config: Any) -> str | None:
     ``config``: a dict, one of transformers', or None. A model of several parts may say it in its text_config.
     """
     return next((method for method in _methods(config) if method != QUANT_METHOD), None)
+
+
+def is_ours(section: Any) -> bool:
+    """Return whether a ``quantization_config``, a dict or one of transformers', is of qsurgeon."""
+    return section is not None and _method(section) == QUANT_METHOD
+
+
+def configs_in(config: Any) -> list[Any]:
+    """Return a config of transformers, and all configs of parts of the model that are in it, each once."""
+    found: dict[int, Any] = {}
+    waiting = [config]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            waiting += [part for part in vars(one).values() if isinstance(part, PreTrainedConfig)]
+    return list(found.values())
 
 
 def _methods(config: Any) -> list[str]:

@@ -5,7 +5,9 @@ says ``trust_remote_code``; where transformers has the model itself, it is not n
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,7 @@ def architecture(config: Any, trust_remote_code: bool = False) -> Any:
     reference = next((one for one in own.values() if one.rpartition(".")[2] == name), None)
     if reference is not None and trust_remote_code:
         return _own_class(reference, config)
-    model_class: Any = getattr(transformers, name, None)
+    model_class: Any = getattr(transformers, name, None) or _class_beside(config, name)
     if not _is_model(model_class):
         if reference is not None:
             raise CheckpointError(_not_trusted(config.name_or_path, f"architecture '{name}'"))
@@ -97,6 +99,16 @@ def architecture(config: Any, trust_remote_code: bool = False) -> Any:
     if model_class.config_class is None or not isinstance(config, model_class.config_class):
         raise CheckpointError(f"architecture '{name}' does not go with a {type(config).__name__}")
     return model_class
+
+
+def _class_beside(config: Any, name: str) -> Any:
+    """Return a class that transformers has but does not hand out: a part of a model that was saved alone, as T5Stack.
+
+    It is looked for where the config's own models are: ``modeling_x`` beside ``configuration_x``.
+    """
+    models = transformers.MODEL_MAPPING.get(type(config), None)
+    beside = models[0] if isinstance(models, tuple) else models
+    return getattr(sys.modules[beside.__module__], name, None) if beside is not None else None
 
 
 def _own_code(auto_map: Any) -> dict[str, str]:
@@ -140,6 +152,8 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     Raises: CheckpointError as ``architecture``, or if the model cannot be built from these values.
     """
     model_class = architecture(config, trust_remote_code)
+    config = copy(config)
+    vars(config).pop("quantization_config", None)  # nothing is wrapped here
     auto: Any = transformers.AutoModel
     try:
         with torch.device("meta"):

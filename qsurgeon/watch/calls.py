@@ -1,4 +1,4 @@
-"""What goes into a layer's call and what comes out, as a sample, and whether its operands were rounded."""
+"""What goes into a layer's call and what comes out, as a sample, and whether it rounded as its rule says."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
@@ -16,13 +16,13 @@ OUTPUTS = 4  # of each token of a sample: enough to tell by, and little to compu
 class Call:
     """A sample of what goes into a layer's call, weight and bias included, and of what comes out.
 
-    trains: whether the call was one that computes gradients.
+    trains: whether the call was one that computes gradients. due: whether its rule rounds in the phase of the call.
     """
 
     def __init__(
-        self, layer: QuantLinear, x: Tensor, output: Tensor, rows: int, known: Sample | None, *, trains: bool
+        self, layer: QuantLinear, x: Tensor, output: Tensor, rows: int, known: Sample | None, *, trains: bool, due: bool
     ) -> None:
-        self.trains = trains
+        self.trains, self.due = trains, due
         how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), local(layer.weight)
         height = how.weight.block_shape[0] if how.weight else 1
         outputs = rows_of(len(weight), rows, height)[: -(-OUTPUTS // height) * height]
@@ -52,21 +52,23 @@ class Calls:
         self.x, self.w = Stack([one.x for one in calls]), Stack([one.w for one in calls])
 
     @property
-    def are_rounded(self) -> Tensor:
-        """Whether outputs are at least as near to the product of the rounded operands as to the plain one, (calls,).
+    def are_as_ruled(self) -> Tensor:
+        """Whether the layers rounded where their rules say so in the phase of the call, and did not else, (calls,).
 
-        Where nothing is lost there is no telling, and True. NaN, which says nothing of rounding, is True too. A packed
-        weight is rounded, and rotated, for good. A layer that rounds neither operand is False.
+        They rounded if the outputs are nearer to the product of the rounded operands than to the plain one. Where
+        nothing is lost there is no telling, and True. NaN, which says nothing of rounding, is True too. A packed
+        weight is rounded, and rotated, for good. A layer that rounds neither operand does not round.
         """
+        due = torch.tensor([one.due for one in self._calls], device=self.x.rows.device)
         if not (self.x.is_rounded or self.w.is_rounded or self._are_packed):
-            return torch.zeros(len(self._calls), dtype=torch.bool, device=self.x.rows.device)
+            return ~due
         y = torch.stack([one.y for one in self._calls])
         whole = self.x.turned if self._are_packed else self.x.rows
         plain, rounded = whole.float() @ self.w.rows.float().mT, self.x.values @ self.w.values.mT
         none = plain.new_zeros(y.shape[-1])
         bias = torch.stack([none if one.bias is None else one.bias for one in self._calls])
         far, near = (energy(product + bias[:, None] - y) for product in (plain, rounded))
-        return ~(near > far)
+        return ~torch.where(due, near > far, far > near)
 
 
 @lru_cache(256)

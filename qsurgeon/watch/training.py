@@ -11,7 +11,9 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import QuantLinear, current_phase, quant_linears
+from qsurgeon.layers.compiling import is_compiled, uncompiled_name
+from qsurgeon.layers.sharded import is_sharded
 from qsurgeon.watch.calls import Call, Calls, by_kind
 from qsurgeon.watch.weights import Weights, fetched
 
@@ -33,6 +35,9 @@ class Watch:
     there is one: a teacher or a rollout may come before) a few outputs are computed again, and must be nearer to the
     product of the rounded operands than to that of the unrounded ones. 1.0 is all of them; a quantizer that is off
     makes it fall.
+    ``qsurgeon/in_phase``, where a rule has ``phases``: the share of the layers whose rule rounds in the phase of that
+    call, which is one in their phase, if there was one. The others are active if they did not round: an evaluation
+    under ``phases: rollout`` has 1.0 active and 0.0 in phase, and was in full precision.
     ``qsurgeon/flip_rate[/GROUP]``: the share of the weights whose code is another than at the last measured step (at
     the first: than when watching began); scales are no codes. A frozen weight counts as one that does not change;
     where nothing is trainable there is no such number.
@@ -82,8 +87,8 @@ class Watch:
             if layer.weight.is_meta:
                 raise SurgeryError(f"the weight of {name} is on the meta device (offloaded, or not loaded yet)")
         self._every, self._rows = every, rows
-        self._groups = {name: groups(name) for name in self._layers}
-        self._compiled = _is_compiled(model) if compiled is None else compiled
+        self._groups = {name: groups(uncompiled_name(name)) for name in self._layers}
+        self._compiled = is_compiled(model) if compiled is None else compiled
         self._steps = 0
         self._open: _Window | None = None
         self._closed = False
@@ -161,11 +166,13 @@ class Watch:
     def _seen(self, calls: Mapping[str, Call]) -> tuple[Numbers, list[tuple[list[str], Calls]]]:
         """Return what evaluations log too, and the calls, by kind."""
         found = by_kind(calls)
-        rounded = fetched((names, ones.are_rounded) for names, ones in found)
+        active = fetched((names, ones.are_as_ruled) for names, ones in found)
         numbers = {
             f"{PREFIX}/called": len(calls) / len(self._layers),
-            f"{PREFIX}/active": sum(rounded.values()) / len(self._layers),
+            f"{PREFIX}/active": sum(active.values()) / len(self._layers),
         }
+        if any(layer.quantization.phases != "both" for layer in self._layers.values()):
+            numbers[f"{PREFIX}/in_phase"] = sum(call.due for call in calls.values()) / len(self._layers)
         return numbers, found
 
     @torch.no_grad()
@@ -203,7 +210,7 @@ class Watch:
 
 
 class _Window:
-    """Hooks on the layers, for a time; ``calls`` has each one's first call, if possible one that computes gradients."""
+    """Hooks on the layers, for a time; ``calls`` has each one's first call, or a later one that says more of it."""
 
     def __init__(
         self,
@@ -232,22 +239,30 @@ class _Window:
     def _after(self, name: str) -> Callable[[QuantLinear, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
         def hook(layer: QuantLinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             # Recomputing under gradient checkpointing is a later call.
-            if torch.compiler.is_compiling() or not output.numel() or not self._wants(name):
+            if torch.compiler.is_compiling() or not output.numel():
+                return
+            trains, due = torch.is_grad_enabled(), layer.quantization.phases in ("both", current_phase())
+            if not self._wants(name, due=due, trains=trains):
                 return
             x = args[0] if args else kwargs["input"]
             if is_fake(x):
                 return
-            trains = torch.is_grad_enabled()
+            if is_sharded(layer.weight):  # FSDP has put it together by now
+                raise SurgeryError(
+                    f"the weight of {name} is split by tensor parallelism, and Watch cannot tell from a part whether a "
+                    "layer rounds; close it"
+                )
             # Selective checkpointing counts the operations that it sees.
             with torch.no_grad(), _disable_current_modes():
                 known = self._weights.known.get(name)
-                self.calls[name] = Call(layer, x, output, self._rows, known, trains=trains)
+                self.calls[name] = Call(layer, x, output, self._rows, known, trains=trains, due=due)
 
         return hook
 
-    def _wants(self, name: str) -> bool:
-        """Return whether a call of the layer is to be looked at: the first, and the first that computes gradients."""
-        return name not in self.calls or (torch.is_grad_enabled() and not self.calls[name].trains)
+    def _wants(self, name: str, *, due: bool, trains: bool) -> bool:
+        """Return whether a call of the layer is to be looked at: the first in a phase of its rule, with gradients."""
+        known = self.calls.get(name)
+        return known is None or (due, trains) > (known.due, known.trains)
 
 
 def check_counts(every: int, rows: int) -> None:
@@ -255,11 +270,6 @@ def check_counts(every: int, rows: int) -> None:
     for name, count in (("every", every), ("rows", rows)):
         if count < 1:
             raise UsageError(f"{name} is {count}; expected at least 1")
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Return whether torch.compile made ``model`` or a part of it, as a copy or in place."""
-    return any(hasattr(one, "_orig_mod") or one._compiled_call_impl is not None for one in model.modules())
 
 
 def _decibel(noise: float) -> float:

@@ -170,7 +170,7 @@ def ask(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./model", "a/b/c", "model/", "~/model"])
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(hub: Any, name: str, ask: Callable[..., Any]) -> None:
-    assert fails(lambda: ask(name)) == f"{Path(name)}: no such folder"
+    assert fails(lambda: ask(name)) == f"{Path(name).expanduser()}: no such folder"
     assert hub.asked == []
 
 
@@ -333,9 +333,7 @@ def test_a_hub_out_of_reach_is_exit_code_1(
 def test_a_process_of_its_own_asks_the_endpoint_it_is_told(hub: Any, tiny_folder: Path) -> None:
     hub.add("me/tiny", tiny_folder)
     words = ["plan", "w4a4-mxfp4", "--model", "me/tiny", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "qsurgeon", *words], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-m", "qsurgeon", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["wrapped"] == 21
     assert hub.served.keys() == {"config.json"}

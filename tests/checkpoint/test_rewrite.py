@@ -210,7 +210,9 @@ def test_a_link_that_leads_elsewhere_is_found_before_anything_is_written(source:
 def test_a_second_rewrite_is_refused(source: Path, tmp_path: Path) -> None:
     rewrite("w4a4-mxfp4", source, tmp_path / "out")
     assert fails(tmp_path / "out", tmp_path / "again") == (
-        f"{tmp_path}/out was rewritten by qsurgeon already; apply the recipe to the model it came from"
+        f"{tmp_path}/out was rewritten by qsurgeon already; apply the recipe to the model it came from. If it was "
+        "trained since: a recipe that says the same and 'storage: packed' packs its weights as they are now, and "
+        "without the quantization_config in its config.json they are an ordinary model's, in full precision"
     )
 
 

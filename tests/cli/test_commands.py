@@ -372,7 +372,8 @@ def test_apply_without_an_output_is_a_mistake(run: Run) -> None:
 @pytest.mark.parametrize("command", ["plan", "apply"])
 def test_a_typo_in_the_recipe_is_a_mistake(run: Run, command: str) -> None:
     Path("mine.yaml").write_text(RECIPE.replace("weight", "wieght"))
-    assert mistake(run(command, "mine.yaml", "--model", "tiny")) == (
+    output = ("--output", "out") if command == "apply" else ()
+    assert mistake(run(command, "mine.yaml", "--model", "tiny", *output)) == (
         "error: mine.yaml:4:5: unknown key 'wieght'; did you mean 'weight'?\n        wieght: mxfp4\n        ^^^^^^\n"
     )
 
@@ -478,8 +479,8 @@ def test_a_source_without_weights_is_a_mistake(run: Run) -> None:
 
 def test_a_source_that_was_rewritten_already_is_a_mistake(run: Run) -> None:
     rewritten()
-    assert apply(run, model="done") == (
-        "error: done was rewritten by qsurgeon already; apply the recipe to the model it came from\n"
+    assert apply(run, model="done").startswith(
+        "error: done was rewritten by qsurgeon already; apply the recipe to the model it came from. If it was trained"
     )
 
 

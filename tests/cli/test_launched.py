@@ -48,7 +48,6 @@ def launch(*arguments: Any, processes: int = 2) -> subprocess.CompletedProcess[s
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
     )
 
 

@@ -217,7 +217,7 @@ def test_compiled_layers_keep_the_codes_of_their_input_once_and_no_rounded_weigh
     format: Format, gradient: str, count: int, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if seen == "operations":
-        monkeypatch.setattr(kernels, "_is_opaque", lambda rows: False)
+        monkeypatch.setattr(kernels, "is_opaque", lambda rows: False)
     x = rand(64, 1024, dtype=torch.bfloat16).requires_grad_()
     how = Quantization(format, format, gradient)  # type: ignore[arg-type]
     layers = nn.ModuleList([make(how, 1024, 512, torch.bfloat16) for _ in range(count)])

@@ -15,8 +15,9 @@ import qsurgeon
 from qsurgeon.errors import PlanError, ShapeError, SurgeryError
 from qsurgeon.formats import get_format
 from qsurgeon.formats.stored import stored_bytes
-from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, packed_linears, quant_linears
 from qsurgeon.recipe import Recipe, load_recipe
+from qsurgeon.surgery import operate
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -133,7 +134,11 @@ def test_a_model_that_casts_its_input_to_its_weights_dtype_is_told(recipe: MakeR
     config = hf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     tokens = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
     rules = [{"target": ["block"], "weight": "mxfp4"}]
-    model = qsurgeon.apply(recipe(rules=rules), hf.T5ForConditionalGeneration(config).eval())
+    with pytest.raises(PlanError, match=r"T5DenseActDense\.forward asks the weight for its dtype"):
+        qsurgeon.apply(recipe(rules=rules), hf.T5ForConditionalGeneration(config))
+    model = hf.T5ForConditionalGeneration(config).eval()
+    wo = "encoder.block.0.layer.1.DenseReluDense.wo"
+    operate(model, {wo: Quantization(get_format("mxfp4"), None)}, storage="packed")  # without a plan
     with pytest.raises(ShapeError, match=r"^a packed layer was called with torch\.uint8; expected floating point"):
         model(**tokens)
     rules[0]["exclude"] = ["wo"]

@@ -2,10 +2,11 @@
 
 import os
 import re
-import time
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from qsurgeon.recipe import load_recipe
 from qsurgeon.recipe.select import Namespace, parse_pattern
 from qsurgeon.recipe.text import MOST_BYTES
 
+MOST_CALLS = 10_000_000
 PLAIN = "version: 1\nrules:\n  - target: [layers]\n    weight: mxfp4\n"
 
 
@@ -24,10 +26,19 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick() -> Iterator[None]:
-    """Fail a test that takes long: it takes a second where the machine is busy."""
-    begin = time.process_time()
+    """Fail a test that takes much work, counted in calls of functions: time depends on what else the machine does."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        assert calls < MOST_CALLS
+
+    before = sys.getprofile()
+    sys.setprofile(count)
     yield
-    assert time.process_time() - begin < 3
+    sys.setprofile(before)
+    assert calls < MOST_CALLS
 
 
 @pytest.fixture

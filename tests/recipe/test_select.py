@@ -214,9 +214,13 @@ def test_an_optional_pattern_names_what_is_there() -> None:
         pytest.param("{a,}", "a component is empty", id="empty-alternative"),
         pytest.param("a??", "'a?' is not a name, a number or a glob", id="two-question-marks"),
         pytest.param("a?b", "'a?b' is not a name, a number or a glob", id="question-mark-inside"),
-        pytest.param("a b", "'a b' is not a name, a number or a glob", id="space"),
-        pytest.param("a/b", "'a/b' is not a name, a number or a glob", id="slash"),
-        pytest.param("lm_head, norm", "'lm_head, norm' is not a name, a number or a glob", id="list-in-one-text"),
+        pytest.param("a b", "'a b' is not a name, a number or a glob; write a list: [a, b]", id="space"),
+        pytest.param("a/b", "'a/b' is not a name, a number or a glob; did you mean 'a.b'?", id="slash"),
+        pytest.param(
+            "lm_head, norm",
+            "'lm_head, norm' is not a name, a number or a glob; write a list: [lm_head, norm]",
+            id="list-in-one-text",
+        ),
         pytest.param("{1..}", "'1..' is not a name, a number or a glob", id="range-without-an-end"),
         pytest.param("{..3}", "'..3' is not a name, a number or a glob", id="range-without-a-beginning"),
         pytest.param("{a..c}", "'a..c' is not a name, a number or a glob", id="range-of-letters"),
@@ -225,7 +229,7 @@ def test_an_optional_pattern_names_what_is_there() -> None:
         pytest.param("{a", "a brace is not closed", id="brace-not-closed"),
         pytest.param("a}", "a brace is not opened", id="brace-not-opened"),
         pytest.param("{a,{b,c}}", "braces cannot be nested", id="nested-braces"),
-        pytest.param("**_proj", "'**' must be a component of its own", id="two-stars-and-text"),
+        pytest.param("**_proj", "'**' must be a component of its own; did you mean '*_proj'?", id="two-stars-and-text"),
         pytest.param("***", "'**' must be a component of its own", id="three-stars"),
         pytest.param("{a,**}", "'**' must be a component of its own", id="two-stars-in-braces"),
         pytest.param("{3..1}", "the range 3..1 is empty; did you mean 1..3?", id="empty-range"),
@@ -243,13 +247,25 @@ def test_a_bad_pattern_is_refused_with_what_is_wrong_with_it(pattern: str, compl
     assert str(caught.value) == f"bad pattern '{pattern}': {complaint}"
 
 
-@pytest.mark.parametrize("pattern", ["re:.*proj", "^layers", "proj$", "(q|k)_proj", "a|b", "a+", "fc[12]", r"a\.b"])
-def test_a_regular_expression_is_refused(pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "instead"),
+    [
+        ("re:.*proj", "write '*proj', or 'proj' if that is the whole name"),
+        ("^layers", "write 'layers'"),
+        ("proj$", "write '*proj', or 'proj' if that is the whole name"),
+        ("(q|k)_proj", "write '{q,k}_proj'"),
+        ("a|b", "write '{a,b}'"),
+        ("a+", "'*', '**' and '{a,b}' are known"),
+        ("fc[12]", "write 'fc{1,2}'"),
+        (r"a\.b", "write 'a.b'"),
+        (r".*\.layers\.\d+\.mlp\.(up|down)_proj$", "write 'layers.*.mlp.{up,down}_proj'"),
+        ("(?!lm_head).*", "'*', '**' and '{a,b}' are known; what a rule shall leave stands in its 'exclude'"),
+    ],
+)
+def test_a_regular_expression_is_refused_with_its_equal_here(pattern: str, instead: str) -> None:
     with pytest.raises(ValueError, match=r"^bad pattern") as caught:
         parse_pattern(pattern)
-    assert str(caught.value) == (
-        f"bad pattern '{pattern}': patterns are globs, not regular expressions; '*', '**' and '{{a,b}}' are known"
-    )
+    assert str(caught.value) == (f"bad pattern '{pattern}': patterns are globs, not regular expressions; {instead}")
 
 
 def test_ranges_inside_a_component_that_multiply_past_the_most_numbers_are_refused() -> None:

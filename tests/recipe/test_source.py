@@ -240,17 +240,21 @@ def with_format(fields: str) -> str:
     [
         pytest.param(
             "version: 1\nrules:\n  - target: layers\n    weight: mxfp4\n",
-            "mine.yaml:3:13: 'target' expects a list, got 'layers'\n      - target: layers\n                ^^^^^^",
+            "mine.yaml:3:13: 'target' expects a list, got 'layers'; write [layers]\n"
+            "      - target: layers\n"
+            "                ^^^^^^",
             id="text-for-a-list",
         ),
         pytest.param(
             "version: 1\nrules:\n  - target: [layers]\n    weight: 4\n",
-            "mine.yaml:4:13: 'weight' expects text, got 4\n        weight: 4\n                ^",
+            "mine.yaml:4:13: 'weight' expects the name of a format, got 4\n        weight: 4\n                ^",
             id="number-for-text",
         ),
         pytest.param(
             "version: 1\nrules:\n  - target: [layers]\n    weight: [mxfp4]\n",
-            "mine.yaml:4:13: 'weight' expects text, got a list\n        weight: [mxfp4]\n                ^^^^^^^",
+            "mine.yaml:4:13: 'weight' expects the name of a format, got a list\n"
+            "        weight: [mxfp4]\n"
+            "                ^^^^^^^",
             id="list-for-text",
         ),
         pytest.param(
@@ -260,7 +264,7 @@ def with_format(fields: str) -> str:
         ),
         pytest.param(
             "version: 1\nrules: {target: [layers]}\n",
-            "mine.yaml:2:8: 'rules' expects a list, got a mapping\n"
+            "mine.yaml:2:8: 'rules' expects a list, got a mapping; begin each rule with '- '\n"
             "    rules: {target: [layers]}\n"
             "           ^^^^^^^^^^^^^^^^^^",
             id="mapping-for-rules",
@@ -480,7 +484,7 @@ def test_a_bad_pattern_among_good_ones_is_named_at_its_place() -> None:
 def test_a_bad_exclude_pattern_is_named_at_its_place() -> None:
     assert complaint(with_rule("exclude: [re:.*_proj]")) == (
         "mine.yaml:5:15: bad pattern 're:.*_proj': "
-        "patterns are globs, not regular expressions; '*', '**' and '{a,b}' are known\n"
+        "patterns are globs, not regular expressions; write '*_proj'\n"
         "        exclude: [re:.*_proj]\n"
         "                  ^^^^^^^^^^"
     )
@@ -689,7 +693,8 @@ def test_a_file_that_is_no_mapping_is_an_error(text: str, expected: str) -> None
         ),
         pytest.param(
             "version: 1\n  rules: 3\n",
-            "mine.yaml:2:8: not YAML: mapping values are not allowed here\n      rules: 3\n           ^^^",
+            "mine.yaml:2:8: not YAML: mapping values are not allowed here: a ':' too many, or the line above lacks its "
+            "':' or the blank behind its '-'\n      rules: 3\n           ^^^",
             id="wrong-indent",
         ),
         pytest.param(
@@ -796,7 +801,7 @@ def test_nesting_that_would_exhaust_the_stack_is_an_error_too() -> None:
 def test_a_long_line_is_shown_around_the_mistake() -> None:
     line = f"rules: [{{name: {'x' * 60}, target: layers, exclude: [{'y' * 60}], weight: mxfp4}}]"
     assert complaint(f"version: 1\n{line}\n") == (
-        "mine.yaml:2:86: 'target' expects a list, got 'layers'\n"
+        "mine.yaml:2:86: 'target' expects a list, got 'layers'; write [layers]\n"
         f"    {'x' * 40}, target: layers, exclude: [{'y' * 32}\n"
         f"    {' ' * 50}^^^^^^"
     )

@@ -1,0 +1,145 @@
+"""Packed weights keep the names of their modules where a checkpoint has another layout.
+
+transformers saves a model as its checkpoint was: it joins the parameters that it split when it loaded them, permutes
+their rows and renames them. Codes and scales are bytes of a layout of their own, so that none of that may be done to
+them: they are saved under the names that their modules have, and loaded by these. What is not packed is converted as
+ever. What of transformers is not public here was seen in 5.23.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    apply_converters,
+    apply_renamings,
+    rename_source_key,
+)
+
+from qsurgeon.errors import CheckpointError
+from qsurgeon.formats.stored import WEIGHT
+from qsurgeon.layers import packed_linears
+
+Transforms = Sequence[WeightTransform]
+State = dict[str, Any]
+
+
+def kept_names(model: Any, packed: Iterable[str]) -> frozenset[str]:
+    """Return which tensors of ``model`` are stored under the names that its modules give them.
+
+    packed: the names of the tensors that packed weights consist of; the model itself may not be packed yet. Those of a
+    layer are renamed, all of them, if that is all that transformers does to them and if they are found again; else they
+    are kept, and with them what would have been joined with them.
+    """
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in packed:
+        layers[name.rpartition(f".{WEIGHT}")[0]].append(name)
+    forward = get_model_conversion_mapping(model)
+    # A prefix is added or dropped as the checkpoint had it; loading goes by either.
+    backward = [one.reverse_transform() for one in reversed(forward) if not isinstance(one, PrefixChange)]
+    renamings, converters = _sorted(backward)
+    targets = {name: apply_converters(name, converters) for names in layers.values() for name in names}
+    joined = {target for target, pattern in targets.values() if pattern is not None}
+    names = model.state_dict().keys() | targets.keys()
+    kept = {name for name in names if joined and apply_converters(name, converters)[0] in joined}
+    state = dict.fromkeys(names, True)
+    for own in layers.values():
+        renamed = {name: apply_renamings(name, renamings) for name in own}
+        back = [rename_source_key(one, *_sorted(forward), model.base_model_prefix, state) for one in renamed.values()]
+        if back != [(name, None) for name in own] or not kept.isdisjoint([*own, *renamed.values()]):
+            kept.update(own)
+    return frozenset(kept)
+
+
+def _sorted(transforms: Transforms) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """Return the renamings and the converters of ``transforms``, each in their order."""
+    return (
+        [one for one in transforms if isinstance(one, WeightRenaming)],
+        [one for one in transforms if isinstance(one, WeightConverter)],
+    )
+
+
+def packed_names(model: Any) -> list[str]:
+    """Return the names of the tensors that the packed weights of ``model`` consist of."""
+    return [f"{name}.{key}" for name, layer in packed_linears(model).items() for key in layer.stored]
+
+
+def past(transforms: Transforms, kept: frozenset[str], prefix: str) -> list[WeightTransform]:
+    """Return ``transforms`` that leave tensors named ``kept`` alone, with the base model's ``prefix`` or without it."""
+    if not kept:
+        return list(transforms)
+    start = f"{prefix}."
+    names = kept | {start + name for name in kept} | {name.removeprefix(start) for name in kept}
+    renamings = {id(one): _Renaming(one, names) for one in transforms if isinstance(one, WeightRenaming)}
+    converters = {id(one): _Converter.of(one, names) for one in transforms if isinstance(one, WeightConverter)}
+    return [(renamings | converters)[id(one)] for one in transforms]
+
+
+class _Renaming(WeightRenaming):
+    """A renaming that leaves some names alone, and else does what the one does that it holds."""
+
+    __slots__ = ("inner", "kept")
+
+    def __init__(self, inner: WeightRenaming, kept: frozenset[str]) -> None:
+        for name in WeightTransform.__slots__:
+            object.__setattr__(self, name, getattr(inner, name))
+        self.inner, self.kept = inner, kept
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if source_key in self.kept:
+            return source_key, None
+        return self.inner.rename_source_key(source_key)
+
+    def reverse_transform(self) -> Any:
+        return self.inner.reverse_transform()
+
+    def was_used(self) -> bool:
+        return bool(self.inner.was_used())
+
+
+class _Converter(WeightConverter):
+    """A converter that leaves some names alone."""
+
+    __slots__ = ("kept",)
+
+    def __init__(self, *args: Any, kept: frozenset[str] = frozenset(), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept = kept
+
+    @classmethod
+    def of(cls, one: WeightConverter, kept: frozenset[str]) -> "_Converter":
+        patterns = list(one._original_source_patterns), list(one._original_target_patterns)
+        new = cls(*patterns, one.operations, one.force_cpu, kept=kept)
+        new.scope_prefix, new.base_model_prefix = one.scope_prefix, one.base_model_prefix
+        return new
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if source_key in self.kept:
+            return source_key, None
+        return super().rename_source_key(source_key)
+
+
+def keeping(revert: Callable[[Any, State], State]) -> Callable[[Any, State], State]:
+    """Return a ``revert_weight_conversion``, which save_pretrained calls, that leaves codes and scales alone."""
+
+    def revert_weight_conversion(model: Any, state_dict: State) -> State:
+        packed = packed_names(model)
+        kept = kept_names(model, packed) if packed else frozenset()
+        done = revert(model, {name: one for name, one in state_dict.items() if name not in kept})
+        own = {name: one for name, one in state_dict.items() if name in kept}
+        if twice := own.keys() & done.keys():
+            raise CheckpointError(
+                f"the layout of its checkpoint gives another tensor the name {min(twice)}, which a packed weight has: "
+                "save it with save_original_format=False"
+            )
+        return {**done, **own}
+
+    return revert_weight_conversion

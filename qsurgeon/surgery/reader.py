@@ -1,0 +1,51 @@
+"""What code that takes a weight itself gets of it, where the weight is rounded in its Linear or packed."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from qsurgeon.formats import get_format
+from qsurgeon.layers import PackedLinear, Quantization
+
+# What describes a weight; all else that is asked of one are its values.
+_DESCRIBES = {
+    "device", "dim", "dtype", "element_size", "get_device", "grad", "is_contiguous", "is_cuda", "is_floating_point",
+    "is_meta", "itemsize", "layout", "ndim", "ndimension", "nelement", "numel", "requires_grad", "shape", "size",
+    "stride",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Code that takes a weight.
+
+    where: the function. what: the attribute that it asks of the weight; nothing if it takes the values. certain:
+    whether it does so whenever it is called.
+    """
+
+    where: str
+    what: str
+    certain: bool
+
+    @property
+    def takes_values(self) -> bool:
+        """Whether it takes the weight's values, which nothing has rounded."""
+        return self.what not in _DESCRIBES
+
+    @property
+    def misreads_codes(self) -> bool:
+        """Whether it gets another answer from a weight that is packed."""
+        return self.takes_values or not _is_the_same_packed(self.what)
+
+
+@cache
+def _is_the_same_packed(what: str) -> bool:
+    """Return whether a weight that is packed describes itself as it did before, asked for ``what``."""
+    plain, packed = nn.Linear(64, 64, device="meta"), nn.Linear(64, 64, device="meta")
+    plain.weight.requires_grad_(False)
+    PackedLinear.wrap(packed, Quantization(get_format("mxfp4"), None))
+    answers = [getattr(one.weight, what, None) for one in (plain, packed)]
+    before, after = (one() if callable(one) and not isinstance(one, torch.dtype) else one for one in answers)
+    return bool(before == after)

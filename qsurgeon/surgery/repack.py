@@ -1,0 +1,127 @@
+"""A model with master weights becomes one with packed weights, and computes what it did: the storage alone may differ.
+
+Master weights may have been trained since they were wrapped, so that the model that they came from is not the model.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from qsurgeon.errors import CheckpointError, SurgeryError
+from qsurgeon.formats import Format
+from qsurgeon.layers import Quantization, QuantLinear, packed_linears, quant_linears
+from qsurgeon.surgery.plan import Plan, Step
+from qsurgeon.surgery.record import Record
+
+_SHOWN = 3
+
+
+def repacked(plan: Plan, record: Record, name: str) -> Plan:
+    """Return ``plan`` for a model that has ``record``: the same, with the static scales that were found for it.
+
+    Raises: CheckpointError, calling the model ``name``, if its weights are packed already, or if the plan would change
+    anything but the storage.
+    """
+    if record.storage == "packed":
+        raise CheckpointError(f"{name} was rewritten by qsurgeon already; apply the recipe to the model it came from")
+    if plan.recipe.storage != "packed":
+        raise CheckpointError(
+            f"{name} was rewritten by qsurgeon already; apply the recipe to the model it came from. If it was trained "
+            "since: a recipe that says the same and 'storage: packed' packs its weights as they are now, and without "
+            "the quantization_config in its config.json they are an ordinary model's, in full precision"
+        )
+    differences = list(_differences(plan, record))
+    if differences:
+        more = f" (and {len(differences) - _SHOWN} more)" if len(differences) > _SHOWN else ""
+        raise CheckpointError(
+            f"{name} was rewritten by qsurgeon already, and the recipe is not the one that its weights are rounded by: "
+            f"{'; '.join(differences[:_SHOWN])}{more}. To pack them, take the recipe in its config.json and change "
+            "nothing but the storage. To round them otherwise, which is another model than was trained, remove "
+            "quantization_config from the config.json of a copy: they are in full precision"
+        )
+    before = record.quantizations()
+    return replace(plan, steps=tuple(_as_recorded(step, before) for step in plan.steps))
+
+
+def _as_recorded(step: Step, before: Mapping[str, Quantization]) -> Step:
+    """Return ``step`` with the formats that its module has, with their numbers."""
+    how = step.quantization
+    if how is None:
+        return step
+    was = before[step.module.name]
+    return replace(step, fate=replace(how, weight=was.weight, input=was.input))
+
+
+def _differences(plan: Plan, record: Record) -> Iterator[str]:
+    """Yield what ``plan`` would have modules compute with that they do not compute with now, in words."""
+    before = record.quantizations()
+    after = {step.module.name: step.quantization for step in plan.wrapped if step.quantization is not None}
+    for name in after:
+        if name not in before:
+            yield f"{name} is not wrapped, and would be"
+    for name, was in before.items():
+        new = after.get(name)
+        if new is None:
+            yield f"{name} is wrapped, and would not be"
+            continue
+        for role, one, other in (("weight", was.weight, new.weight), ("input", was.input, new.input)):
+            if not _same(one, other):
+                yield f"the {role} of {name} is rounded to {_named(one)}, and would be to {_named(other)}"
+        if was.phases != new.phases:
+            yield f"{name} rounds {was.when or 'always'}, and would {new.when or 'always'}"
+
+
+def _same(was: Format | None, new: Format | None) -> bool:
+    """Return whether two formats round alike, whatever they are called; a number that is not said is taken over."""
+    if was is None or new is None:
+        return was is new
+    old, fields = was.to_dict(), new.to_dict()
+    if new.static_scale is None:
+        fields["static_scale"] = old["static_scale"]
+    return bool(old == fields)
+
+
+def _named(format: Format | None) -> str:
+    return "nothing" if format is None else f"{format.name} ({_fields(format)})"
+
+
+def _fields(format: Format) -> str:
+    return ", ".join(
+        f"{key} {value}" for key, value in format.to_dict().items() if key in ("element", "block", "scale")
+    )
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[None]:
+    """Let the QuantLinears of ``model`` be Linears again inside the block, so that they can be wrapped anew.
+
+    What is not wrapped at the end of the block, or all if it fails, is a QuantLinear as it was.
+
+    Raises: SurgeryError for packed weights.
+    """
+    if packed := packed_linears(model):
+        raise SurgeryError(f"the weight of {next(iter(packed))} is packed: it cannot become a Linear's again")
+    layers = list(quant_linears(model).values())
+    before: list[tuple[QuantLinear, Quantization, Any]] = []
+    try:
+        for layer in layers:
+            before.append((layer, layer.quantization, vars(layer).get("_old_forward")))
+            _unwrap(layer)
+        yield
+    finally:
+        for layer, how, forward in before:
+            if type(layer) is nn.Linear:
+                layer.__class__ = QuantLinear
+                vars(layer)["quantization"] = how
+                if forward is not None:
+                    vars(layer)["_old_forward"] = forward
+
+
+def _unwrap(layer: Any) -> None:
+    layer.__class__ = nn.Linear
+    del vars(layer)["quantization"]
+    if "_old_forward" in vars(layer):  # what accelerate's hook calls
+        vars(layer)["_old_forward"] = nn.Linear.forward.__get__(layer)

@@ -1,0 +1,308 @@
+"""Which code takes a weight itself: found in the source of modules, and compared with what they do when they run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.nn import functional
+
+import qsurgeon
+from qsurgeon.errors import PlanError
+from qsurgeon.recipe import Recipe
+from qsurgeon.surgery.reads import weight_readers
+
+
+class Holder(nn.Module):
+    """Holds a Linear, and takes it as a subclass says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = nn.Linear(32, 32)
+        self.layers = nn.ModuleList([nn.Linear(32, 32) for _ in range(2)])
+        self.named = nn.ModuleDict({"a": nn.Linear(32, 32)})
+        self.inner = nn.Sequential(nn.Linear(32, 32))
+        self.wide = False
+
+    def helped(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return x @ layer.weight.T
+
+    @staticmethod
+    def fixed(x: Tensor, layer: nn.Linear) -> Tensor:
+        return functional.linear(x, layer.weight)
+
+
+def product(x: Tensor, layer: Any, scale: float = 1.0) -> Tensor:
+    return scale * functional.linear(x, layer.weight, layer.bias)
+
+
+def through(x: Tensor, layer: Any) -> Tensor:
+    return product(x, scale=2.0, layer=layer)
+
+
+class Direct(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.held.weight, self.held.bias)
+
+
+class Named(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.held
+        weight = layer.weight
+        return x @ weight.t()
+
+
+class Looped(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        for at, layer in enumerate(self.layers):
+            x = x @ layer.weight + at
+        return x
+
+
+class Listed(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.cat([layer.weight for layer in self.layers[:1]])
+
+
+class Indexed(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.layers[1].weight
+
+
+class Keyed(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ sum(one.weight for one in self.named.values())
+
+
+class Nested(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner[0].weight.data
+
+
+class Method(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helped(x, self.held)
+
+
+class Static(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fixed(x, layer=self.held)
+
+
+class Function(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return through(x, self.held)
+
+
+class Inherited(Direct):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Asked(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ getattr(self.held, "weight")  # noqa: B009
+
+
+class First(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ next(self.held.parameters())
+
+
+class Configured(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.wide:
+            return x @ self.held.weight
+        return self.held(x)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Method()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part.helped(x, self.part.layers[0]) + self.project(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        return x @ self.part.inner[0].weight
+
+
+VALUES: dict[type[nn.Module], set[str]] = {
+    Direct: {"held"},
+    Named: {"held"},
+    Looped: {"layers.0", "layers.1"},
+    Listed: {"layers.0", "layers.1"},  # of a slice, any may be meant
+    Indexed: {"layers.0", "layers.1"},
+    Keyed: {"named.a"},
+    Nested: {"inner.0"},
+    Method: {"held"},
+    Static: {"held"},
+    Function: {"held"},
+    Inherited: {"held"},
+    Asked: {"held"},
+    First: {"held"},
+    Configured: {"held"},
+    Outer: {"part.inner.0", "part.held"},
+}
+
+
+@pytest.mark.parametrize("kind", VALUES, ids=lambda one: one.__name__)
+def test_code_that_computes_with_a_weight_is_found(kind: type[nn.Module]) -> None:
+    model = kind()
+    model(torch.ones(1, 32))  # what the classes above say is code that runs
+    found = weight_readers(model)
+    assert found.keys() == VALUES[kind]
+    for readers in found.values():
+        assert all(one.takes_values and one.certain and one.misreads_codes for one in readers)
+
+
+class Called(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, self.held):
+            x = layer(x)
+        if hasattr(self.held, "weight") and isinstance(self.held.weight, Tensor) and self.held.weight is not None:
+            x = x + self.held.weight.ndim
+        return self.inner(x).to(self.held.weight.device)
+
+
+class Unused(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wide:
+            return x @ self.held.weight
+        return self.held(x) if self.wide is False else x @ self.held.weight
+
+    def helped(self, x: Tensor, layer: nn.Linear) -> Tensor:  # nothing calls it
+        return x @ self.held.weight
+
+
+@pytest.mark.parametrize("kind", [Called, Unused])
+def test_code_that_calls_its_layers_is_left_alone(kind: type[nn.Module]) -> None:
+    readers = [one for found in weight_readers(kind()).values() for one in found]
+    assert not any(one.takes_values or one.misreads_codes for one in readers)
+
+
+class Cast(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held(x.to(self.held.weight.dtype))
+
+
+class CastToFirst(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held(x.to(next(self.held.parameters()).dtype))
+
+
+class Knowing(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.held.weight.dtype != torch.uint8:
+            x = x.to(self.held.weight.dtype)
+        return self.held(x)
+
+
+@pytest.mark.parametrize(("kind", "misreads"), [(Cast, True), (CastToFirst, True), (Knowing, False)])
+def test_code_that_casts_to_the_dtype_of_a_weight_misreads_codes(kind: type[nn.Module], misreads: bool) -> None:
+    readers = [one for found in weight_readers(kind()).values() for one in found]
+    assert [one.misreads_codes for one in readers] == [True] * misreads
+    assert not any(one.takes_values for one in readers)
+
+
+class Sometimes(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            return self.held(x)
+        return x @ self.held.weight
+
+
+def test_what_depends_on_the_call_is_not_certain() -> None:
+    (reader,) = weight_readers(Sometimes())["held"]
+    assert (reader.where, reader.certain) == ("Sometimes.forward", False)
+
+
+# --- in a plan
+
+TINY: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "T5": (
+        hf.T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4),
+        hf.T5ForConditionalGeneration,
+    ),
+    "WavLM": (
+        hf.WavLMConfig(vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+            conv_dim=[32], conv_kernel=[4], conv_stride=[4], num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4),
+        hf.WavLMForCTC,
+    ),
+    "Mamba": (
+        hf.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=1, state_size=16, time_step_rank=8),
+        hf.MambaForCausalLM,
+    ),
+    "FalconMamba": (
+        hf.FalconMambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=1, state_size=16, time_step_rank=8),
+        hf.FalconMambaForCausalLM,
+    ),
+}  # fmt: skip
+WO, FEED = "DenseReluDense.wo", "T5DenseActDense.forward"
+WAVLM = (
+    "rules[0]: rule 'rule 1' reaches wavlm.encoder.layers.0.attention.k_proj and 3 more: "
+    "WavLMAttention.torch_multi_head_self_attention takes the weight itself and computes with it; exclude "
+    "'attention.k_proj', 'attention.v_proj', 'attention.q_proj', 'attention.out_proj'"
+)
+
+
+def recipe(storage: str, exclude: list[str]) -> Recipe:
+    rule = {"target": ["**"], "exclude": ["lm_head", *exclude], "weight": "mxfp4", "input": "mxfp4"}
+    return Recipe.model_validate({"version": 1, "storage": storage, "rules": [rule]})
+
+
+@pytest.mark.parametrize(
+    ("name", "storage", "exclude", "message"),
+    [
+        (
+            "T5",
+            "packed",
+            [WO],
+            f"rules[0]: rule 'rule 1' reaches encoder.block.0.layer.1.{WO} and 1 more: {FEED} asks the weight for its "
+            f"dtype, which differs once it is packed; exclude '{WO}', or say 'storage: master'",
+        ),
+        ("T5", "master", [], ""),
+        ("WavLM", "master", ["attention.{q,k,v,out}_proj"], WAVLM),
+        ("WavLM", "packed", ["attention.{q,k,v,out}_proj"], WAVLM),
+        (
+            "Mamba",
+            "packed",
+            ["mixer.dt_proj"],
+            "rules[0]: rule 'rule 1' reaches backbone.layers.0.mixer.dt_proj: MambaMixer.forward takes the weight "
+            "itself and computes with it, in some calls; exclude 'mixer.dt_proj'",
+        ),
+        ("FalconMamba", "packed", [], ""),
+        ("FalconMamba", "master", [], ""),
+    ],
+)
+def test_a_plan_names_what_would_be_computed_past(name: str, storage: str, exclude: list[str], message: str) -> None:
+    config, kind = TINY[name]
+    if message:
+        with pytest.raises(PlanError) as caught:
+            qsurgeon.apply(recipe(storage, []), kind(config))
+        assert str(caught.value) == message
+    model = kind(config)
+    qsurgeon.apply(recipe(storage, exclude), model)
+    assert qsurgeon.inspect(model).wrapped
+
+
+def test_a_plan_remarks_what_may_be_computed_past() -> None:
+    config, kind = TINY["Mamba"]
+    remark = "MambaMixer.forward takes its weight itself in some calls, unrounded"
+    with pytest.warns(UserWarning, match=f"^backbone.layers.0.mixer.dt_proj: {remark}$"):
+        model = qsurgeon.apply(recipe("master", []), kind(config))
+    plan = qsurgeon.plan(recipe("master", []), kind(config))
+    assert plan.remarks == (f"backbone.layers.0.mixer.dt_proj: {remark}",)
+    assert [step.why for step in plan.wrapped if step.remark] == [f"rule 'rule 1'; {remark}"]
+    del model
+
+
+def test_the_fast_path_of_torch_is_seen() -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 64)
+    found = weight_readers(layer)
+    assert {"linear1", "linear2"} <= found.keys()
+    assert not any(one.certain for one in found["linear1"])
