@@ -1,7 +1,8 @@
 """The modules of a model, live or on the meta device, under the names of the plain model.
 
-Wrappers around the model (DDP), what torch.compile puts around it or any part, and peft's own modules do not change a
-name: ``_orig_mod``, ``base_model.model.`` and ``.base_layer`` are stripped, and what peft adds is marked as an adapter.
+What torch.compile, DDP, FSDP1 and checkpoint_wrapper put around the model or any part, and peft's own modules do not
+change a name: ``_orig_mod``, ``base_model.model.`` and ``.base_layer`` are stripped, and what peft adds is marked as an
+adapter.
 """
 
 import sys
@@ -13,9 +14,12 @@ import torch
 from torch import nn
 
 from qsurgeon.layers import PackedLinear, QuantLinear
-from qsurgeon.layers.compiling import HELD, compiled_from
+from qsurgeon.layers.compiling import HELD
 from qsurgeon.surgery.parts import output_heads, towers
 from qsurgeon.surgery.reader import Reader
+
+# Under which names torch 2.13 holds a part that it compiles, shards (FSDP1) or checkpoints (checkpoint_wrapper).
+_HOLDING = (HELD, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,9 @@ def plain_model(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _inside(model: nn.Module) -> nn.Module:
     """Return what one layer of wrapping holds, or the model itself if it is not wrapped."""
-    if (original := compiled_from(model)) is not None:
-        return original
+    held = next((model._modules[name] for name in _HOLDING if name in model._modules), None)
+    if held is not None:
+        return held
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         inner: nn.Module = model.module
         return inner
@@ -112,9 +117,15 @@ def _inside(model: nn.Module) -> nn.Module:
 
 
 def _held(module: nn.Module) -> str | None:
-    """Return under which name a layer of peft's, or what torch.compile made, holds the model's own; None for others."""
-    if compiled_from(module) is not None:
-        return HELD
+    """Return under which name a layer of peft's, or what torch put around a part, holds the model's own.
+
+    None for the model's own modules.
+    """
+    held = next((name for name in _HOLDING if name in module._modules), None)
+    if held is not None:
+        return held
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return "module"
     tuners, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
     if tuners is not None and isinstance(module, tuners.BaseTunerLayer):
         return "base_layer"

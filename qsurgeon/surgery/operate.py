@@ -144,9 +144,12 @@ def _untie(linear: nn.Module, name: str, copy: Tensor | None, root: Any) -> None
     if copy is not None:
         needs = linear.get_parameter("weight").requires_grad
         linear.register_parameter("weight", nn.Parameter(copy, requires_grad=needs))
-    if hasattr(root, "config"):
-        root.config.tie_word_embeddings = False
-        root.config.get_text_config().tie_word_embeddings = False
-    ties = getattr(root, "all_tied_weights_keys", {})
-    for key in [key for key, value in ties.items() if f"{name}.weight" in (key, value)]:
-        del ties[key]
+    for path, model in root.named_modules():
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        own = f"{name}.weight".removeprefix(f"{path}." if path else "")
+        tied = [key for key, value in ties.items() if own in (key, value)]
+        for key in tied:
+            del ties[key]
+        if tied:
+            model.config.tie_word_embeddings = False
+            model.config.get_text_config().tie_word_embeddings = False

@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
@@ -381,3 +382,24 @@ def test_an_adapter_is_loaded_under_the_class_that_it_was_trained_with(
     again = qsurgeon.load(tmp_path / "adapter")
     assert type(again) is type(base)
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("storage", ["master", "packed"])
+def test_a_head_is_untied_in_a_container_too(make_qwen2: Maker, storage: Any, tmp_path: Path) -> None:
+    container = nn.ModuleDict({"policy": make_qwen2()})
+    rule = Rule(target=("lm_head",), weight="mxfp4")
+    qsurgeon.apply(Recipe(version=1, untie=True, storage=storage, rules=(rule,)), container)
+    model: Any = container["policy"]
+    model.save_pretrained(tmp_path)
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(logits(qsurgeon.load(tmp_path)), logits(model))
+
+
+def test_what_torch_puts_around_a_part_changes_no_name(small_model: Maker, tmp_path: Path) -> None:
+    model = small_model()
+    for place, layer in enumerate(model.model.layers):
+        model.model.layers[place] = checkpoint_wrapper(layer)
+    qsurgeon.apply(EVERYTHING, model)
+    clean = {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=clean)
+    assert torch.equal(logits(qsurgeon.load(tmp_path)), logits(model))
