@@ -8,6 +8,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── PlanError             recipe and model do not fit
 ├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
 ├── CodesError            packed codes that something would compute with as if they were numbers
+├── ExportError           a wrapped layer asked for in a kind of program that loses what it computes
 ├── CalibrationError      examples that do not say what a static scale should be
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
 ├── OtherRankError        a process that was launched with this one has failed, and says why itself
@@ -22,9 +23,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from qsurgeon.visible import one_line, visible
+
 
 class QSurgeonError(Exception):
-    """Base of all: a mistake of the user's or of the input's; anything else is our bug and keeps its trace."""
+    """Base of all: a mistake of the user's or of the input's; anything else is our bug and keeps its trace.
+
+    Its message is one line, whatever the names in it: they come from files that somebody else wrote.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class FormatError(QSurgeonError, ValueError):
@@ -55,8 +64,8 @@ class Mistake:
     excerpt: str = ""
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.message}" if self.where else self.message
-        return f"{head}\n{self.excerpt}" if self.excerpt else head
+        head = one_line(f"{self.where}: {self.message}" if self.where else self.message)
+        return f"{head}\n{visible(self.excerpt)}" if self.excerpt else head
 
 
 MOST_SHOWN = 100
@@ -70,7 +79,7 @@ class MistakesError(QSurgeonError):
         lines = [str(one) for one in self.mistakes[:MOST_SHOWN]]
         if len(self.mistakes) > MOST_SHOWN:
             lines.append(f"… and {len(self.mistakes) - MOST_SHOWN:,} more mistakes")
-        super().__init__("\n".join(lines))
+        Exception.__init__(self, "\n".join(lines))  # past what would make one line of these
 
     def __reduce__(self) -> tuple[type[Self], tuple[tuple[Mistake, ...]], dict[str, Any]]:
         """Pickle and copy by the mistakes: an exception would pass its text to ``__init__``."""
@@ -91,6 +100,10 @@ class SurgeryError(QSurgeonError):
 
 class CodesError(QSurgeonError):
     """Something would compute with packed codes as if they were numbers, or train them."""
+
+
+class ExportError(QSurgeonError):
+    """A wrapped layer was to become part of a program that cannot hold what it computes (TorchScript, ONNX)."""
 
 
 class CalibrationError(QSurgeonError):
@@ -145,6 +158,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def in_words(error: OSError) -> str:
-    """Return what an error of the machine says, without its number."""
+    """Return what an error of the machine says, in one line and without its number."""
     what = error.strerror or str(error)
-    return what if error.filename is None else f"{error.filename}: {what}"
+    return one_line(what if error.filename is None else f"{error.filename}: {what}")

@@ -87,7 +87,7 @@ def test_a_wrapped_model_computes_trains_and_reloads_with_equal_logits(name: str
 
     plan = qsurgeon.plan("w4a4-mxfp4", config)
     qsurgeon.apply("w4a4-mxfp4", model)
-    assert plan.summary == f"{wrapped} of {linears} Linear modules are wrapped"
+    assert f"in {wrapped} of {linears} Linear modules" in plan.summary
     assert sorted(quant_linears(model)) == sorted(step.module.name for step in plan.wrapped)
 
     logits = model(**inputs).logits

@@ -13,7 +13,8 @@ STARTUP = "launch/startup/sitecustomize.py"  # lies in the package and is none o
 
 # Who may import whom: each part those to its left, and nobody beside it. The package itself hands out names of all.
 ORDER = (
-    {"errors", "patching", "version"},
+    {"patching", "version", "visible"},
+    {"errors"},
     {"reading"},
     {"arguments", "places"},
     {"formats"},

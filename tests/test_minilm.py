@@ -87,7 +87,7 @@ def test_embeddings_stay_as_near_to_full_precision_as_was_measured(
 ) -> None:
     plan = qsurgeon.rewrite(recipe, checkpoint, tmp_path / "out")
     model = qsurgeon.load(tmp_path / "out", auto_class=hf.AutoModel)
-    assert plan.summary == "37 of 37 Linear modules are wrapped"
+    assert "in 37 of 37 Linear modules" in plan.summary
     assert len(quant_linears(model)) == 37
     cosine = torch.cosine_similarity(embed(model, batch), full_precision, dim=-1).mean().item()
     low, high = BANDS[recipe]

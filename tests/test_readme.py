@@ -53,7 +53,9 @@ def test_every_make_target_it_names_is_in_the_makefile() -> None:
 def test_its_python_runs(folder: Path) -> None:
     (code,) = blocks("python")
     assert run([sys.executable, "-c", code], folder) == (
-        "42 of 43 Linear modules (92.2% of the parameters) are wrapped: 42 with weight nvfp4, input nvfp4\n"
+        "92.2% of the parameters are wrapped, "
+        "in 42 of 43 Linear modules (4.0% are in no Linear, most in Embedding): "
+        "42 with weight nvfp4, input nvfp4\n"
     )
 
 
@@ -61,7 +63,12 @@ def test_its_recipes_plan_on_the_bundled_model(folder: Path) -> None:
     first, second = blocks("yaml")
     assert yaml.safe_load(first)["rules"][0]["exclude"] == ["layers.{0,-1}"]
     for text, wrapped in (
-        (first, "28 of 43 Linear modules (61.5% of the parameters) are wrapped: 28 with weight mxfp4, input mxfp4"),
+        (
+            first,
+            "61.5% of the parameters are wrapped, "
+            "in 28 of 43 Linear modules (4.0% are in no Linear, most in Embedding): "
+            "28 with weight mxfp4, input mxfp4",
+        ),
         (second, "18 with weight turned, input turned"),
         (second, "24 with weight square, input mxfp4-even"),
     ):

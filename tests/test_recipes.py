@@ -37,7 +37,7 @@ def words(text: str) -> list[str]:
 def test_a_shipped_recipe_plans_on_a_model_of_its_depth(name: str, qwen2_config: Make) -> None:
     depth = 28 if name.startswith("e13/") else 2
     plan = qsurgeon.plan(name, qwen2_config(num_hidden_layers=depth))
-    assert plan.summary == f"{182 if depth == 28 else 14} of {7 * depth + 1} Linear modules are wrapped"
+    assert f"in {182 if depth == 28 else 14} of {7 * depth + 1} Linear modules" in plan.summary
 
 
 @each_recipe

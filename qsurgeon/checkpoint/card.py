@@ -5,7 +5,6 @@ a card is its author's: the text is kept to the letter, and in the front matter 
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,18 +31,20 @@ _WITHOUT = {
 }
 
 
-def with_record(card: str, record: Record) -> str:
+def with_record(card: str, record: Record, summary: str) -> str:
     """Return ``card`` (Markdown with front matter, may be empty) saying once what ``record`` says of the model.
+
+    ``summary``: the headline of the model, see ``surgery.headline``.
 
     Raises: CheckpointError for a card whose front matter cannot be read.
     """
     data, text = _split(card)
     front = yaml.safe_dump(_merged(data, record), sort_keys=False, allow_unicode=True).strip()
-    section = _section(record)
+    section = _section(record, summary)
     if not _marked(SECTION).sub("", text).strip():
         body = _block(SECTION, f"# {_title(record)}\n\n{section}") + "\n"
     else:
-        body = _placed(_placed(text.strip("\n") + "\n", NOTICE, _notice(record), first=True), SECTION, section)
+        body = _placed(_placed(text.strip("\n") + "\n", NOTICE, _notice(record, summary), first=True), SECTION, section)
     return f"---\n{front}\n---\n\n{body}"
 
 
@@ -123,15 +124,15 @@ def _name(record: Record) -> str:
     return pinned[0] if pinned else record.source
 
 
-def _notice(record: Record) -> str:
+def _notice(record: Record, summary: str) -> str:
     what = _name(record) or "This model"
     return (
-        f"> **{what}, rewritten by qsurgeon:** {_summary(record)}: see [Number formats](#number-formats). Unless it "
+        f"> **{what}, rewritten by qsurgeon:** {summary}. See [Number formats](#number-formats). Unless it "
         "says otherwise, what is written here, and what was measured, is about the model before that."
     )
 
 
-def _section(record: Record) -> str:
+def _section(record: Record, summary: str) -> str:
     formats = _formats(record)
     rounded = any(how.weight for how in record.quantizations().values())
     stored = _STORED[record.storage] if rounded else "in full precision"
@@ -139,8 +140,9 @@ def _section(record: Record) -> str:
         [
             "## Number formats",
             "",
-            f"Rewritten by qsurgeon {record.qsurgeon_version}{_from(record)}: {_summary(record)}. Their weights are "
-            f"{stored} (`storage: {record.storage}`). All other modules are in full precision.",
+            f"Rewritten by qsurgeon {record.qsurgeon_version}{_from(record)}: {summary}. The weights of wrapped "
+            f"modules are {stored} (`storage: {record.storage}`). All other modules are in full "
+            "precision.",
             "",
             *_table(["modules", "n", "weight", "input", "gradient", "why"], _modules(record)),
             "",
@@ -170,20 +172,6 @@ def _from(record: Record) -> str:
     name, commit = pinned
     page = f"https://huggingface.co/{name}"
     return f" from [{name}]({page}/tree/{commit}) at commit `{commit[:12]}`" if commit else f" from [{name}]({page})"
-
-
-def _summary(record: Record) -> str:
-    """Return how many modules compute in which formats: what one should know of a model, in a line."""
-    kinds = Counter((how.weight_name, how.input_name) for how in record.quantizations().values())
-    words = {one: f"with weights in {_in_words(one[0])} and inputs in {_in_words(one[1])}" for one in kinds}
-    head = f"{kinds.total()} Linear modules compute"
-    if len(kinds) == 1:
-        return f"{head} {words.popitem()[1]}"
-    return f"{head} in other formats, {', '.join(f'{n} {words[one]}' for one, n in kinds.items())}"
-
-
-def _in_words(name: str) -> str:
-    return "full precision" if name == AS_IT_IS else name
 
 
 def _formats(record: Record) -> dict[str, Format]:

@@ -32,6 +32,7 @@ from qsurgeon.places import CONFIG, OFFLINE, missing, model_here
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import read_config
 from qsurgeon.version import __version__
+from qsurgeon.visible import one_line
 
 # What belongs beside the weights: settings, tokenizers, chat templates, the model card and the license.
 BESIDE = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.bpe", "LICENSE*", "NOTICE*")
@@ -116,12 +117,12 @@ def origin(model: str | Path) -> str:
     """
     path = Path(model)
     if not str(model) or not path.exists():
-        return path.name if path.is_absolute() else str(model)
+        return one_line(path.name if path.is_absolute() else str(model))
     folder = path.resolve()
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return f"{repository.removeprefix('models--').replace('--', '/')}@{folder.name}"
-    return folder.name
+    return one_line(folder.name)  # of bytes that are not UTF-8, the halves of characters could not be written
 
 
 def hub_id(origin: str) -> tuple[str, str | None] | None:

@@ -174,7 +174,7 @@ def _prepare(
     names = names_in(model, tensors)
     layout = layout_of(plan, model, tensors, names, folder, options.max_shard_size)
     run = _run(plan, tensors, folder, options)
-    card = with_record(_text(folder / CARD), record_of(plan, __version__, origin))
+    card = with_record(_text(folder / CARD), record_of(plan, __version__, origin), plan.summary)
     beside = sum((folder / one).stat().st_size for one in companions(folder))
     return _Work(plan, folder, origin, destination, config, card, tensors, layout, beside, names, run)
 

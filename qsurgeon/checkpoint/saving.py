@@ -16,7 +16,16 @@ from huggingface_hub import HfApi
 from qsurgeon.checkpoint.card import CARD, front_matter, with_record
 from qsurgeon.layers.compiling import uncompiled
 from qsurgeon.patching import Method
-from qsurgeon.surgery import QUANT_METHOD, Record, configs_in, current_record, inventory, is_ours, record_in
+from qsurgeon.surgery import (
+    QUANT_METHOD,
+    Record,
+    configs_in,
+    current_record,
+    headline_of,
+    inventory,
+    is_ours,
+    record_in,
+)
 
 
 def saving(save: Method) -> Method:
@@ -34,7 +43,7 @@ def saving(save: Method) -> Method:
         card = Path(save_directory) / CARD
         is_writer = self.should_save_on_this_rank(is_main_process)
         if record is not None and is_writer and card.parent.is_dir() and not card.exists():
-            card.write_text(with_record("", record), "utf-8")
+            card.write_text(with_record("", record, headline_of(self)), "utf-8")
         return done
 
     return save_what_is_there
@@ -53,7 +62,7 @@ def uploading(upload: Method) -> Method:
             # Where the repository has no card, all that transformers wrote are headings to be filled in.
             there = HfApi().file_exists(repo_id, CARD, token=kwargs.get("token"))
             text = card.read_text("utf-8")
-            card.write_text(with_record(text if there else front_matter(text), record), "utf-8")
+            card.write_text(with_record(text if there else front_matter(text), record, headline_of(self)), "utf-8")
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
     return upload_with_card

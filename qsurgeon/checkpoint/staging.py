@@ -23,7 +23,16 @@ def refuse_inside(final: Path, source: Path) -> None:
 
 
 def refuse_taken(final: Path) -> None:
-    """Do nothing if ``final`` is not there. Raises: CheckpointError if it is."""
+    """Do nothing if ``final`` is not there and can be. Raises: CheckpointError if it is; for a name that is no UTF-8.
+
+    safetensors opens no path with such a name: what was written there, nothing could load.
+    """
+    try:
+        str(final.absolute()).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{final}: a name that is not UTF-8, which safetensors cannot open; choose another"
+        ) from error
     if final.exists() or final.is_symlink():
         raise CheckpointError(f"{final} exists; name another folder, or remove it first")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
+from qsurgeon.cli.printing import echo, echo_line
 from qsurgeon.errors import CheckpointError, UsageError
 from qsurgeon.launch import run as become
 from qsurgeon.places import OFFLINE, expanded, is_id, missing, model_here, quoted
@@ -29,7 +30,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            typer.echo(f"interrupted{stop}", err=True)
+            echo_line(f"interrupted{stop}", err=True)
             raise typer.Exit(130) from stop
 
 
@@ -69,7 +70,7 @@ All = Annotated[bool, typer.Option("--all", help="One line a module, also where 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"qsurgeon {__version__}")
+        echo(f"qsurgeon {__version__}")
         raise typer.Exit
 
 
@@ -161,10 +162,10 @@ def apply(
         done = rewrite(loaded, source, destination, bar, options)
     if not bar.leads:
         return
-    typer.echo(f"{destination}: {report_of(done).summary}")
+    echo_line(f"{destination}: {report_of(done).summary}")
     for repo in reserved:
-        typer.echo(_pushed(destination, repo, private=not public))
-    typer.echo(f"see it with: qsurgeon inspect {quoted(destination)}", err=True)
+        echo_line(_pushed(destination, repo, private=not public))
+    echo_line(f"see it with: qsurgeon inspect {quoted(destination)}", err=True)
 
 
 @app.command()
@@ -187,8 +188,8 @@ def merge(
 
     with Bar("merging") as bar:
         done = fold(adapter, output, model, bar)
-    typer.echo(json.dumps(done.to_dict(), indent=2) if as_json else merge_text(done, fold=not every, width=_width()))
-    typer.echo(f"load it with: qsurgeon.load({output!r})", err=True)
+    echo(json.dumps(done.to_dict(), indent=2) if as_json else merge_text(done, fold=not every, width=_width()))
+    echo_line(f"load it with: qsurgeon.load({output!r})", err=True)
 
 
 @app.command()
@@ -225,7 +226,7 @@ def formats(
 
         get_format(name)
     rows = [row for row in format_rows() if name is None or name in row.names]
-    typer.echo(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else formats_text(rows))
+    echo(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else formats_text(rows, _width()))
 
 
 @app.command()
@@ -234,21 +235,16 @@ def recipes(
 ) -> None:
     """List the shipped recipes, or print one to start from."""
     if name is not None:
-        typer.echo(find_recipe(name).read_text("utf-8"), nl=False)
+        echo(find_recipe(name).read_text("utf-8"), nl=False)
         return
     rows = {one: file.read_text("utf-8").splitlines()[0].lstrip("# ") for one, file in shipped_recipes().items()}
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        echo(json.dumps(rows, indent=2))
         return
 
-    from rich.table import Table
+    from qsurgeon.report.tables import Column, table_text
 
-    from qsurgeon.report.tables import rendered
-
-    table = Table("recipe", "what it does", box=None, pad_edge=False)
-    for one, text in rows.items():
-        table.add_row(one, text)
-    typer.echo(rendered(table))
+    echo(table_text([Column("recipe", [*rows]), Column("what it does", [*rows.values()])]))
 
 
 @app.command()
@@ -256,7 +252,7 @@ def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from qsurgeon.recipe import Recipe
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
 # Options behind the command's first word are the command's, also without `--`.
@@ -277,7 +273,7 @@ def _pushed(folder: str, repo: str, *, private: bool) -> str:
     try:
         return push(folder, repo, private=private)
     except (CheckpointError, ConnectionError):
-        typer.echo(f"{folder} is whole; upload it with: hf upload {repo} {quoted(folder)}", err=True)
+        echo_line(f"{folder} is whole; upload it with: hf upload {repo} {quoted(folder)}", err=True)
         raise
 
 
@@ -315,9 +311,9 @@ def _print_report(report: "Report", as_json: bool, every: bool) -> None:
     from qsurgeon.report.rows import report_text
 
     if as_json:
-        typer.echo(report.to_json())
+        echo(report.to_json())
         return
-    typer.echo(report_text(report, fold=not every, width=_width()))
+    echo(report_text(report, fold=not every, width=_width()))
 
 
 def _width() -> int | None:

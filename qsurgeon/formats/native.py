@@ -1,9 +1,11 @@
 """The CPU kernels: native.cpp compiled with a format's numbers, once for each format and dtype, kept on disk.
 
 The compiler is ``$CXX``, else c++, g++ or clang++. What it makes is kept under ``$QSURGEON_CACHE``, else in
-``qsurgeon`` under ``$XDG_CACHE_HOME`` or ``~/.cache``, by a name that depends on all that it was made from.
+``qsurgeon`` under ``$XDG_CACHE_HOME`` or ``~/.cache``, by a name that depends on all that it was made from. A folder
+that anybody else can write to is not used: then each process compiles for itself.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import math
@@ -25,7 +27,9 @@ from torch import Tensor
 from qsurgeon.errors import ShapeError
 from qsurgeon.formats.element import Element, FloatElement
 from qsurgeon.formats.fields import Fields
+from qsurgeon.formats.private import NotPrivateError, private_folder, read_private
 from qsurgeon.formats.scale import POWER_RULES, ElementScale, PowerOfTwoScale, WideScale
+from qsurgeon.visible import one_line
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 SMALL = 1 << 15  # values below which a second thread costs more than it gives
@@ -123,44 +127,65 @@ def _load(fields: Fields, dtype: torch.dtype) -> Library | None:
     defines = [f"-D{key}={value}" for key, value in constants(fields, dtype).items()]
     text = [file.read_text("utf-8") for file in (_SOURCE, _HEADER)]
     made_from = "\0".join([*text, name, *command, *defines, processor()])
+    what = f"the CPU kernel of {fields.name}, {str(dtype).removeprefix('torch.')}"
+    file = f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
     try:
-        folder = cache_folder()
-        file = folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
-        if not _is_whole(file):
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(file.with_suffix(".lock")):
-                if not _is_whole(file):
-                    what = f"{fields.name}, {str(dtype).removeprefix('torch.')}"
-                    say(f"compiling the CPU kernel of {what}: some seconds, once; kept in {folder}")
-                    _compile([*command, *defines], file)
-        return Library(file)
-    except (OSError, subprocess.SubprocessError) as error:
+        try:
+            return _kept(private_folder(cache_folder()) / file, [*command, *defines], what)
+        except NotPrivateError as error:
+            _keep_nothing(str(error))
+        return _passing(file, [*command, *defines], what)
+    except (OSError, NotPrivateError, subprocess.SubprocessError) as error:
         _fall_back(_reason(error))
         return None
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _kept(file: Path, command: list[str], what: str) -> Library:
+    """Return the kernels in ``file``, in a private folder; made first if they are not there, or not whole."""
+    if not _is_whole(file):
+        with FileLock(file.with_suffix(".lock")):
+            if not _is_whole(file):
+                say(f"compiling {what}: some seconds, once; kept in {file.parent}")
+                _compile(command, file)
+    return Library(file)
+
+
+def _passing(name: str, command: list[str], what: str) -> Library:
+    """Return kernels from a file that is gone as soon as they are loaded, out of a folder that is this call's own."""
+    with tempfile.TemporaryDirectory(prefix="qsurgeon-") as folder:
+        file = private_folder(Path(folder).absolute()) / name
+        say(f"compiling {what}: some seconds")
+        _compile(command, file)
+        return Library(file)
+
+
+@cache
+def _keep_nothing(reason: str) -> None:
+    """Say, once for each reason, that every process waits for the compiler."""
+    say(
+        f"compiled CPU kernels are not kept, and none is loaded that was: {reason}. "
+        "Set QSURGEON_CACHE to a folder that you alone can write to"
+    )
 
 
 def _is_whole(file: Path) -> bool:
     """Return whether ``file`` is as it was compiled: loading what a full disk or a crash cut short is fatal."""
-    sum = file.with_suffix(".sha256")
-    return file.is_file() and sum.is_file() and sum.read_bytes() == _digest(file).encode()
+    made, sum = read_private(file), read_private(file.with_suffix(".sha256"))
+    return made is not None and sum == hashlib.sha256(made).hexdigest().encode()
 
 
 def _compile(command: list[str], file: Path) -> None:
     """Make ``file`` and its checksum appear whole: another process may be waiting for them."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
+        made, sum = Path(folder) / file.name, Path(folder) / "sum"
         subprocess.run(
             [*command, str(_SOURCE), "-o", str(made)],
             check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS,
         )  # fmt: skip
-        made.replace(file)
-        sum = Path(folder) / "sum"
-        sum.write_text(_digest(file), "utf-8")
-        sum.replace(file.with_suffix(".sha256"))
+        sum.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), "utf-8")
+        for one, place in ((made, file), (sum, file.with_suffix(".sha256"))):
+            one.chmod(0o600)  # whatever the umask says
+            one.replace(place)
 
 
 @cache
@@ -169,7 +194,11 @@ def compiler() -> tuple[str, list[str] | None]:
 
     A command is tried on an empty program; the reason why none works is said once.
     """
-    known = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    try:
+        known = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    except ValueError as error:
+        _fall_back(f"CXX is no command: {str(error).lower()}: {os.environ['CXX']}")
+        return "", None
     found = next((words for words in known if words and shutil.which(words[0])), None)
     if found is None:
         _fall_back(f"no C++ compiler is there ({', '.join(map(shlex.join, known))})")
@@ -203,8 +232,11 @@ def _fall_back(reason: str) -> None:
 
 
 def say(message: str) -> None:
-    """Tell the user something on stderr that no result depends on."""
-    print(f"qsurgeon: {message}", file=sys.stderr, flush=True)  # noqa: T201  # progress belongs on stderr
+    """Tell the user something on stderr that no result depends on, in one line."""
+    if sys.stderr is None:  # a program without one; print would write to stdout
+        return
+    with contextlib.suppress(OSError):  # a pipe that nobody reads any more, a disk that is full
+        print(f"qsurgeon: {one_line(message)}", file=sys.stderr, flush=True)  # noqa: T201  # progress belongs on stderr
 
 
 @cache
@@ -220,11 +252,12 @@ def processor() -> str:
 
 def cache_folder() -> Path:
     """Return the folder where compiled kernels are kept."""
-    if os.environ.get("QSURGEON_CACHE"):
-        return Path(os.environ["QSURGEON_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "qsurgeon"
+        if os.environ.get("QSURGEON_CACHE"):
+            return Path(os.environ["QSURGEON_CACHE"]).expanduser()
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        # A relative one is to be ignored, says the specification: it would lie in whatever folder one happens to be in.
+        return (base if base.is_absolute() else Path.home() / ".cache") / "qsurgeon"
     except RuntimeError as error:  # a user without a home, in a container
         raise OSError(f"{error} Set QSURGEON_CACHE to a folder that can be written.") from error
 

@@ -6,13 +6,13 @@ from typing import Any
 from qsurgeon.formats.native import say
 from qsurgeon.launch import VARIABLE
 from qsurgeon.layers import Quantization, quant_linears
-from qsurgeon.surgery import inventory
+from qsurgeon.surgery import headline_of
 
 _said: set[str] = set()
 
 
 def announce(model: Any) -> None:
-    """Say how many modules of a model are wrapped, and by which rules of the recipe.
+    """Say how much of a model is wrapped, and by which rules of the recipe.
 
     Nothing is said outside of ``qsurgeon run``, nor what this process has said before. A model in which nothing is
     wrapped is announced as well, and at once: at the end of a long run it would be too late to know.
@@ -23,14 +23,14 @@ def announce(model: Any) -> None:
     # With the process id in it, a forked child does not take for said what its parent said.
     who = f"pid {os.getpid()}" if rank is None else f"pid {os.getpid()} (rank {rank})"
     name = type(model).__name__
-    linears = sum(module.linear and not module.adapter for module in inventory(model))
+    what = headline_of(model)
     wrapped = quant_linears(model).values()
     if wrapped:
         rules = ", ".join(dict.fromkeys(_named(layer.quantization) for layer in wrapped))
-        line = f"{who}: {name}: {len(wrapped)} of {linears} Linear modules wrapped (recipe rules: {rules})"
+        line = f"{who}: {name}: {what} (recipe rules: {rules})"
     else:
         origin = getattr(getattr(model, "config", None), "name_or_path", "")
-        line = f"{who}: {name}{f' from {origin}' if origin else ''}: none of {linears} Linear modules wrapped"
+        line = f"{who}: {name}{f' from {origin}' if origin else ''}: {what}"
     if line not in _said:
         _said.add(line)
         say(line)

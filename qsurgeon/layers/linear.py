@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from qsurgeon.errors import SurgeryError
+from qsurgeon.layers.export import refuse_export, refuse_script
 from qsurgeon.layers.phases import is_active
 from qsurgeon.layers.product import quantized_linear
 from qsurgeon.layers.quantization import Quantization
@@ -60,6 +61,7 @@ class QuantLinear(nn.Linear):
         is_split = type(weight) is not Parameter and is_sharded(weight)
         if not is_active(self, how.phases):
             return nn.functional.linear(on_mesh(input, weight) if is_split else input, weight, self.bias)
+        refuse_export(self.training)
         if is_split:
             return sharded_linear(input, weight, self.bias, self._described())
         rows, columns = weight.shape
@@ -69,6 +71,11 @@ class QuantLinear(nn.Linear):
 
     def _described(self) -> Layer:
         return Layer(self.name or type(self).__name__, self.in_features, self.out_features, self.quantization)
+
+    # torch.jit.script (seen in torch 2.13) asks each module for what stands for it in a script.
+    def __prepare_scriptable__(self) -> None:
+        """Refuse to be scripted. Raises: ExportError."""
+        refuse_script()
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""

@@ -11,6 +11,7 @@ from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.formats.stored import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
 from qsurgeon.layers.codes import Codes, plain
+from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.linear import QuantLinear, quant_linears
 from qsurgeon.layers.phases import During, without
 from qsurgeon.layers.product import packed_format, packed_linear
@@ -130,6 +131,7 @@ class PackedLinear(QuantLinear):
         """Return q(x) · q(W)ᵀ + b. Raises: ShapeError for an input of another length or of whole numbers."""
         if input.shape[-1] != self.in_features:
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
+        refuse_export(self.training)
         stored = self.stored
         with torch._C.DisableTorchFunctionSubclass():  # of Codes
             if is_sharded(stored[WEIGHT]):

@@ -6,24 +6,55 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 Item = TypeVar("Item")
+_MARK = "\n"  # for a number, in a name without its numbers
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def folded(
     items: Iterable[Item], name: Callable[[Item], str], alike: Callable[[Item], object]
 ) -> list[tuple[str, list[Item]]]:
-    """Return (name, items) of those that are alike, and whose names are but for the numbers in them."""
-    groups: dict[tuple[str, object], list[Item]] = defaultdict(list)
+    """Return (name, items) of those that are alike, and whose names are but for the numbers in them.
+
+    A name is a pattern that names its items and no other number: where layers differ in which numbers they have, there
+    are several.
+    """
+    groups: dict[tuple[str, object], dict[tuple[int, ...], list[Item]]] = defaultdict(lambda: defaultdict(list))
     for one in items:
-        groups[_NUMBER.sub("#", name(one)), alike(one)].append(one)
-    return [(_shared_name([name(one) for one in group]), group) for group in groups.values()]
+        numbers = tuple(map(int, _NUMBER.findall(name(one))))
+        groups[_NUMBER.sub(_MARK, name(one)), alike(one)][numbers].append(one)
+    return [
+        (
+            _with_numbers(form, product),
+            [one for numbers in sorted(those) if _is_in(numbers, product) for one in those[numbers]],
+        )
+        for (form, _), those in groups.items()
+        for product in _products(set(those))
+    ]
 
 
-def _shared_name(names: list[str]) -> str:
+def _products(rows: set[tuple[int, ...]]) -> list[tuple[frozenset[int], ...]]:
+    """Return the sets of numbers, one for each column, whose products are ``rows``, all of them and nothing else."""
+    if rows == {()}:
+        return [()]
+    rest: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+    for first, *more in rows:
+        rest[first].add(tuple(more))
+    sharing: dict[tuple[frozenset[int], ...], set[int]] = defaultdict(set)
+    for first in sorted(rest):
+        for product in _products(rest[first]):
+            sharing[product].add(first)
+    return [(frozenset(firsts), *product) for product, firsts in sharing.items()]
+
+
+def _is_in(numbers: tuple[int, ...], product: tuple[frozenset[int], ...]) -> bool:
+    return all(number in column for number, column in zip(numbers, product, strict=True))
+
+
+def _with_numbers(form: str, product: tuple[frozenset[int], ...]) -> str:
     """Return the one pattern for names that differ only in their numbers: ``layers.{0..27}.mlp``."""
-    columns = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)
-    spans = iter([_spans(sorted(set(column))) for column in columns])
-    return _NUMBER.sub(lambda _: next(spans), names[0])
+    parts = form.split(_MARK)
+    spans = [_spans(sorted(column)) for column in product]
+    return parts[0] + "".join(span + part for span, part in zip(spans, parts[1:], strict=True))
 
 
 def _spans(numbers: list[int]) -> str:

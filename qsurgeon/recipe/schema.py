@@ -84,7 +84,9 @@ class Rule(Section):
     name: Annotated[str, Field(min_length=1, description="What plan and inspect call the rule.")] | None = None
     target: tuple[PatternText, ...] = Field(min_length=1, description="Patterns of the modules to take.")
     types: tuple[Literal["Linear"], ...] = Field(("Linear",), min_length=1, description="Kinds of modules to take.")
-    exclude: tuple[PatternText, ...] = Field((), description="Patterns of the modules to leave.")
+    exclude: tuple[PatternText, ...] = Field(
+        (), description="Patterns of the modules to leave; <output_head>? names the output head."
+    )
     weight: str | None = Field(None, description="Format of the weight; without it the weight stays as it is.")
     input: str | None = Field(None, description="Format of the input; without it the input stays as it is.")
     gradient: Gradient = Field("ste", description="How the gradient passes the rounding.")

@@ -3,12 +3,15 @@
 A pattern is a dotted run of component globs. It names a module when it equals consecutive whole components
 anywhere in the module's full name, and with it everything beneath: ``layers.1`` is never ``layers.10``, ``gate`` is
 never ``gate_proj``, and ``lm_head`` finds ``language_model.lm_head``.
+
+A role in angle brackets, ``<output_head>``, names what plays that role in the model, whatever it is called there. The
+model knows which modules these are, and whoever makes a Namespace tells it.
 """
 
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -20,6 +23,9 @@ _WORD = re.compile(r"[\w*-]+")
 _INTEGER = re.compile(r"-?\d+")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _MOST_NUMBERS = 10_000
+_ROLE = re.compile(r"<([^<>]*)>")
+OUTPUT_HEAD = "output_head"
+ROLES = {OUTPUT_HEAD: "what computes the model's outputs from its last hidden states"}
 _LEFT = "what a rule shall leave stands in its 'exclude'"
 _MOST_TRANSLATED = 200  # characters of a text that is no pattern
 
@@ -77,11 +83,12 @@ ANY_DEPTH = Alternative("**")
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed pattern: for each component, the ways it may read."""
+    """A parsed pattern: for each component, the ways it may read; or the role that it names, and no component."""
 
     text: str
     components: tuple[Component, ...]
     optional: bool
+    role: str | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -102,6 +109,8 @@ def parse_pattern(text: str) -> Pattern:
 def _parsed(text: str, body: str) -> Pattern:
     if body.startswith("re:") or re.search(r"[\\^$()|+\[\]]", body):
         raise ValueError("patterns are globs, not regular expressions; '*', '**' and '{a,b}' are known")
+    if "<" in body or ">" in body:
+        return Pattern(text, (), text.endswith("?"), _role(body))
     parts = _COMPONENT.findall(body)
     if ".".join(parts) != body:
         raise ValueError(_complaint(body))
@@ -154,6 +163,15 @@ def in_yaml(text: str) -> str:
 def check_pattern(text: str) -> str:
     """Return ``text`` if it is a pattern. Raises: ValueError as ``parse_pattern``."""
     return parse_pattern(text).text
+
+
+def _role(body: str) -> str:
+    known = {f"<{name}>": name for name in ROLES}
+    if _ROLE.search(body) and not _ROLE.fullmatch(body):
+        raise ValueError(f"a role such as <{OUTPUT_HEAD}> stands alone, without other components")
+    if body not in known:
+        raise ValueError(f"angle brackets hold a role; {nearest(body, known)}")
+    return known[body]
 
 
 def _complaint(body: str) -> str:
@@ -222,10 +240,11 @@ class Match:
 
 
 class Namespace:
-    """The module names of one model, to select from."""
+    """The module names of one model, to select from; ``roles`` says which of them play which role."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], roles: Mapping[str, Iterable[str]] | None = None) -> None:
         self.names = tuple(names)
+        self._roles = {role: frozenset(those) for role, those in (roles or {}).items()}
         self._split = [tuple(name.split(".")) for name in self.names]
         self._sizes: dict[tuple[str, ...], int] = defaultdict(int)
         for parts in self._split:
@@ -236,6 +255,8 @@ class Namespace:
 
     def match(self, pattern: Pattern) -> Match:
         """Return the modules ``pattern`` names, in no order, and which of its alternatives name none."""
+        if pattern.role is not None:
+            return Match(self._roles.get(pattern.role, frozenset()), ())
         found: set[str] = set()
         used: list[set[tuple[Alternative | Span, str]]] = [set() for _ in pattern.components]
         for name, parts in zip(self.names, self._split, strict=True):
@@ -267,6 +288,8 @@ class Namespace:
 
     def hint(self, pattern: Pattern) -> str:
         """Return the end of a message on a pattern that names nothing: the nearest names there are."""
+        if pattern.role is not None:
+            return f"the model says of no module that it is {ROLES[pattern.role]}"
         known = {part for parts in self._split for part in parts if not part.isdecimal()}
         better = self._better(pattern.text, known)
         if better is not None:

@@ -4,12 +4,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
 from qsurgeon.formats import CATALOG, Format
 from qsurgeon.formats.fields import NONE, shown
 from qsurgeon.formats.quality import SAMPLES, reached
-from qsurgeon.report.tables import rendered
+from qsurgeon.report.tables import Column, left_out, narrowed, table_text, wrapped
 
 
 @dataclass(frozen=True)
@@ -48,28 +46,28 @@ def format_rows() -> list[FormatRow]:
     ]
 
 
-def formats_text(rows: list[FormatRow]) -> str:
-    """Return the rows as a table, and what its numbers mean."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("format", "element"):
-        table.add_column(name)
-    table.add_column("bits", justify="right")
-    for name in ("block", "scale", "rule", "tensor scale"):
-        table.add_column(name)
-    for name in ("largest", "smallest", *(f"dB, {name}" for name in SAMPLES)):
-        table.add_column(name, justify="right")
-    for row in rows:
-        format = row.format
-        table.add_row(
-            " = ".join(row.names), format.element.name, f"{format.bits:.4g}", shown(format.block),
-            format.scale.name if format.scale else NONE, format.scale_rule or NONE, format.tensor_scale,
-            f"{format.largest:.3g}", f"{format.smallest:.3g}", *(f"{one:.1f}" for one in row.sqnr.values()),
-        )  # fmt: skip
-    return (
-        f"{rendered(table)}\n\n"
-        "bits: per value, block scales counted. largest, smallest: magnitudes, in units of the tensor scale if any.\n"
-        "dB: signal over quantization noise of a weight, Gaussian and heavy-tailed (Student's t, 4 degrees of freedom)"
-        ".\n"
-        "tensor scale by_role: one for a weight, one a row for an input; in Python, the format's as_weight, as_input.\n"
-        "A recipe changes any field: formats: {mine: {like: mxfp4, block: 16}}; see `qsurgeon schema`."
-    )
+def formats_text(rows: list[FormatRow], width: int | None = None) -> str:
+    """Return the rows as a table, no wider than ``width`` if it can be, and what its numbers mean."""
+    formats = [row.format for row in rows]
+    columns = [
+        Column("format", [" = ".join(row.names) for row in rows]),
+        Column("element", [one.element.name for one in formats]),
+        Column("bits", [f"{one.bits:.4g}" for one in formats], right=True),
+        Column("block", [shown(one.block) for one in formats]),
+        Column("scale", [one.scale.name if one.scale else NONE for one in formats]),
+        Column("rule", [one.scale_rule or NONE for one in formats]),
+        Column("tensor scale", [one.tensor_scale for one in formats]),
+        Column("largest", [f"{one.largest:.3g}" for one in formats], right=True),
+        Column("smallest", [f"{one.smallest:.3g}" for one in formats], right=True),
+        *(Column(f"dB, {name}", [f"{row.sqnr[name]:.1f}" for row in rows], right=True) for name in SAMPLES),
+    ]
+    columns, gone = narrowed(columns, width, ("smallest", "largest", "tensor scale", "rule", "scale"))
+    notes = [left_out(gone), ""] if gone else []
+    notes += [
+        "bits: per value, block scales counted. largest, smallest: magnitudes, in units of the tensor scale if any.",
+        "dB: signal over quantization noise of a weight, Gaussian and heavy-tailed (Student's t, 4 degrees of "
+        "freedom).",
+        "tensor scale by_role: one for a weight, one a row for an input; in Python, the format's as_weight, as_input.",
+        "A recipe changes any field: formats: {mine: {like: mxfp4, block: 16}}; see `qsurgeon schema`.",
+    ]
+    return f"{table_text(columns, width)}\n\n{wrapped(chr(10).join(notes), width)}"

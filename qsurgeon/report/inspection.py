@@ -14,7 +14,7 @@ from qsurgeon.arguments import check_model
 from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_linears, quant_linears
 from qsurgeon.layers.compiling import eagerly
-from qsurgeon.report.rows import Report, Row
+from qsurgeon.report.rows import Report, Row, mark_large
 from qsurgeon.surgery import (
     Excluded,
     Plan,
@@ -30,7 +30,6 @@ from qsurgeon.surgery import (
 
 NOT_CALLED = "never called by the example: its parent computes past it"
 NONE: Mapping[str, str] = MappingProxyType({})
-LARGE = 0.01  # of all parameters: a module that no rule names and that holds more is pointed out
 
 
 def report_of(plan: Plan, source: str = "") -> Report:
@@ -118,19 +117,16 @@ def _report(
     past: Mapping[str, str] = NONE,
     wrong: Mapping[str, str] = NONE,
 ) -> Report:
-    steps = tuple(steps)
-    everything = sum(step.module.parameters for step in steps) or 1
-    rows = (_row(step, everything, called, past, wrong) for step in steps if step.why)
+    shown = [step for step in steps if step.why]
+    undecided = [step.fate is None and not step.module.adapter for step in shown]
+    rows = mark_large([_row(step, called, past, wrong) for step in shown], undecided)
     return Report(tuple(rows), storage, source)
 
 
-def _row(
-    step: Step, everything: int, called: set[str] | None, past: Mapping[str, str], wrong: Mapping[str, str]
-) -> Row:
+def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Mapping[str, str]) -> Row:
     module, how = step.module, step.quantization
     was_called = None if called is None or how is None else module.path in called
     stored = 8 * module.bytes / module.parameters if module.parameters else None
-    named = how is not None or isinstance(step.fate, Excluded)
     remarks = [step.why]
     if module.tied_to is not None:
         remarks.append(f"tied to {module.tied_to}")
@@ -153,8 +149,9 @@ def _row(
         module.bytes,
         module.linear and not module.adapter,
         was_called,
-        not named and not module.adapter and module.parameters >= LARGE * everything,
-        module.path in past,
-        module.path in wrong,
-        how.when if how else "",
+        bypassed=module.path in past,
+        misread=module.path in wrong,
+        when=how.when if how else "",
+        adapter=module.adapter,
+        tower=module.tower,
     )

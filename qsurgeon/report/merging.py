@@ -1,26 +1,29 @@
 """What a merge changed, as a table."""
 
-from rich.table import Table
-
 from qsurgeon.merging import Change, Merged, total
 from qsurgeon.recipe.fold import folded
-from qsurgeon.report.tables import rendered
+from qsurgeon.report.tables import Column, left_out, narrowed, table_text, wrapped
+from qsurgeon.visible import one_line
 
 
 def merge_text(merged: Merged, *, fold: bool = True, width: int | None = None) -> str:
     """Return the changes as a table and its totals; ``fold`` makes one line of modules that differ in a number."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("module", overflow="fold", no_wrap=True)
-    table.add_column("n", justify="right")
-    for name in ("shape", "weight"):
-        table.add_column(name)
-    for name in ("ΔW/W", "codes changed", "dB"):
-        table.add_column(name, justify="right")
     groups = _folded(merged.changes) if fold else [(one.module, [one]) for one in merged.changes]
-    for name, alike in groups:
-        one = total(alike, name)
-        table.add_row(name, str(len(alike)), "×".join(map(str, one.shape)), one.weight, *_numbers(one))
-    return f"{rendered(table, width)}\n\n{_totals(merged)}"
+    totals = [total(alike, name) for name, alike in groups]
+    numbers = [_numbers(one) for one in totals]
+    columns = [
+        Column("module", [name for name, _ in groups]),
+        Column("n", [str(len(alike)) for _, alike in groups], right=True),
+        Column("shape", ["x".join(map(str, one.shape)) for one in totals]),
+        Column("weight", [one.weight for one in totals]),
+        *(
+            Column(head, [one[place] for one in numbers], right=True)
+            for place, head in enumerate(("ΔW/W", "codes changed", "dB"))
+        ),
+    ]
+    columns, gone = narrowed(columns, width, ("shape",))
+    notes = [left_out(gone)] if gone else []
+    return "\n\n".join([table_text(columns, width), wrapped("\n".join([*notes, _totals(merged)]), width)])
 
 
 def _numbers(one: Change) -> tuple[str, str, str]:
@@ -39,7 +42,7 @@ def _totals(merged: Merged) -> str:
     lines.append(
         "dB: q(W + ΔW), which the merged layer computes with, against q(W) + ΔW, which the adapter trained with"
     )
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _folded(changes: tuple[Change, ...]) -> list[tuple[str, list[Change]]]:

@@ -3,14 +3,16 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-from rich.table import Table
 
 from qsurgeon.layers import AS_IT_IS
 from qsurgeon.recipe.fold import folded
-from qsurgeon.report.tables import rendered
+from qsurgeon.report.tables import Column, left_out, narrowed, natural_width, table_text, wrapped
+from qsurgeon.surgery import Part, Tower, headline, in_words, percent
+from qsurgeon.visible import one_line
+
+LARGE = 0.01  # of all parameters: modules that no rule names and that hold more are pointed out
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,44 @@ class Row:
     misread: bool = False
     when: str = ""
     rounds: bool | None = None
+    adapter: bool = False
+    tower: Tower | None = None
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether it computes in another format."""
+        return self.gradient != AS_IT_IS
+
+    @property
+    def part(self) -> Part:
+        """Its part in the headline."""
+        how = in_words(self.weight, self.input, self.when) if self.is_wrapped else ""
+        return Part(self.parameters, self.kind, self.linear, self.adapter, how)
+
+
+@dataclass(frozen=True)
+class Large:
+    """Modules that no rule decided about, alike but for numbers or names: how many, and their share of all parameters.
+
+    module: one pattern for them, or nothing where no pattern is.
+    """
+
+    module: str
+    kind: str
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A part of a model that reads no text, and how much of it is wrapped; ``share``: of all parameters."""
+
+    module: str
+    kind: str
+    reads: str
+    wrapped: int
+    linears: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -55,7 +95,7 @@ class Report:
     @property
     def wrapped(self) -> int:
         """How many modules compute in another format."""
-        return sum(row.gradient != AS_IT_IS for row in self.rows)
+        return sum(row.is_wrapped for row in self.rows)
 
     @property
     def linears(self) -> int:
@@ -87,8 +127,30 @@ class Report:
 
     @property
     def unnamed(self) -> tuple[Row, ...]:
-        """The large modules that no rule decided about, largest first."""
+        """The modules that no rule decided about and that are large, alone or with others of their kind."""
         return tuple(sorted((row for row in self.rows if row.large), key=lambda row: -row.parameters))
+
+    @property
+    def large(self) -> tuple["Large", ...]:
+        """The same, those together that differ in a number, or in their name alone; largest first."""
+        return _large(self.unnamed, self.parameters)
+
+    @property
+    def towers(self) -> tuple["Reached", ...]:
+        """The parts that read images, sound or the like, and have wrapped modules."""
+        found = {row.tower: [one for one in self.rows if one.tower == row.tower] for row in self.rows if row.tower}
+        return tuple(
+            Reached(
+                tower.name,
+                tower.kind,
+                tower.reads,
+                sum(row.is_wrapped for row in rows),
+                sum(row.linear for row in rows),
+                sum(row.parameters for row in rows if row.is_wrapped) / self.parameters,
+            )
+            for tower, rows in found.items()
+            if any(row.is_wrapped for row in rows)
+        )
 
     @property
     def summary(self) -> str:
@@ -96,30 +158,17 @@ class Report:
 
         Of a live model it says too what does not round at this moment: in another phase, or inside ``disabled``.
         """
-        kinds: dict[tuple[str, str, str], int] = defaultdict(int)
-        for row in self.rows:
-            if row.gradient != AS_IT_IS:
-                kinds[row.weight, row.input, row.when] += 1
-        if not kinds:
-            return f"full precision: none of {self.linears} Linear modules is wrapped"
-        parts = [
-            f"{n} with weight {weight}, input {input_}{f', {when}' if when else ''}"
-            for (weight, input_, when), n in kinds.items()
-        ]
-        share = sum(row.parameters for row in self.rows if row.gradient != AS_IT_IS) / self.parameters
-        uncalled = sum(row.called is False for row in self.rows)
+        remarks = []
         past = sum(row.bypassed for row in self.rows)
         if past:
-            parts.append(f"past {past} of them adapters compute in full precision")
+            remarks.append(f"past {past} of them adapters compute in full precision")
         misread = sum(row.misread for row in self.rows)
         if misread:
-            parts.append(f"on {misread} of them adapters take codes for values")
+            remarks.append(f"on {misread} of them adapters take codes for values")
+        uncalled = sum(row.called is False for row in self.rows)
         if uncalled:
-            parts.append(f"{uncalled} of them were never called")
-        return (
-            f"{self.wrapped} of {self.linears} Linear modules ({share:.1%} of the parameters) are wrapped"
-            f"{self._resting}: {'; '.join(parts)}"
-        )
+            remarks.append(f"{uncalled} of them were never called")
+        return headline((row.part for row in self.rows), remarks, self._resting)
 
     @property
     def _resting(self) -> str:
@@ -134,9 +183,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON-ready values."""
-        rows = [{**vars(row), "shape": list(row.shape)} for row in self.rows]
+        rows = [
+            {**vars(row), "shape": list(row.shape), "tower": row.tower.name if row.tower else None} for row in self.rows
+        ]
         return {
             "source": self.source,
+            "summary": self.summary,
             "storage": self.storage,
             "phase": self.phase,
             "wrapped": self.wrapped,
@@ -146,6 +198,8 @@ class Report:
             "bytes": self.bytes,
             "bytes_after": self.bytes_after,
             "unnamed": [row.module for row in self.unnamed],
+            "large": [vars(one) for one in self.large],
+            "towers": [vars(one) for one in self.towers],
             "modules": rows,
         }
 
@@ -158,38 +212,82 @@ class Report:
 
 
 def report_text(report: Report, *, fold: bool = True, width: int | None = None) -> str:
-    """Return the report as a table and its totals; ``fold`` makes one line of modules that differ in a number."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("module", overflow="fold", no_wrap=True)
-    table.add_column("n", justify="right")
-    for name in ("kind", "shape", "weight", "input", "gradient"):
-        table.add_column(name)
-    table.add_column("bits", justify="right")
-    table.add_column("MB", justify="right")
-    table.add_column("why", overflow="fold")
-    for name, rows in _folded(report.rows) if fold else [(row.module, [row]) for row in report.rows]:
-        row = rows[0]
-        shape = "×".join(map(str, row.shape))
-        bits = f"{row.bits:g}" if row.bits is not None else ""
-        size = f"{sum(one.bytes for one in rows) / 1e6:.1f}"
-        table.add_row(name, str(len(rows)), row.kind, shape, row.weight, row.input, row.gradient, bits, size, row.why)
-    return f"{rendered(table, width)}\n\n{totals_text(report)}"
+    """Return the report as a table and its totals; ``fold`` makes one line of modules that differ in a number.
+
+    width: of the terminal that it is read in. Where it is too narrow, the reasons become letters that are explained
+    below the table, some columns are left out, and long names are broken. Without a width nothing is.
+    """
+    groups = _folded(report.rows) if fold else [(row.module, [row]) for row in report.rows]
+    columns = _columns(groups)
+    legend: list[str] = []
+    if width is not None and natural_width(columns) > width:
+        columns, legend = _with_letters(columns)
+    columns, gone = narrowed(columns, width, ("shape", "kind"))
+    notes = [*legend, *([left_out(gone)] if gone else [])]
+    parts = [table_text(columns, width), *(["\n".join(notes)] if notes else []), totals_text(report)]
+    return "\n\n".join([parts[0], *(wrapped(part, width) for part in parts[1:])])
+
+
+def _columns(groups: Sequence[tuple[str, Sequence[Row]]]) -> list[Column]:
+    firsts = [rows[0] for _, rows in groups]
+    return [
+        Column("module", [name for name, _ in groups]),
+        Column("n", [str(len(rows)) for _, rows in groups], right=True),
+        Column("kind", [row.kind for row in firsts]),
+        Column("shape", ["x".join(map(str, row.shape)) for row in firsts]),
+        Column("weight", [row.weight for row in firsts]),
+        Column("input", [row.input for row in firsts]),
+        Column("gradient", [row.gradient for row in firsts]),
+        Column("bits", ["" if row.bits is None else f"{row.bits:g}" for row in firsts], right=True),
+        Column("MB", [f"{sum(one.bytes for one in rows) / 1e6:.1f}" for _, rows in groups], right=True),
+        Column("why", [row.why for row in firsts]),
+    ]
+
+
+def _with_letters(columns: Sequence[Column]) -> tuple[list[Column], list[str]]:
+    """Return columns that name each reason, with its gradient, by a letter, and the lines that explain the letters."""
+    by_head = {column.head: column for column in columns}
+    whys = [
+        why if gradient == AS_IT_IS else f"{why}, gradient {gradient}"
+        for why, gradient in zip(by_head["why"].cells, by_head["gradient"].cells, strict=True)
+    ]
+    letters = {why: _letter(place) for place, why in enumerate(dict.fromkeys(whys))}
+    kept = [column for column in columns if column.head not in ("gradient", "why")]
+    legend = [one_line(f"{letter}  {why}") for why, letter in letters.items()]
+    return [*kept, Column("why", [letters[why] for why in whys])], legend
+
+
+def _letter(place: int) -> str:
+    """Return the letter of a place: a, b, … z, aa, ab and so on."""
+    letter = chr(ord("a") + place % 26)
+    return letter if place < 26 else _letter(place // 26 - 1) + letter
 
 
 def totals_text(report: Report) -> str:
     """Return the totals of a report: what is wrapped, the share of parameters per format, what nobody named."""
     shares = ", ".join(
-        f"{'full precision' if name == '-' else name} {share:.1%}" for name, share in report.coverage.items()
+        f"{'full precision' if name == '-' else name} {percent(share)}" for name, share in report.coverage.items()
     )
-    lines = [report.summary, f"parameters: {shares}; {report.bits_per_weight:.2f} bits per weight"]
+    lines = [report.summary]
+    for one in report.towers:
+        lines.append(
+            f"wrapped with the rest: {one.module} ({one.kind}, which reads {one.reads}), {one.wrapped} of its "
+            f"{one.linears} Linear modules, {percent(one.share)} of the parameters"
+        )
+    lines.append(f"parameters: {shares}; {report.bits_per_weight:.2f} bits per weight")
     size = f"size: {_megabytes(report.bytes)}"
     if report.bytes_after not in (None, report.bytes):
         size += f" now, {_megabytes(report.bytes_after)} with {report.storage} weights"
     lines.append(size)
-    for name, rows in _folded(report.unnamed):
-        share = sum(row.parameters for row in rows) / report.parameters
-        lines.append(f"large, and stays as it is: {name} ({rows[0].kind}, {share:.1%} of the parameters)")
-    return "\n".join(lines)
+    for group in report.large:
+        what = group.kind if group.count == 1 else f"{group.count} {group.kind}"
+        share = f"{percent(group.share)} of the parameters"
+        lines.append(
+            f"large, and stays as it is: {group.module} ({what}, {share})"
+            if group.module
+            else f"large together, and stays as it is: {what} ({share})"
+        )
+    return "\n".join(map(one_line, lines))
 
 
 def _megabytes(count: int | None) -> str:
@@ -202,3 +300,37 @@ def _folded(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
         lambda row: row.module,
         lambda row: (row.kind, row.shape, row.weight, row.input, row.gradient, row.why, row.bits),
     )
+
+
+def mark_large(rows: Sequence[Row], undecided: Sequence[bool]) -> list[Row]:
+    """Return ``rows`` with those marked as large that no rule decided about, and that hold much of the parameters.
+
+    A module counts with those that differ from it in a number alone, and else with all of its kind. ``undecided``: for
+    each row, whether no rule decided about it.
+    """
+    everything = sum(row.parameters for row in rows) or 1
+    named = [row for row, is_open in zip(rows, undecided, strict=True) if is_open and row.parameters]
+    large = {row.module for one in _groups(named, everything) for row in one[2]}
+    return [replace(row, large=row.module in large) for row in rows]
+
+
+def _groups(rows: Sequence[Row], everything: int) -> list[tuple[str, str, list[Row]]]:
+    """Return (pattern or nothing, kind, rows) of those that hold more than ``LARGE`` of everything."""
+    found: list[tuple[str, str, list[Row]]] = []
+    rest: dict[str, list[Row]] = defaultdict(list)
+    for name, group in folded(rows, lambda row: row.module, lambda row: row.kind):
+        if _count(group) >= LARGE * everything:
+            found.append((name, group[0].kind, group))
+        else:
+            rest[group[0].kind] += group
+    found += [("", kind, group) for kind, group in rest.items() if _count(group) >= LARGE * everything]
+    return sorted(found, key=lambda one: -_count(one[2]))
+
+
+def _large(rows: Sequence[Row], everything: int) -> tuple[Large, ...]:
+    groups = _groups(rows, everything)
+    return tuple(Large(name, kind, len(group), _count(group) / everything) for name, kind, group in groups)
+
+
+def _count(rows: Sequence[Row]) -> int:
+    return sum(row.parameters for row in rows)

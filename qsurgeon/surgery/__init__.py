@@ -2,8 +2,9 @@
 
 from qsurgeon.surgery.adapters import bypassed, method_of, misread, objection, refuse_adapters
 from qsurgeon.surgery.current import Origin, current_record, exclusions, inherit, mark
+from qsurgeon.surgery.headline import Part, headline, headline_of, in_words, percent
 from qsurgeon.surgery.interrupts import uninterrupted
-from qsurgeon.surgery.inventory import Module, inventory, plain_model
+from qsurgeon.surgery.inventory import Module, Tower, inventory, plain_model
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
 from qsurgeon.surgery.quantized import configs_in, foreign_method, is_ours, refuse_foreign, refuse_quantized
@@ -17,9 +18,11 @@ __all__ = [
     "Excluded",
     "Module",
     "Origin",
+    "Part",
     "Plan",
     "Record",
     "Step",
+    "Tower",
     "architecture",
     "build_plan",
     "bypassed",
@@ -27,6 +30,9 @@ __all__ = [
     "current_record",
     "exclusions",
     "foreign_method",
+    "headline",
+    "headline_of",
+    "in_words",
     "inherit",
     "inventory",
     "is_ours",
@@ -36,6 +42,7 @@ __all__ = [
     "modules_of",
     "objection",
     "operate",
+    "percent",
     "plain_model",
     "read_config",
     "read_record",

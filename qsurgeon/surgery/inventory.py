@@ -6,7 +6,7 @@ name: ``_orig_mod``, ``base_model.model.`` and ``.base_layer`` are stripped, and
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -14,7 +14,17 @@ from torch import nn
 
 from qsurgeon.layers import PackedLinear, QuantLinear
 from qsurgeon.layers.compiling import HELD, compiled_from
+from qsurgeon.surgery.parts import output_heads, towers
 from qsurgeon.surgery.reader import Reader
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A sub-model that reads no text, inside a model that reads something else besides: its name, class and input."""
+
+    name: str
+    kind: str
+    reads: str
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,8 @@ class Module:
     the bytes that it takes. tied_to: the module that owns its weight, if that is another one.
     adapter: whether peft added it.
     shared: those of its parameters that another module owns. weight_bytes: what its weight takes, its own or shared.
+    output_head: whether it computes the model's outputs, or lies in what does. tower: the sub-model it belongs to, if
+    that reads no text (see ``parts``).
     readers: the code that takes its weight itself (see ``reads``), where that was asked for.
     """
 
@@ -43,6 +55,8 @@ class Module:
     adapter: bool
     shared: tuple[str, ...] = ()
     weight_bytes: int = 0
+    output_head: bool = False
+    tower: Tower | None = None
     readers: tuple[Reader, ...] = ()
 
 
@@ -50,11 +64,27 @@ def inventory(model: nn.Module) -> tuple[Module, ...]:
     """Return every module of ``model`` but the root, in the model's order."""
     root_path, root = plain_model(model)
     owners: dict[int, str] = {}
-    return tuple(
-        _describe(module, name, path, adapter, owners)
-        for name, path, module, adapter in _walk(root, "", root_path, False)
-        if name
-    )
+    heads = {_joined(root_path, path) for path in output_heads(root)}
+    reads = {_joined(root_path, path): what for path, what in towers(root).items()}
+    inside: dict[str, Tower] = {}
+    found = []
+    for name, path, module, adapter in _walk(root, "", root_path, False):
+        if not name:
+            continue
+        if path in reads:
+            inside[path] = Tower(name, type(module).__name__, reads[path])
+        tower = next((one for start, one in inside.items() if _is_within(path, start)), None)
+        is_head = any(_is_within(path, head) for head in heads)
+        found.append(replace(_describe(module, name, path, adapter, owners), output_head=is_head, tower=tower))
+    return tuple(found)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _is_within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
 
 
 def plain_model(model: nn.Module) -> tuple[str, nn.Module]:
@@ -99,12 +129,11 @@ def _walk(module: nn.Module, name: str, path: str, adapter: bool) -> Iterator[tu
     if own is None:
         yield name, path, module, adapter
     for child_name, child in module.named_children():
-        child_path = f"{path}.{child_name}" if path else child_name
+        child_path = _joined(path, child_name)
         if child_name == own:
             yield from _walk(child, name, child_path, adapter)
         else:
-            plain = f"{name}.{child_name}" if name else child_name
-            yield from _walk(child, plain, child_path, adapter or own is not None)
+            yield from _walk(child, _joined(name, child_name), child_path, adapter or own is not None)
 
 
 def _describe(module: nn.Module, name: str, path: str, adapter: bool, owners: dict[int, str]) -> Module:

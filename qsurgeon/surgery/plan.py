@@ -1,5 +1,6 @@
 """What a recipe does to one model, module by module, decided before any tensor is read. Pure."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,9 +9,12 @@ from qsurgeon.formats import Format
 from qsurgeon.formats.stored import stored_bytes
 from qsurgeon.layers import Quantization, packed_format
 from qsurgeon.recipe import Recipe
-from qsurgeon.recipe.select import Match, Namespace, parse_pattern
+from qsurgeon.recipe.select import OUTPUT_HEAD, Match, Namespace, parse_pattern
+from qsurgeon.surgery.headline import Part, headline
 from qsurgeon.surgery.inventory import Module
 from qsurgeon.surgery.reader import Reader
+
+MOST_KINDS = 4  # that an error lists, of the modules that cannot be wrapped
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,8 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        """How much of the model is wrapped, in words."""
-        linears = sum(step.module.linear and not step.module.adapter for step in self.steps)
-        return f"{len(self.wrapped)} of {linears} Linear modules are wrapped"
+        """How much of the model is wrapped, in one line."""
+        return headline(Part.of(step.module, step.quantization) for step in self.steps)
 
 
 @dataclass
@@ -134,7 +137,7 @@ class _Planner:
                 excluded.setdefault(one, pattern)
         taken = [one for one in targets if one not in excluded]
         if not taken and len(self.mistakes) == before and not self._all_optional(place):
-            self.report(f"rule '{name}' excludes every module that it targets", "rules", place)
+            self.report(f"rule '{name}' excludes every Linear that it targets{self._others(place)}", "rules", place)
         fresh = [one for one in taken if not isinstance(self.decided.get(one), Quantization)]
         if taken and not fresh:
             self.report(f"rule '{name}' decides nothing: earlier rules took all it names", "rules", place)
@@ -171,9 +174,31 @@ class _Planner:
             if names and not takeable and not parse_pattern(pattern).optional:
                 named = (self.modules[one] for one in names)
                 kinds = ", ".join(sorted({one.kind + (" (adapter)" if one.adapter else "") for one in named}))
-                self.report(f"'{pattern}' names no Linear, only {kinds}", "rules", place, "target", number)
+                self.report(
+                    f"'{pattern}' names no Linear, only {kinds}; only nn.Linear itself is wrapped",
+                    "rules",
+                    place,
+                    "target",
+                    number,
+                )
             found |= takeable
         return [name for name in self.modules if name in found]
+
+    def _others(self, place: int) -> str:
+        """Return the end of a message: which modules with a matrix of weights a rule names, and cannot take."""
+        patterns = map(parse_pattern, self.recipe.rules[place].target)
+        named = {name for pattern in patterns for name in self.namespace.match(pattern).names}
+        found = [one for name, one in self.modules.items() if name in named]
+        kinds: Counter[str] = Counter()
+        for one in found:
+            if not one.linear and not one.adapter and one.parameters and len(one.shape) > 1:
+                kinds[one.kind] += one.parameters
+        if not kinds:
+            return ""
+        told = ", ".join(
+            f"{sum(one.kind == kind for one in found)} {kind}" for kind, _ in kinds.most_common(MOST_KINDS)
+        )
+        return f"; what it also names is not nn.Linear itself and never wrapped: {told}"
 
     def _all_optional(self, place: int) -> bool:
         return all(parse_pattern(pattern).optional for pattern in self.recipe.rules[place].target)
@@ -297,7 +322,9 @@ def build_plan(recipe: Recipe, modules: Sequence[Module]) -> Plan:
     if recipe.extends is not None:
         where, excerpt = recipe.where("extends")
         raise PlanError([Mistake(where, "a recipe made in Python is not merged with another; write a file", excerpt)])
-    planner = _Planner(recipe, {one.name: one for one in modules}, Namespace([one.name for one in modules]))
+    roles = {OUTPUT_HEAD: [one.name for one in modules if one.output_head]}
+    namespace = Namespace([one.name for one in modules], roles)
+    planner = _Planner(recipe, {one.name: one for one in modules}, namespace)
     for place in range(len(recipe.rules)):
         planner.apply_rule(place)
     if not planner.mistakes and not any(isinstance(fate, Quantization) for fate in planner.decided.values()):

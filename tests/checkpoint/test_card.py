@@ -15,6 +15,7 @@ from qsurgeon.surgery import Record, record_of
 
 COMMIT = "8faed761d45a263340a0528343f099c05c9a4323"
 PINNED = f"Qwen/Qwen2.5-1.5B@{COMMIT}"
+SUMMARY = "half of the parameters are wrapped: 9 with weight mxfp4, input nvfp4"
 RECIPE = Recipe.model_validate(
     {
         "version": 1,
@@ -34,7 +35,7 @@ def record(tiny_qwen2: Any) -> Record:
 
 def test_a_card_of_its_own_says_all_of_it(record: Record) -> None:
     assert (
-        with_record("", record)
+        with_record("", record, SUMMARY)
         == f"""\
 ---
 library_name: transformers
@@ -53,8 +54,7 @@ base_model_relation: quantized
 ## Number formats
 
 Rewritten by qsurgeon 1.2.3 from [Qwen/Qwen2.5-1.5B](https://huggingface.co/Qwen/Qwen2.5-1.5B/tree/{COMMIT}) at commit \
-`8faed761d45a`: 9 Linear modules compute in other formats, 3 with weights in dither and inputs in full precision, 6 \
-with weights in mxfp4 and inputs in nvfp4. Their weights are stored in full precision and rounded in every forward \
+`8faed761d45a`: {SUMMARY}. The weights of wrapped modules are stored in full precision and rounded in every forward \
 pass, so that they can be trained (`storage: master`). All other modules are in full precision.
 
 | modules | n | weight | input | gradient | why |
@@ -97,17 +97,17 @@ The recipe:
 
 
 def test_the_hub_reads_its_front_matter(record: Record) -> None:
-    data = ModelCard(with_record("", record)).data
+    data = ModelCard(with_record("", record, SUMMARY)).data
     assert (data.base_model, data.library_name) == ("Qwen/Qwen2.5-1.5B", "transformers")
     assert data.tags == ["qsurgeon", "dither", "mxfp4", "nvfp4"]
 
 
 @pytest.mark.parametrize("source", ["", "tiny-math"])
 def test_a_model_of_no_hub_has_no_base_there(record: Record, source: str) -> None:
-    card = with_record("", record.model_copy(update={"source": source}))
+    card = with_record("", record.model_copy(update={"source": source}), SUMMARY)
     assert "base_model" not in card
     assert f"# {source or 'A model'} in dither, mxfp4 and nvfp4\n" in card
-    assert f"Rewritten by qsurgeon 1.2.3{' from `tiny-math`' if source else ''}: 9 Linear modules compute " in card
+    assert f"Rewritten by qsurgeon 1.2.3{' from `tiny-math`' if source else ''}: {SUMMARY}. " in card
 
 
 SOURCE = """\
@@ -134,7 +134,7 @@ It does sums: ünï.
 
 
 def test_what_was_on_the_card_stays(record: Record) -> None:
-    card = with_record(SOURCE, record)
+    card = with_record(SOURCE, record, SUMMARY)
     head, _, text = card.partition("\n---\n")
     assert (
         head
@@ -160,10 +160,9 @@ base_model_relation: quantized"""
     notice, _, rest = text.partition("# Qwen\n")
     assert (
         notice
-        == """
+        == f"""
 <!-- qsurgeon: notice -->
-> **Qwen/Qwen2.5-1.5B, rewritten by qsurgeon:** 9 Linear modules compute in other formats, 3 with weights in dither \
-and inputs in full precision, 6 with weights in mxfp4 and inputs in nvfp4: see [Number formats](#number-formats). \
+> **Qwen/Qwen2.5-1.5B, rewritten by qsurgeon:** {SUMMARY}. See [Number formats](#number-formats). \
 Unless it says otherwise, what is written here, and what was measured, is about the model before that.
 <!-- /qsurgeon: notice -->
 
@@ -175,38 +174,35 @@ Unless it says otherwise, what is written here, and what was measured, is about 
 
 @pytest.mark.parametrize("card", ["", SOURCE, "# Title\n", "---\nlicense: mit\n---\n"])
 def test_saying_it_twice_says_it_once(record: Record, card: str) -> None:
-    once = with_record(card, record)
-    assert with_record(once, record) == once
+    once = with_record(card, record, SUMMARY)
+    assert with_record(once, record, SUMMARY) == once
 
 
 def test_what_is_said_anew_replaces_what_was_said_before(record: Record, tiny_qwen2: Any) -> None:
     after = "\n\nMy own words below.\n"
-    once = with_record(SOURCE, record) + after
+    once = with_record(SOURCE, record, SUMMARY) + after
     plan = qsurgeon.plan("w8a8-mxfp8", tiny_qwen2)
-    card = with_record(once, record_of(plan, "1.2.4", "me/other"))
+    card = with_record(once, record_of(plan, "1.2.4", "me/other"), plan.summary)
     assert card.count("## Number formats") == card.count("qsurgeon: notice -->") // 2 == 1
-    assert "Rewritten by qsurgeon 1.2.4 from [me/other](https://huggingface.co/me/other): 21 Linear modules" in card
+    assert f"Rewritten by qsurgeon 1.2.4 from [me/other](https://huggingface.co/me/other): {plan.summary}. " in card
     assert card.endswith("<!-- /qsurgeon -->\n" + after)
     assert "nvfp4" not in card.partition("\n---\n")[2]
     assert ModelCard(card).data.base_model == "me/other"
 
 
 def test_a_fence_in_a_recipe_does_not_end_it(record: Record) -> None:
-    card = with_record("", record.model_copy(update={"recipe": "# ```\nversion: 1\n"}))
+    card = with_record("", record.model_copy(update={"recipe": "# ```\nversion: 1\n"}), SUMMARY)
     assert "\n````yaml\n# ```\nversion: 1\n````\n" in card
 
 
 def test_weights_that_no_rule_rounds_are_said_to_be_as_they_were(tiny_qwen2: Any) -> None:
     recipe = Recipe.model_validate({"version": 1, "rules": [{"target": ["mlp"], "input": "mxfp4"}]})
-    card = with_record("", record_of(qsurgeon.plan(recipe, tiny_qwen2), "1.2.3"))
-    assert (
-        "9 Linear modules compute with weights in full precision and inputs in mxfp4. Their weights are in full "
-        "precision (`storage: master`)."
-    ) in card
+    card = with_record("", record_of(qsurgeon.plan(recipe, tiny_qwen2), "1.2.3"), SUMMARY)
+    assert f"{SUMMARY}. The weights of wrapped modules are in full precision (`storage: master`)." in card
 
 
 def test_a_record_that_knows_no_recipe_shows_none(record: Record) -> None:
-    card = with_record("", record.model_copy(update={"recipe": ""}))
+    card = with_record("", record.model_copy(update={"recipe": ""}), SUMMARY)
     assert card.endswith("computes in full precision.\n<!-- /qsurgeon -->\n")
 
 
@@ -226,14 +222,14 @@ def test_a_record_that_knows_no_recipe_shows_none(record: Record) -> None:
 )
 def test_front_matter_that_cannot_be_kept_is_an_error(record: Record, card: str, expected: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        with_record(card, record)
+        with_record(card, record, SUMMARY)
     assert str(caught.value).startswith(expected)
 
 
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_format_of_the_catalogue_has_a_row(name: str, tiny_qwen2: Any) -> None:
     recipe = Recipe.model_validate({"version": 1, "rules": [{"target": ["mlp"], "weight": name}]})
-    card = with_record("", record_of(qsurgeon.plan(recipe, tiny_qwen2), "1.2.3"))
+    card = with_record("", record_of(qsurgeon.plan(recipe, tiny_qwen2), "1.2.3"), SUMMARY)
     row = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
     assert row.count("|") == 7
     assert row.endswith(f" {CATALOG[name].bits:.4g} |")

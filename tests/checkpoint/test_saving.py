@@ -23,7 +23,7 @@ def wrapped(tiny_folder: Path) -> Any:
 def card_of(model: Any) -> str:
     record = record_in(model.config)
     assert record is not None
-    return with_record("", record)
+    return with_record("", record, qsurgeon.inspect(model).summary)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -19,7 +19,11 @@ from qsurgeon.launch import STARTUP, environment, run
 from qsurgeon.launch.announce import announce
 
 TINY_MATH = Path(__file__).parents[2] / "examples/models/tiny-math"
-WRAPPED = "Qwen2ForCausalLM: 42 of 43 Linear modules wrapped (recipe rules: linears)"
+WRAPPED = (
+    "Qwen2ForCausalLM: 92.2% of the parameters are wrapped, in 42 of 43 Linear modules "
+    "(4.0% are in no Linear, most in Embedding): "
+    "42 with weight mxfp4, input mxfp4 (recipe rules: linears)"
+)
 LOAD = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -64,7 +68,7 @@ def test_a_program_that_knows_nothing_of_qsurgeon_loads_its_checkpoint_and_says_
     assert done.stdout.split()[-7:] == printed.split(), done.stderr
     assert said(done) == [
         f"pid N: {WRAPPED}",
-        f"pid N: Qwen2ForCausalLM from {TINY_MATH}: none of 43 Linear modules wrapped",
+        f"pid N: Qwen2ForCausalLM from {TINY_MATH}: full precision: none of 43 Linear modules is wrapped",
     ]
 
 
@@ -130,7 +134,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, tiny_qwen2: Any) -> Any:
 def test_a_live_model_is_announced_when_a_recipe_is_applied(watched: Any, capfd: pytest.CaptureFixture[str]) -> None:
     qsurgeon.apply("w4a4-mxfp4", watched)
     assert capfd.readouterr().err == (
-        f"qsurgeon: pid {os.getpid()}: Qwen2ForCausalLM: 21 of 22 Linear modules wrapped (recipe rules: linears)\n"
+        f"qsurgeon: pid {os.getpid()}: Qwen2ForCausalLM: 94.4% of the parameters are wrapped, in 21 of "
+        "22 Linear modules (5.6% are in no Linear, most in Embedding): 21 with weight mxfp4, input mxfp4 "
+        "(recipe rules: linears)\n"
     )
 
 
@@ -150,7 +156,7 @@ def test_every_rule_is_named(watched: Any, capfd: pytest.CaptureFixture[str]) ->
     rules = [{"name": name, "target": [name], "weight": "mxfp4"} for name in ("mlp", "self_attn")]
     qsurgeon.apply(qsurgeon.Recipe.model_validate({"version": 1, "rules": rules}), watched)
     # In the model's order, where attention comes first.
-    assert "21 of 22 Linear modules wrapped (recipe rules: self_attn, mlp)" in capfd.readouterr().err
+    assert "(recipe rules: self_attn, mlp)\n" in capfd.readouterr().err
 
 
 def test_nothing_is_said_outside_of_it(
@@ -166,13 +172,16 @@ def test_a_module_that_is_no_transformers_model_can_still_be_wrapped(
 ) -> None:
     rules = [{"target": ["0"], "weight": "mxfp4"}]
     qsurgeon.apply(qsurgeon.Recipe.model_validate({"version": 1, "rules": rules}), nn.Sequential(nn.Linear(32, 32)))
-    assert "Sequential: 1 of 1 Linear modules wrapped (recipe rules: rule 1)" in capfd.readouterr().err
+    assert "in 1 of 1 Linear modules: 1 with weight mxfp4, input - (recipe rules: rule 1)" in capfd.readouterr().err
 
 
 def test_a_model_without_a_name_can_be_announced(watched: Any, capfd: pytest.CaptureFixture[str]) -> None:
     for model, expected in (
-        (watched, "Qwen2ForCausalLM: none of 22 Linear modules wrapped"),
-        (nn.Linear(4, 4), "Linear: none of 0 Linear modules wrapped"),  # the root is not one of its modules
+        (watched, "Qwen2ForCausalLM: full precision: none of 22 Linear modules is wrapped"),
+        (
+            nn.Linear(4, 4),
+            "Linear: full precision: none of 0 Linear modules is wrapped",
+        ),  # the root is not one of its modules
     ):
         announce(model)
         assert capfd.readouterr().err == f"qsurgeon: pid {os.getpid()}: {expected}\n"

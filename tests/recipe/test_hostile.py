@@ -157,7 +157,7 @@ def test_a_folder_by_the_name_of_a_recipe_is_refused() -> None:
         ("x" * 5000, f"no recipe '{'x' * 5000}'; expected one of: "),
         (f"{'x' * 5000}.yaml", f"{'x' * 5000}.yaml: no such file"),
         ("x/" * 5000, f"{'x/' * 4999}x: no such file"),
-        ("a\0b", "no recipe 'a\0b'; expected one of: "),
+        ("a\0b", "no recipe 'a\\x00b'; expected one of: "),
     ],
     ids=["long", "long-file", "long-path", "zero-byte"],
 )

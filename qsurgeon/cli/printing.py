@@ -1,0 +1,41 @@
+"""What is printed: nothing that somebody else chose reaches the terminal as more than text."""
+
+import logging
+import warnings
+from typing import Any
+
+from qsurgeon.cli.streams import write
+from qsurgeon.visible import one_line, visible
+
+
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print text of several lines, whose line breaks are ours, on stdout or on stderr."""
+    write(visible(text) + ("\n" if nl else ""), err=err)
+
+
+def echo_line(text: str, *, err: bool = False) -> None:
+    """Print one line, whatever the names in it."""
+    write(one_line(text) + "\n", err=err)
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802  # logging's name
+        return _indented(super().getMessage())
+
+
+def tame_messages() -> None:
+    """Let what other libraries log, or warn of, while a command runs be text too: they quote config.json as it is.
+
+    The second and later lines of a message are indented, so that none of them can be taken for a line of ours.
+    """
+    form = warnings.formatwarning
+
+    def warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        return form(_indented(str(message)), category, filename, lineno, line)
+
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = warning
+
+
+def _indented(text: str) -> str:
+    return visible(text).replace("\n", "\n    ")
