@@ -7,8 +7,8 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── RecipeError           the recipe's text: syntax, keys, values, each with file, line and column
 ├── PlanError             recipe and model do not fit
 ├── SurgeryError          a model that cannot be operated on: wrapped already, or wrapped in something else
-├── CodesError            packed codes that something would compute with as if they were numbers
 ├── ExportError           a wrapped layer asked for in a kind of program that loses what it computes
+├── CodesError            packed codes that something would compute with as if they were numbers
 ├── CalibrationError      examples that do not say what a static scale should be
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
 ├── OtherRankError        a process that was launched with this one has failed, and says why itself
@@ -98,12 +98,12 @@ class SurgeryError(QSurgeonError):
     """A model that cannot be operated on: wrapped already, or its forward replaced by something else."""
 
 
-class CodesError(QSurgeonError):
-    """Something would compute with packed codes as if they were numbers, or train them."""
-
-
 class ExportError(QSurgeonError):
     """A wrapped layer was to become part of a program that cannot hold what it computes (TorchScript, ONNX)."""
+
+
+class CodesError(QSurgeonError):
+    """Something would compute with packed codes as if they were numbers, or train them."""
 
 
 class CalibrationError(QSurgeonError):

@@ -33,8 +33,8 @@ def kept_names(model: Any, packed: Iterable[str]) -> frozenset[str]:
     """Return which tensors of ``model`` are stored under the names that its modules give them.
 
     packed: the names of the tensors that packed weights consist of; the model itself may not be packed yet. Those of a
-    layer are renamed, all of them, if that is all that transformers does to them and if they are found again; else they
-    are kept, and with them what would have been joined with them.
+    layer are renamed, all of them alike, if that is all that transformers does to them and if they are found again;
+    else they are kept, and with them what would have been joined with them.
     """
     layers: dict[str, list[str]] = defaultdict(list)
     for name in packed:
@@ -51,7 +51,8 @@ def kept_names(model: Any, packed: Iterable[str]) -> frozenset[str]:
     for own in layers.values():
         renamed = {name: apply_renamings(name, renamings) for name in own}
         back = [rename_source_key(one, *_sorted(forward), model.base_model_prefix, state) for one in renamed.values()]
-        if back != [(name, None) for name in own] or not kept.isdisjoint([*own, *renamed.values()]):
+        apart = len({one.rpartition(f".{WEIGHT}")[0] for one in renamed.values()}) > 1  # a mapping of weights alone
+        if apart or back != [(name, None) for name in own] or not kept.isdisjoint([*own, *renamed.values()]):
             kept.update(own)
     return frozenset(kept)
 

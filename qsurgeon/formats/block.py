@@ -195,7 +195,8 @@ def _rows(x: Tensor, dim: int) -> Tensor:
     """Return ``x`` as (…, rows, columns), the contraction dimension last, refusing what cannot be quantized."""
     if not x.is_floating_point() or x.element_size() == 1:
         raise ShapeError(f"cannot quantize a tensor of {x.dtype}; expected float32, bfloat16, float16 or float64")
-    if x.layout != torch.strided:
+    # Dynamo of torch 2.13 does not trace the question in a backward pass.
+    if not torch.compiler.is_compiling() and x.layout != torch.strided:
         raise ShapeError(
             f"cannot quantize a tensor of layout {x.layout}; expected torch.strided: call to_dense() first"
         )

@@ -161,6 +161,23 @@ def test_weights_that_are_not_made_of_rows_are_refused_before_anything_is_writte
     assert same(qsurgeon.load(tmp_path / "live"), live, "NomicBertForMaskedLM")
 
 
+def test_a_mapping_that_renames_weights_alone_takes_no_scale_away_from_its_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = WeightRenaming("intermediate.only.weight", "mlp.fc1.weight")
+    monkeypatch.setitem(_mappings(), "ViTModel", [alone])
+    name = "ViTForImageClassification"
+    plain(name).save_pretrained(tmp_path / "source")
+    assert any(key.endswith("intermediate.only.weight") for key in load_file(tmp_path / "source" / "model.safetensors"))
+    live = qsurgeon.apply(recipe("packed"), plain(name))
+    live.save_pretrained(tmp_path / "live")
+    rewrite(recipe("packed"), tmp_path / "source", tmp_path / "written")
+    names = [load_file(tmp_path / one / "model.safetensors").keys() for one in ("live", "written")]
+    assert names[0] == names[1]
+    for folder in ("live", "written"):
+        assert same(qsurgeon.load(tmp_path / folder), live, name)
+
+
 def test_a_tensor_that_is_missing_is_an_error_where_others_are_split(
     folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
