@@ -43,10 +43,9 @@ NEEDS: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 10},
 }
 PROMPTS = {"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
-SHADOWS = {
-    "SHADOW",
-    "XLORA",
-}  # made of models and of adapters that lie somewhere, and no layer of their own on a Linear
+# Made of models and of adapters that lie somewhere; and CPT, whose two tokens take no step in one. None has a layer of
+# its own on a Linear.
+SHADOWS = {"CPT", "SHADOW", "XLORA"}
 REFUSED = {
     "master": {"FROD", "GLORA", "HRA", "SHIRA", "SUPERTUNING"},
     "packed": {
