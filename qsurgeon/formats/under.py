@@ -80,7 +80,7 @@ def _(rows: Tensor, above: Tensor, name: str, key: str) -> tuple[Tensor, Tensor]
 
 @torch.library.custom_op("qsurgeon::saturates_under", mutates_args=())
 def _saturates_op(rows: Tensor, above: Tensor, name: str, key: str) -> Tensor:
-    return arithmetic.saturates(rows, above, Format.from_key(name, key))
+    return arithmetic.saturates(rows, above, Format.from_key(name, key)).contiguous()
 
 
 @_saturates_op.register_fake
