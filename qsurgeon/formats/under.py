@@ -46,6 +46,9 @@ def quantize(x: Tensor, above: Tensor, format: Format) -> Quantized:
 def saturates(x: Tensor, above: Tensor, format: Format) -> Tensor:
     """Return where (bool) a value of ``x`` (..., k) exceeds the largest that its block can hold; nothing rotates."""
     rows = x if x.dim() > 1 else x[None]
+    if rows.device.type == "cpu":
+        marked: Tensor = _saturates_op(rows, above, format.name, format.key)
+        return marked.reshape(x.shape)
     return arithmetic.saturates(rows, above, format).reshape(x.shape)
 
 
@@ -73,3 +76,13 @@ def _quantize_op(rows: Tensor, above: Tensor, name: str, key: str) -> tuple[Tens
 def _(rows: Tensor, above: Tensor, name: str, key: str) -> tuple[Tensor, Tensor]:
     data, scale = empty_codes(rows, Format.from_key(name, key))
     return data, rows.new_empty(0) if scale is None else scale
+
+
+@torch.library.custom_op("qsurgeon::saturates_under", mutates_args=())
+def _saturates_op(rows: Tensor, above: Tensor, name: str, key: str) -> Tensor:
+    return arithmetic.saturates(rows, above, Format.from_key(name, key)).contiguous()
+
+
+@_saturates_op.register_fake
+def _(rows: Tensor, above: Tensor, name: str, key: str) -> Tensor:
+    return torch.empty(rows.shape, dtype=torch.bool, device=rows.device)

@@ -20,7 +20,6 @@ MXFP4, NVFP4 = get_format("mxfp4"), get_format("nvfp4")
 MORE = [
     MXFP4.with_fields("rceil", scale_rule="rceil"),
     NVFP4.with_fields("16x16", block=[16, 16]),
-    NVFP4.with_fields("static", tensor_scale="static", static_scale=1e-3),
     NVFP4.with_fields("four-over-six", four_over_six=True),
     MXFP4.with_fields("stochastic", rounding="stochastic", seed=5),
 ]
