@@ -19,8 +19,9 @@ import torch
 import transformers
 
 from qsurgeon.checkpoint import journal
-from qsurgeon.checkpoint.card import CARD, with_record
+from qsurgeon.checkpoint.card import with_record
 from qsurgeon.checkpoint.files import INDEX, companions, copy_companions, write_json
+from qsurgeon.checkpoint.front_matter import CARD
 from qsurgeon.checkpoint.headers import Tensor
 from qsurgeon.checkpoint.hub import fetch, fetch_config
 from qsurgeon.checkpoint.index import read_headers

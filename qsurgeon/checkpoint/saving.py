@@ -10,7 +10,8 @@ from typing import Any
 import transformers
 from huggingface_hub import HfApi
 
-from qsurgeon.checkpoint.card import CARD, front_matter, with_record
+from qsurgeon.checkpoint.card import front_matter, with_record
+from qsurgeon.checkpoint.front_matter import CARD
 from qsurgeon.patching import Method, patch
 from qsurgeon.surgery import Record
 
