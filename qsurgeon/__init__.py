@@ -116,6 +116,7 @@ def _follow(watched: str, ours: str) -> None:
 
 
 _follow("transformers.quantizers.auto", "qsurgeon.quantizer")
+_follow("transformers.modeling_utils", "qsurgeon.hooks")
 _follow("peft.tuners.tuners_utils", "qsurgeon.adapting")
 if VARIABLE in os.environ:
     _follow("transformers.modeling_utils", "qsurgeon.launch.loading")

@@ -12,8 +12,8 @@ from qsurgeon.errors import CalibrationError
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
-from qsurgeon.quantizer import QSurgeonConfig, record_in
-from qsurgeon.surgery import inventory, plain_model
+from qsurgeon.quantizer import hosts, note
+from qsurgeon.surgery import plain_model
 
 
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Module:
@@ -37,7 +37,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Modu
     chosen = {path: _calibrated(path, layer, largest) for path, layer in layers.items()}
     for path, layer in layers.items():
         vars(layer)["quantization"] = chosen[path]
-    _note(model, chosen)
+    for host in hosts(plain_model(model)[1]):
+        note(host)
     return model
 
 
@@ -126,16 +127,3 @@ def _calibrated(path: str, layer: QuantLinear, largest: Mapping[str, Tensor]) ->
         numbered = replace(format, static_scale=number)
         how = replace(how, weight=numbered) if role == "weight" else replace(how, input=numbered)
     return how
-
-
-def _note(model: nn.Module, chosen: Mapping[str, Quantization]) -> None:
-    """Write the numbers into the record that the model's config keeps, under the names of the plain model."""
-    config = getattr(plain_model(model)[1], "config", None)
-    record = record_in(config)
-    if config is None or record is None:
-        return
-    names = {module.path: module.name for module in inventory(model)}
-    scales = {names[path]: how.static_scales for path, how in chosen.items()}
-    config.quantization_config = QSurgeonConfig(
-        **record.model_copy(update={"static_scales": record.static_scales | scales}).model_dump()
-    )

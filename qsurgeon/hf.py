@@ -1,35 +1,37 @@
 """A recipe and a Hugging Face model: plan, apply, load, and what the model's config says of it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
 
-from qsurgeon.checkpoint import carry_cards, config_of, origin
+from qsurgeon.checkpoint import check_checkpoint, config_of, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
-from qsurgeon.quantizer import QSurgeonConfig, attach, follow_rollouts, record_in, register
+from qsurgeon.opening import FINDING, base_of_adapter
+from qsurgeon.quantizer import follow_rollouts, hosts, note, register
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
     QUANT_METHOD,
+    Excluded,
+    Origin,
     Plan,
     architecture,
     build_plan,
     foreign_method,
     inventory,
+    mark,
     operate,
     plain_model,
     read_config,
-    record_of,
+    record_in,
     refuse_foreign,
     refuse_quantized,
     skeleton,
 )
-from qsurgeon.version import __version__
-
-ADAPTER = "adapter_config.json"
 
 
 def plan(
@@ -66,27 +68,23 @@ def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
 
     Raises: RecipeError, PlanError, and SurgeryError (also for a model that is wrapped already).
     """
-    root: Any = plain_model(model)[1]
-    config = getattr(root, "config", None)
-    config = config if isinstance(config, transformers.PreTrainedConfig) else None
-    foreign = foreign_method(config)
+    found = hosts(plain_model(model)[1])
+    foreign = next(filter(None, (foreign_method(host.config) for host in found)), None)
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
     made = build_plan(as_recipe(recipe), inventory(model))
-    record = QSurgeonConfig(**record_of(made, __version__, _origin(config)).model_dump())
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
+    excluded = {step.module.name: step.fate for step in made.steps if isinstance(step.fate, Excluded)}
+    source = next(filter(None, (_origin(host.config) for host in found)), "")
     operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
+    mark(model, Origin(source, made.recipe.text), excluded)
     follow_rollouts(chosen.values())
-    carry_cards(record_in)
-    if made.recipe.storage == "packed":
-        attach(root, record)
-    if config is not None:
-        config.quantization_config = record
-        if config.name_or_path:
-            config.name_or_path = f"{config.name_or_path} rewritten in memory by qsurgeon: see qsurgeon.reference"
-    if hasattr(root, "add_model_tags"):
-        root.add_model_tags([QUANT_METHOD])
-    announce(root)
+    for host in found:
+        note(host)
+        if host.config.name_or_path:
+            host.config.name_or_path += " rewritten in memory by qsurgeon: see qsurgeon.reference"
+        host.add_model_tags([QUANT_METHOD])
+        announce(host)
     return model
 
 
@@ -119,43 +117,76 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
 
 
 def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
-    """Return the model in a folder (or under a hub id) that qsurgeon wrote; wrapped, or not at all.
+    """Return the model in a folder (or under a hub id) that qsurgeon wrote; wrapped and whole, or not at all.
 
-    ``auto_class``: the class that a folder's config.json names, or AutoModelForCausalLM for a hub id, unless told
-    otherwise. ``kwargs`` go to its ``from_pretrained``.
+    ``auto_class``: the class that config.json names, unless told otherwise. ``kwargs`` go to its ``from_pretrained``.
 
-    Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision. SurgeryError for
-    an adapter that computes past them, or takes codes for values.
+    Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision. CheckpointError
+    if the checkpoint lacks a tensor of the model, such as the head of another class. SurgeryError for an adapter that
+    computes past wrapped layers, or takes codes for values.
     """
     register()
+    inside = Path(path) / (kwargs.get("subfolder") or "")
+    if inside.is_dir():
+        check_checkpoint(inside, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     if auto_class is None:
-        auto_class = _class_of(Path(path), bool(kwargs.get("trust_remote_code"))) or transformers.AutoModelForCausalLM
+        auto_class = _class_of(path, kwargs)
     try:
-        model = auto_class.from_pretrained(path, **kwargs)
+        model, info = auto_class.from_pretrained(path, **{**kwargs, "output_loading_info": True})
     except SurgeryError as error:
         raise SurgeryError(f"{path}: {error}") from error
-    if quant_linears(model):
-        return model
-    if (Path(path) / ADAPTER).is_file():
-        base = model.config.name_or_path
-        raise NothingWrappedError(
-            f"{path}: an adapter, and no module of its base {base} is wrapped. An adapter does not carry a recipe: "
-            f"write the base first (qsurgeon apply RECIPE --model {base} --output FOLDER) and train the adapter on that"
+    if not quant_linears(model):
+        raise NothingWrappedError(_nothing_in(path, model, kwargs))
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{path}: has no tensor {missing[0]}, which {type(model).__name__} would have at random "
+            f"({len(missing)} in all). To train it, use {auto_class.__name__}.from_pretrained"
         )
-    raise NothingWrappedError(_nothing(path))
+    return (model, info) if kwargs.get("output_loading_info") else model
 
 
-def _class_of(folder: Path, trust_remote_code: bool) -> Any:
-    """Return the model class that a folder's config.json names; None for an adapter's folder, and for a hub id.
+def _class_of(path: str | Path, arguments: Mapping[str, Any]) -> Any:
+    """Return the model class to open a checkpoint with: the one that its config.json names, or its adapter's task.
 
     Raises: NothingWrappedError, before any weight is read, if the config has no record of ours.
     """
-    if not folder.is_dir() or (folder / ADAPTER).is_file():
-        return None
-    config = read_config(folder, trust_remote_code)
+    trusted = bool(arguments.get("trust_remote_code"))
+    finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+    base = base_of_adapter(path, finding)
+    config = config_of(base, trust_remote_code=trusted) if base else _config_of(path, finding, trusted)
     if record_in(config) is None:
-        raise NothingWrappedError(_nothing(folder))
-    return architecture(config, trust_remote_code)
+        raise NothingWrappedError(_adapter_alone(path, base) if base else _nothing(path))
+    return architecture(config, trusted) or transformers.AutoModel
+
+
+def _config_of(path: str | Path, finding: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """Return the config of a checkpoint that is found as ``from_pretrained`` finds it."""
+    if Path(path).is_dir():
+        return read_config(Path(path) / finding.get("subfolder", ""), trust_remote_code)
+    if finding.keys() <= {"revision"}:
+        return config_of(path, finding.get("revision"), trust_remote_code=trust_remote_code)
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **finding)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no model at '{path}': {' '.join(str(error).split())[:300]}") from error
+
+
+def _nothing_in(path: str | Path, model: Any, arguments: Mapping[str, Any]) -> str:
+    finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+    base = base_of_adapter(path, finding)
+    if base is not None:
+        return _adapter_alone(path, base)
+    if record_in(model.config) is None:
+        return _nothing(path)
+    return f"{path}: no module of {type(model).__name__} is wrapped; open it as the class that its config.json names"
+
+
+def _adapter_alone(path: str | Path, base: str) -> str:
+    return (
+        f"{path}: an adapter, and no module of its base {base} is wrapped. An adapter does not carry a recipe: "
+        f"write the base first (qsurgeon apply RECIPE --model {base} --output FOLDER) and train the adapter on that"
+    )
 
 
 def _nothing(path: str | Path) -> str:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qsurgeon.checkpoint.files import INDEX, copy_companions, write_json
+from qsurgeon.checkpoint.files import INDEX, copy_companions, refuse_irregular, write_json
 from qsurgeon.checkpoint.headers import FLOATS, read_header
 from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.progress import Estimate, Events
@@ -29,14 +29,16 @@ from qsurgeon.checkpoint.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.quality import decibels, energy
 from qsurgeon.formats.rotation import rotated
-from qsurgeon.hf import ADAPTER, load
+from qsurgeon.hf import load
 from qsurgeon.layers import AS_IT_IS, PackedLinear, QuantLinear
+from qsurgeon.opening import ADAPTER
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import inventory
 
 WEIGHTS = "adapter_model.safetensors"
 NAME = "default"
 REPORT = "qsurgeon-merge.json"
+_BAD_ADAPTER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 DTYPES = {**FLOATS, "U8": torch.uint8}  # of what a base holds: weights, or codes and scales
 
 
@@ -175,6 +177,8 @@ def base_of(adapter: str | Path, model: str | Path | None = None) -> Path:
 
 def _config(adapter: Path) -> dict[str, Any]:
     """Return adapter_config.json. Raises: CheckpointError if there is none, or if it is of nothing we can merge."""
+    if adapter.is_dir():
+        refuse_irregular(adapter)
     if not (adapter / ADAPTER).is_file():
         raise CheckpointError(f"{adapter}: is not the folder of an adapter; it has no {ADAPTER}")
     config = read_json(adapter / ADAPTER)
@@ -190,21 +194,28 @@ def _config(adapter: Path) -> dict[str, Any]:
 
 def _with_adapter(model: nn.Module, adapter: Path, base: Path) -> Any:
     """Return ``model``, which is ``base``, with the adapter on it. Raises: CheckpointError if it does not fit."""
-    # Only the modules that the config names are looked for: with a base of another kind, that is a ValueError.
+    # Only the modules that the config names are looked for: with a base of another kind, that is a ValueError, and
+    # with values that no config has, whatever peft happens to do with them.
     try:
         loaded = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(adapter)), NAME)
-    except ValueError as error:
+    except _BAD_ADAPTER as error:
         raise CheckpointError(f"{adapter} does not fit {base}: {' '.join(str(error).split())[:300]}") from error
     # peft would only warn of what is missing, and leave it random.
     state = peft.get_peft_model_state_dict(loaded, adapter_name=NAME, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    found = {tensor.name: tensor.shape for tensor in read_header(adapter / WEIGHTS).tensors}
+    header = read_header(adapter / WEIGHTS)
+    found = {tensor.name: tensor.shape for tensor in header.tensors}
     for key, shape in expected.items():
         if key not in found:
             raise CheckpointError(f"{adapter} does not fit {base}: it has no tensor {key}")
         if found[key] != shape:
             raise CheckpointError(
                 f"{adapter} does not fit {base}: {key} has shape {list(found[key])}, the model takes {list(shape)}"
+            )
+    for tensor in header.tensors:
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} is {tensor.dtype}; expected one of: {', '.join(FLOATS)}"
             )
     # An adapter of an embedding carries the embedding too.
     unknown = [key for key in found if key not in expected and ".base_layer." not in key]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import wraps
 from inspect import getattr_static
+from types import ModuleType
 from typing import Any
 
 _DONE = "patched_by_qsurgeon"
@@ -10,8 +11,10 @@ _DONE = "patched_by_qsurgeon"
 Method = Callable[..., Any]
 
 
-def patch(owner: type, name: str, make: Callable[[Method], Method]) -> None:
-    """Replace a method of a class by what ``make`` makes of it; a second call for the same ``make`` does nothing.
+def patch(owner: type | ModuleType, name: str, make: Callable[[Method], Method]) -> None:
+    """Replace a method of a class, or a function of a module, by what ``make`` makes of it.
+
+    A second call for the same ``make`` does nothing.
 
     A method of the class, because one of an object would be lost by whoever copies it, and trainers call methods of
     what they unwrapped themselves. A staticmethod stays one, and a classmethod.

@@ -11,21 +11,22 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qsurgeon.checkpoint import carry_cards
-from qsurgeon.errors import CheckpointError, NothingWrappedError
+from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.stored import WEIGHT
 from qsurgeon.layers import PackedLinear, Quantization, pack, packed_linears, quant_linears, rollout_unless_told
+from qsurgeon.opening import places
 from qsurgeon.patching import Method, patch
-from qsurgeon.surgery import QUANT_METHOD, Record, inventory, operate, read_record
+from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
 
 
 class QSurgeonConfig(QuantizationConfigMixin):
@@ -38,19 +39,6 @@ class QSurgeonConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps."""
         return {"quant_method": QUANT_METHOD, **self.record.model_dump(mode="json")}
-
-
-def record_in(config: Any) -> Record | None:
-    """Return the record that a config carries, or None if it has none of ours.
-
-    Raises: CheckpointError for a record that cannot be read.
-    """
-    data = getattr(config, "quantization_config", None)
-    if isinstance(data, QSurgeonConfig):
-        return data.record
-    if isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD:
-        return read_record(data, "config.json")
-    return None
 
 
 class QSurgeonQuantizer(HfQuantizer):
@@ -93,12 +81,20 @@ class QSurgeonQuantizer(HfQuantizer):
                 "first (qsurgeon apply), and load that"
             )
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        record = self.quantization_config.record
-        quantizations = record.quantizations()
-        operate(model, _as_named_in(model, quantizations), storage=record.storage)
-        follow_rollouts(quantizations.values())
-        carry_cards(record_in)
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Iterable[str] | None = None, **_: Any
+    ) -> None:
+        record: Record = self.quantization_config.record
+        wrapped, excluded = record.quantizations(), record.exclusions()
+        place = places(model, wrapped, excluded, checkpoint_files or ())
+        chosen = {name: wrapped[there] for name, there in place.items() if there in wrapped}
+        operate(model, chosen, storage=record.storage)
+        mark(
+            model,
+            Origin(record.source, record.recipe),
+            {name: excluded[there] for name, there in place.items() if there in excluded},
+        )
+        follow_rollouts(chosen.values())
         if self.is_packed:
             patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         self._slots = {
@@ -145,12 +141,16 @@ class QSurgeonQuantizer(HfQuantizer):
                 if not (is_read and is_named):
                     raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
         self._slots, self._found = {}, set()
+        record = current_record(model)
+        if record is not None:
+            model.config.quantization_config = QSurgeonConfig(**record.model_dump())
         if self.is_packed:
             return model
         # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
         # `state_dict=`, which FSDP needs, and block .half() and .float().
         model.hf_quantizer = None
         model.is_quantized = False
+        vars(model).pop("quantization_method", None)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
@@ -192,38 +192,6 @@ class _Header:
         self.is_floating_point = tensor.is_floating_point() if is_read else self.dtype.startswith(("F", "BF"))
 
 
-def _as_named_in(model: Any, quantizations: dict[str, Quantization]) -> dict[str, Quantization]:
-    """Return ``quantizations`` under the names that ``model`` has for them.
-
-    A checkpoint of a model with a head may be loaded as its base model, and the other way round: then all names
-    begin with the base model's prefix on one side only, and what is outside of it does not exist.
-
-    Raises: NothingWrappedError if no module would be left to wrap, CheckpointError if one is missing.
-    """
-    prefix = model.base_model_prefix + "."
-    names = {module.name for module in inventory(model)}
-    for rename in (
-        _same,
-        lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None,
-        prefix.__add__,
-    ):
-        found = {new: how for name, how in quantizations.items() if (new := rename(name)) in names}
-        inside = [name for name in quantizations if rename(name) is not None]
-        if found and len(found) == len(inside):
-            return found
-    if found_any := [name for name in quantizations if name in names]:
-        missing = next(name for name in quantizations if name not in names)
-        raise CheckpointError(f"{type(model).__name__} has {found_any[0]} but no {missing}, which config.json wraps")
-    raise NothingWrappedError(
-        f"{type(model).__name__} has none of the {len(quantizations)} modules that config.json wraps, "
-        f"such as {next(iter(quantizations), 'none')}"
-    )
-
-
-def _same(name: str) -> str | None:
-    return name
-
-
 def follow_rollouts(quantizations: Iterable[Quantization]) -> None:
     """Let ``generate`` be in the phase ``rollout``, as soon as a model has a layer that asks for the phase."""
     if any(how.phases != "both" for how in quantizations):
@@ -238,15 +206,35 @@ def _in_rollout(generate: Method) -> Method:
     return in_rollout
 
 
-def attach(model: Any, config: QSurgeonConfig) -> None:
-    """Give a model that was packed in memory the quantizer that one which was loaded so has."""
-    patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
-    if isinstance(model, transformers.PreTrainedModel):
+def hosts(root: nn.Module) -> list[Any]:
+    """Return the models of transformers that are saved and loaded as such: ``root``, or the outermost inside of it."""
+    found: list[Any] = []
+    inside = ""
+    for path, module in root.named_modules():
+        if isinstance(module, transformers.PreTrainedModel) and not (inside and path.startswith(inside)):
+            found.append(module)
+            inside = f"{path}."
+            if not path:
+                break
+    return found
+
+
+def note(model: Any) -> None:
+    """Let a model that was wrapped in memory be in the state of one that was loaded so.
+
+    Its config has the record, and where weights are packed the model has a quantizer. Models of transformers ask
+    ``_is_quantized`` where they would read a weight instead of calling its layer.
+    """
+    record = current_record(model)
+    if record is None:
+        return
+    config = QSurgeonConfig(**record.model_dump())
+    vars(model.config)["quantization_config"] = config
+    _assign_is_quantized(model)  # type: ignore[no-untyped-call]
+    if record.storage == "packed":
+        patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         vars(model)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
         vars(model).update(is_quantized=True, quantization_method=QUANT_METHOD)
-        for module in model.modules():
-            if isinstance(module, transformers.PreTrainedModel):
-                module.config._is_quantized = True
 
 
 def _saving_what_is_given(save: Method) -> Method:

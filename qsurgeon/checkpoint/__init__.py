@@ -1,12 +1,12 @@
 """Checkpoints: their files, on disk and on the hub, and rewriting one folder into another."""
 
+from qsurgeon.checkpoint.gate import check_adapter, check_checkpoint
 from qsurgeon.checkpoint.headers import Header, Tensor, read_header
 from qsurgeon.checkpoint.hub import Source, config_of, fetch, fetch_config, origin, push, reserve
 from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.progress import Estimate, Events
 from qsurgeon.checkpoint.quantized import refuse_quantized_weight
 from qsurgeon.checkpoint.rewrite import Options, rewrite
-from qsurgeon.checkpoint.saving import carry_cards
 
 __all__ = [
     "Estimate",
@@ -15,7 +15,8 @@ __all__ = [
     "Options",
     "Source",
     "Tensor",
-    "carry_cards",
+    "check_adapter",
+    "check_checkpoint",
     "config_of",
     "fetch",
     "fetch_config",

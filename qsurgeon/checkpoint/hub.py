@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from qsurgeon.checkpoint.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE
+from qsurgeon.checkpoint.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE, refuse_irregular
 from qsurgeon.checkpoint.index import weight_files
 from qsurgeon.errors import CheckpointError, nearest
 from qsurgeon.reading import read_json
@@ -183,6 +183,8 @@ def _here(model: str | Path, revision: str | None) -> Source | None:
         if revision is not None:
             raise CheckpointError(f"{path} is on this disk; a revision is of a model on the hub")
         folder = path.parent if path.name == CONFIG else path
+        if folder.is_dir():
+            refuse_irregular(folder)
         return Source(folder, origin(folder))
     text = str(model)
     if path.is_absolute() or len(path.parts) > 2 or text.startswith((".", "~")) or text.endswith("/"):

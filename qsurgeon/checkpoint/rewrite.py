@@ -22,6 +22,7 @@ from qsurgeon.checkpoint import journal
 from qsurgeon.checkpoint.card import with_record
 from qsurgeon.checkpoint.files import INDEX, companions, copy_companions, write_json
 from qsurgeon.checkpoint.front_matter import CARD
+from qsurgeon.checkpoint.gate import check_tensors
 from qsurgeon.checkpoint.headers import Tensor
 from qsurgeon.checkpoint.hub import fetch, fetch_config
 from qsurgeon.checkpoint.index import read_headers
@@ -161,6 +162,7 @@ def _prepare(
     tensors = read_headers(folder)
     names = names_in(model, tensors)
     layout = layout_of(plan, tensors, names, folder, options.max_shard_size)
+    check_tensors(model, tensors, names)
     run = _run(plan, tensors, folder, options)
     card = with_record(_text(folder / CARD), record_of(plan, __version__, origin))
     beside = sum((folder / one).stat().st_size for one in companions(folder))
@@ -211,15 +213,9 @@ def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
             events.note(
                 f"{partial} is an unfinished run of this: {len(done)} of {len(work.layout.jobs)} tensors are done"
             )
-        unknown, missing = work.names.unknown, work.names.missing
-        if unknown:
+        if unknown := work.names.unknown:
             events.note(
                 f"{len(unknown)} tensors that the model has no place for are copied as they are, such as {unknown[0]}"
-            )
-        if missing:
-            events.note(
-                f"{len(missing)} parameters of the model have no tensor, and will be random when it is loaded: "
-                f"{missing[0]}"
             )
         _fill(work, here, events, options)
         _finish(work, folder, options)

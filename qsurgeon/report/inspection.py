@@ -12,16 +12,16 @@ from torch import nn
 
 from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, packed_linears, quant_linears
-from qsurgeon.quantizer import record_in
 from qsurgeon.report.rows import Report, Row
 from qsurgeon.surgery import (
     Excluded,
     Plan,
     Step,
     bypassed,
+    exclusions,
     inventory,
     misread,
-    plain_model,
+    record_in,
     refuse_foreign,
     skeleton,
 )
@@ -74,12 +74,11 @@ def inspect(
 
 
 def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report:
-    record = record_in(getattr(plain_model(model)[1], "config", None))
-    excluded = record.exclusions() if record else {}
+    excluded = exclusions(model)
     wrapped = {path: layer.quantization for path, layer in quant_linears(model).items()}
     steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
     called = None if example is None else _called(model, example)
-    storage = "packed" if packed_linears(model) else record.storage if record else ""
+    storage = "packed" if packed_linears(model) else "master" if wrapped else ""
     return _report(steps, storage, "", called, bypassed(model), misread(model))
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from qsurgeon.errors import CheckpointError
 from qsurgeon.surgery.record import QUANT_METHOD
 
@@ -32,6 +34,23 @@ def foreign_method(config: Any) -> str | None:
     ``config``: a dict, one of transformers', or None. A model of several parts may say it in its text_config.
     """
     return next((method for method in _methods(config) if method != QUANT_METHOD), None)
+
+
+def is_ours(section: Any) -> bool:
+    """Return whether a ``quantization_config``, a dict or one of transformers', is of qsurgeon."""
+    return section is not None and _method(section) == QUANT_METHOD
+
+
+def configs_in(config: Any) -> list[Any]:
+    """Return a config of transformers, and all configs of parts of the model that are in it, each once."""
+    found: dict[int, Any] = {}
+    waiting = [config]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            waiting += [part for part in vars(one).values() if isinstance(part, PreTrainedConfig)]
+    return list(found.values())
 
 
 def _methods(config: Any) -> list[str]:

@@ -4,7 +4,9 @@ Globs are never run again: a model is rebuilt from this record alone.
 """
 
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +17,7 @@ from qsurgeon.layers import Quantization
 from qsurgeon.surgery.plan import Excluded, Plan
 
 QUANT_METHOD = "qsurgeon"
+Role = Literal["weight", "input"]
 
 
 class _Part(BaseModel):
@@ -62,7 +65,7 @@ class Record(_Part):
     source: str = ""
     recipe: str = ""
     # What calibration found, by module and operand; it wins over the format's own number.
-    static_scales: dict[str, dict[Literal["weight", "input"], float]]
+    static_scales: dict[str, dict[Role, float]]
 
     def quantizations(self) -> dict[str, Quantization]:
         """Return how each wrapped module computes, by its name. Raises: CheckpointError for a broken format."""
@@ -105,38 +108,108 @@ def _named(name: str | None, formats: dict[str, Format], static_scale: float | N
 
 def record_of(plan: Plan, version: str, source: str = "") -> Record:
     """Return the record of ``plan``, made by qsurgeon ``version`` on ``source`` (see ``checkpoint.hub.Source``)."""
-    taken: dict[Quantization, list[str]] = defaultdict(list)
-    left: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for step in plan.steps:
-        if isinstance(step.fate, Quantization):
-            taken[step.fate].append(step.module.name)
-        elif isinstance(step.fate, Excluded):
-            left[step.fate.rule][step.fate.pattern].append(step.module.name)
-    rules = tuple(
-        RuleRecord(
-            name=how.rule,
-            weight=how.weight.name if how.weight else None,
-            input=how.input.name if how.input else None,
-            gradient=how.gradient,
-            phases=how.phases,
-            modules=tuple(modules),
-            excluded={pattern: tuple(names) for pattern, names in left[how.rule].items()},
-        )
-        for how, modules in taken.items()
-    )
-    used = {format.name: format for how in taken for format in (how.weight, how.input) if format}
-    formats = {name: FormatRecord.model_validate(format.to_dict()) for name, format in used.items()}
+    taken = {step.module.name: step.fate for step in plan.steps if isinstance(step.fate, Quantization)}
+    left = {step.module.name: step.fate for step in plan.steps if isinstance(step.fate, Excluded)}
+    header = Header(version, plan.recipe.storage, source, plan.recipe.text)
+    return make_record(header, taken, left, plan.recipe.saved_inputs)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a record says of the model as a whole: the fields of ``Record`` with the same names."""
+
+    version: str
+    storage: Storage
+    source: str
+    recipe: str
+
+
+def make_record(
+    header: Header,
+    taken: Mapping[str, Quantization],
+    left: Mapping[str, Excluded],
+    saved_inputs: SavedInputs = "packed",
+) -> Record:
+    """Return the record of the modules ``taken``, and of those that a rule named and ``left``, by their names.
+
+    ``saved_inputs`` is what no module says itself.
+    """
+    formats = _Formats()
+    rules: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for module, how in taken.items():
+        weight, input_ = formats.note(module, "weight", how.weight), formats.note(module, "input", how.input)
+        rules[how.rule, weight, input_, how.gradient, how.phases].append(module)
+        saved_inputs = how.saved_inputs
+    excluded: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for module, fate in left.items():
+        excluded[fate.rule][fate.pattern].append(module)
     return Record(
         version=1,
-        qsurgeon_version=version,
-        storage=plan.recipe.storage,
-        saved_inputs=plan.recipe.saved_inputs,
-        formats=formats,
-        rules=rules,
-        source=source,
-        recipe=plan.recipe.text,
-        static_scales={},
+        qsurgeon_version=header.version,
+        storage=header.storage,
+        saved_inputs=saved_inputs,
+        formats=formats.records(),
+        rules=tuple(
+            RuleRecord(
+                name=name,
+                weight=weight,
+                input=input_,
+                gradient=gradient,
+                phases=phases,
+                modules=tuple(modules),
+                excluded={pattern: tuple(names) for pattern, names in excluded[name].items()},
+            )
+            for (name, weight, input_, gradient, phases), modules in rules.items()
+        ),
+        source=header.source,
+        recipe=header.recipe,
+        static_scales=formats.numbers(),
     )
+
+
+class _Formats:
+    """The formats of a record by their names, and what differs between the modules that have one in common.
+
+    A static scale that all modules of a format share is the format's own; others are the modules'. Formats of two
+    recipes may share a name: the second is renamed.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[Format, str] = {}
+        self._uses: dict[str, dict[tuple[str, Role], float | None]] = defaultdict(dict)
+
+    def note(self, module: str, role: Role, format: Format | None) -> str | None:
+        """Take a module's format; return its name in the record."""
+        if format is None:
+            return None
+        plain = format.without_number
+        if plain not in self._names:
+            taken = self._names.values()
+            others = (f"{format.name}-{number}" for number in count(2))
+            self._names[plain] = next(name for name in chain([format.name], others) if name not in taken)
+        name = self._names[plain]
+        self._uses[name][module, role] = format.static_scale
+        return name
+
+    def records(self) -> dict[str, FormatRecord]:
+        """Return each format, with the static scale that its modules share."""
+        return {
+            name: FormatRecord.model_validate(replace(plain, static_scale=self._shared(name)).to_dict())
+            for plain, name in self._names.items()
+        }
+
+    def numbers(self) -> dict[str, dict[Role, float]]:
+        """Return the static scales that modules do not share, by module and operand."""
+        found: dict[str, dict[Role, float]] = defaultdict(dict)
+        for name, uses in self._uses.items():
+            for (module, role), number in uses.items():
+                if number is not None and self._shared(name) is None:
+                    found[module][role] = number
+        return dict(found)
+
+    def _shared(self, name: str) -> float | None:
+        values = set(self._uses[name].values())
+        return values.pop() if len(values) == 1 else None
 
 
 def read_record(data: dict[str, Any], source: str) -> Record:
@@ -151,3 +224,17 @@ def read_record(data: dict[str, Any], source: str) -> Record:
         first = error.errors()[0]
         at = ".".join(map(str, ("quantization_config", *first["loc"])))
         raise CheckpointError(f"{source}: {at}: {first['msg']}") from error
+
+
+def record_in(config: Any) -> Record | None:
+    """Return the record that a config carries, or None if it has none of ours.
+
+    Raises: CheckpointError for a record that cannot be read.
+    """
+    data = getattr(config, "quantization_config", None)
+    record = getattr(data, "record", None)
+    if isinstance(record, Record):
+        return record
+    if isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD:
+        return read_record(data, "config.json")
+    return None

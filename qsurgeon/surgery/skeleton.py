@@ -20,7 +20,8 @@ from qsurgeon.reading import read_json
 
 # What transformers raises, in its own words or Python's, for a config that describes no model.
 _BAD_CONFIG = (
-    OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError,
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+    StrictDataclassError,
 )  # fmt: skip
 
 
@@ -142,8 +143,8 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     model_class = architecture(config, trust_remote_code)
     auto: Any = transformers.AutoModel
     try:
+        dtype = config.dtype or torch.float32
         with torch.device("meta"):
-            dtype = config.dtype or torch.float32
             model: nn.Module = (
                 auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
                 if model_class is None

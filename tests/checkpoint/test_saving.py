@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 import qsurgeon
 from qsurgeon.checkpoint.card import with_record
-from qsurgeon.hf import record_in
+from qsurgeon.surgery import record_in
 
 ROW = "| `model.layers.{0..2}.mlp.up_proj` | 3 | mxfp4 | mxfp4 | ste | rule `linears` |\n"
 
