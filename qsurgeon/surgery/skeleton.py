@@ -5,7 +5,10 @@ says ``trust_remote_code``; where transformers has the model itself, it is not n
 """
 
 import difflib
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from qsurgeon.errors import CheckpointError
@@ -23,6 +27,12 @@ _BAD_CONFIG = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
     StrictDataclassError,
 )  # fmt: skip
+
+
+# A config of a few bytes can ask for more modules than any machine holds. Twenty times the largest model known.
+MOST_LAYERS = 100_000
+MOST_MODULES = 2_000_000
+_COUNTS = ("layer", "expert", "depth", "num_blocks", "num_stages")
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
@@ -42,7 +52,9 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
     if path.is_file():
         raise CheckpointError(f"{path} is a file; expected a model's folder, a config.json or a hub id")
     try:
-        _check_known(read_json(path / "config.json"), str(path), trust_remote_code)
+        data = read_json(path / "config.json")
+        _check_counts(data, path / "config.json")
+        _check_known(data, str(path), trust_remote_code)
         return transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (*_BAD_CONFIG, *_BAD_CODE) as error:
         raise CheckpointError(f"no model at '{source}': {_first_lines(error)}") from error
@@ -50,6 +62,15 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
 
 # What running a model's own code raises besides, before it does anything: a package is missing, or it is not Python.
 _BAD_CODE = (ImportError, SyntaxError)
+
+
+def _check_counts(data: Any, file: Path) -> None:
+    """Refuse a config.json that asks for more layers or experts than any model has: building them would not end."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        if isinstance(value, dict | list):
+            _check_counts(value, file)
+        elif isinstance(value, int | float) and value > MOST_LAYERS and any(one in str(key) for one in _COUNTS):
+            raise CheckpointError(f"{file}: {key} is {value:,}; expected at most {MOST_LAYERS:,}")
 
 
 def _check_known(data: dict[str, Any], name: str, trust_remote_code: bool) -> None:
@@ -144,7 +165,7 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     auto: Any = transformers.AutoModel
     try:
         dtype = config.dtype or torch.float32
-        with torch.device("meta"):
+        with torch.device("meta"), _bounded():
             model: nn.Module = (
                 auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
                 if model_class is None
@@ -153,6 +174,22 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     except _BAD_CONFIG as error:
         raise CheckpointError(f"its config describes no model that can be built: {_first_lines(error)}") from error
     return model
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Refuse to build more than ``MOST_MODULES`` modules inside the block, in this thread. Raises: CheckpointError."""
+    built, here = count(1), threading.get_ident()
+
+    def register(*_: Any) -> None:
+        if threading.get_ident() == here and next(built) > MOST_MODULES:
+            raise CheckpointError(f"its config describes a model of more than {MOST_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _first_lines(error: Exception) -> str:
