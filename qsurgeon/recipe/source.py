@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import stat
 from pathlib import Path as FilePath
 from typing import Any
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from qsurgeon.errors import FormatError, Mistake, RecipeError, nearest
 from qsurgeon.formats import CATALOG, Format, check_operands
 from qsurgeon.recipe.schema import FormatSpec, Path, Recipe, Rule, make_format
-from qsurgeon.recipe.text import Source, parse, read_source
+from qsurgeon.recipe.text import Source, is_recipe, parse, read_source
 
 _PACKAGE = FilePath(__file__).parents[1]
 # In a wheel the recipes lie inside the package, in a checkout beside it.
@@ -97,7 +98,7 @@ def _base(raw: dict[str, Any], file: FilePath, source: Source, chain: tuple[File
     try:
         base = find_recipe(name, beside=file.parent)
     except RecipeError as error:
-        source.report_at(("extends",), error.mistakes[0].message)
+        source.report_at(("extends",), _without_neighbors(error.mistakes[0].message, file.parent, name))
         return None
     if base.resolve() in chain:
         source.report_at(("extends",), f"'{name}' extends this recipe in turn")
@@ -105,8 +106,20 @@ def _base(raw: dict[str, Any], file: FilePath, source: Source, chain: tuple[File
     try:
         return _load(base, chain)
     except RecipeError as error:
+        if not is_recipe(base):
+            source.report_at(
+                ("extends",), f"'{name}' is not a recipe: it has no 'version: 1' with 'rules' or 'extends'"
+            )
+            return None
         source.mistakes += [(len(source.lines), place, one) for place, one in enumerate(error.mistakes)]
         return None
+
+
+def _without_neighbors(message: str, folder: FilePath, name: str) -> str:
+    """Return ``message`` without its hint if ``name`` leads out of ``folder``: a recipe may not ask what lies there."""
+    around = os.path.abspath(folder)  # noqa: PTH100  # links are not followed
+    inside = FilePath(os.path.normpath(os.path.join(around, name))).is_relative_to(around)  # noqa: PTH118
+    return message if inside else message.partition("; ")[0]
 
 
 def _merged(recipe: Recipe, base: Recipe, formats: dict[str, Format]) -> Recipe:

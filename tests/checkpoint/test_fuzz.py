@@ -33,7 +33,8 @@ KEYS = [
     "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings", "architectures", "model_type", "auto_map",
     "quantization_config", "text_config", "rope_parameters", "layer_types", "id2label", "label2id", "num_labels",
     "attn_implementation", "use_cache", "head_dim", "hidden_act", "transformers_version", "_name_or_path",
-    "sliding_window", "vocab_size", "problem_type", "is_encoder_decoder", "pruned_heads", "tp_plan", "base_model_tp_plan", "storage",
+    "sliding_window", "vocab_size", "problem_type", "is_encoder_decoder", "pruned_heads", "tp_plan",
+    "base_model_tp_plan", "storage",
 ]  # fmt: skip
 
 
