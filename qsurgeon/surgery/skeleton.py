@@ -29,10 +29,13 @@ _BAD_CONFIG = (
 )  # fmt: skip
 
 
-# A config of a few bytes can ask for more modules than any machine holds. Twenty times the largest model known.
-MOST_LAYERS = 100_000
+# A config of a few bytes can ask for more modules, or names of labels, than any machine holds: these are many times
+# what the largest models known have, by what their keys have in them.
 MOST_MODULES = 2_000_000
-_COUNTS = ("layer", "expert", "depth", "num_blocks", "num_stages")
+_MOST = {
+    "layer": 100_000, "expert": 100_000, "depth": 100_000, "num_blocks": 100_000, "num_stages": 100_000,
+    "num_labels": 10_000_000,
+}  # fmt: skip
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
@@ -65,12 +68,14 @@ _BAD_CODE = (ImportError, SyntaxError)
 
 
 def _check_counts(data: Any, file: Path) -> None:
-    """Refuse a config.json that asks for more layers or experts than any model has: building them would not end."""
+    """Refuse a config.json that asks for more of something than any model has: building that would not end."""
     for key, value in data.items() if isinstance(data, dict) else enumerate(data):
         if isinstance(value, dict | list):
             _check_counts(value, file)
-        elif isinstance(value, int | float) and value > MOST_LAYERS and any(one in str(key) for one in _COUNTS):
-            raise CheckpointError(f"{file}: {key} is {value:,}; expected at most {MOST_LAYERS:,}")
+        elif isinstance(value, int | float):
+            most = next((most for part, most in _MOST.items() if part in str(key)), value)
+            if value > most:
+                raise CheckpointError(f"{file}: {key} is {value:,}; expected at most {most:,}")
 
 
 def _check_known(data: dict[str, Any], name: str, trust_remote_code: bool) -> None:
