@@ -7,11 +7,11 @@ from typing import Any
 import transformers
 from torch import nn
 
-from qsurgeon.checkpoint import check_checkpoint, config_of, origin
-from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
+from qsurgeon.checkpoint import BAD_ADAPTER, check_checkpoint, config_of, origin
+from qsurgeon.errors import CheckpointError, NothingWrappedError, QSurgeonError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
-from qsurgeon.opening import FINDING, base_of_adapter
+from qsurgeon.opening import ADAPTER, FINDING, base_of_adapter
 from qsurgeon.quantizer import follow_rollouts, hosts, note, register
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
@@ -135,6 +135,12 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
         model, info = auto_class.from_pretrained(path, **{**kwargs, "output_loading_info": True})
     except SurgeryError as error:
         raise SurgeryError(f"{path}: {error}") from error
+    except QSurgeonError:
+        raise
+    except BAD_ADAPTER as error:
+        if (inside / "config.json").is_file() or not (inside / ADAPTER).is_file():
+            raise
+        raise CheckpointError(f"{path}: the adapter cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if not quant_linears(model):
         raise NothingWrappedError(_nothing_in(path, model, kwargs))
     missing = sorted(info["missing_keys"])

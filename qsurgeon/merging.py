@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qsurgeon.checkpoint.files import INDEX, copy_companions, refuse_irregular, write_json
+from qsurgeon.checkpoint.gate import BAD_ADAPTER
 from qsurgeon.checkpoint.headers import FLOATS, read_header
 from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.progress import Estimate, Events
@@ -38,7 +39,6 @@ from qsurgeon.surgery import inventory
 WEIGHTS = "adapter_model.safetensors"
 NAME = "default"
 REPORT = "qsurgeon-merge.json"
-_BAD_ADAPTER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 DTYPES = {**FLOATS, "U8": torch.uint8}  # of what a base holds: weights, or codes and scales
 
 
@@ -184,7 +184,7 @@ def _config(adapter: Path) -> dict[str, Any]:
     config = read_json(adapter / ADAPTER)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{adapter}: is an adapter of kind {config.get('peft_type')}; only LORA can be merged")
-    for key, plain in (("bias", "none"), ("layer_replication", None)):
+    for key, plain in (("bias", "none"), ("layer_replication", None), ("megatron_config", None)):
         if config.get(key, plain) != plain:
             raise CheckpointError(f"{adapter}: has {key}={config[key]!r}, which cannot be merged; expected {plain!r}")
     if not (adapter / WEIGHTS).is_file():
@@ -198,7 +198,7 @@ def _with_adapter(model: nn.Module, adapter: Path, base: Path) -> Any:
     # with values that no config has, whatever peft happens to do with them.
     try:
         loaded = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(adapter)), NAME)
-    except _BAD_ADAPTER as error:
+    except BAD_ADAPTER as error:
         raise CheckpointError(f"{adapter} does not fit {base}: {' '.join(str(error).split())[:300]}") from error
     # peft would only warn of what is missing, and leave it random.
     state = peft.get_peft_model_state_dict(loaded, adapter_name=NAME, save_embedding_layers=False)

@@ -73,7 +73,7 @@ def _keeps(snapshots: Path, target: Path) -> bool:
 
 
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-_NEVER_FOLDERS = (".json", ".safetensors")
+_NEVER_FOLDERS = (".json", ".safetensors", ".yaml", ".md")
 
 
 def refuse_irregular(folder: Path) -> None:

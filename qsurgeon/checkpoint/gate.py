@@ -23,6 +23,10 @@ from qsurgeon.surgery import operate, read_config, record_in, skeleton
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What peft raises, in its own words or Python's, for an adapter_config.json with values that no adapter has.
+BAD_ADAPTER = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, ImportError,
+)  # fmt: skip
 
 
 def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -58,6 +62,8 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     """Return the adapter_config.json of a folder whose files can be opened. Raises: CheckpointError."""
     refuse_irregular(folder)
     config = read_json(folder / ADAPTER)
+    if config.get("megatron_config") is not None:
+        raise CheckpointError(f"{folder / ADAPTER}: has a megatron_config, with which peft imports whatever it names")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(f"{folder}: has no {ADAPTER_WEIGHTS}")
     read_header(folder / ADAPTER_WEIGHTS)

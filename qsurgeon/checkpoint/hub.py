@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from qsurgeon.checkpoint.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE, refuse_irregular
-from qsurgeon.checkpoint.index import weight_files
+from qsurgeon.checkpoint.index import named_files, weight_files
 from qsurgeon.errors import CheckpointError, nearest
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import read_config
@@ -231,9 +231,7 @@ def _check_weights(api: HfApi, model: str, commit: str) -> None:
 
 def _weights(folder: Path) -> list[str]:
     """Return the names of the weight files of a snapshot whose other files are there."""
-    index = folder / INDEX
-    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {SINGLE}
-    return sorted(names) + ([PARTS_WEIGHTS] if (folder / PARTS).is_file() else [])
+    return sorted(named_files(folder)) + ([PARTS_WEIGHTS] if (folder / PARTS).is_file() else [])
 
 
 def _check_whole(folder: Path) -> None:

@@ -211,6 +211,24 @@ def test_an_adapter_that_is_no_safetensors_is_refused(adapter: Path, tmp_path: P
     assert message.startswith(f"{file}: is not a whole safetensors file: it is cut short: 1 of ")
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"r": "x"}, "the adapter cannot be loaded: "),
+        ({"target_modules": 5}, "the adapter cannot be loaded: "),
+        ({"megatron_config": {}}, "has a megatron_config, with which peft imports whatever it names"),
+    ],
+    ids=str,
+)
+def test_an_adapter_with_values_that_none_has_is_refused(
+    adapter: Path, tmp_path: Path, fields: dict[str, Any], expected: str
+) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    assert expected in refusal(load, adapter, tmp_path)
+    assert str(adapter) in refusal(merge, adapter, tmp_path)
+
+
 # --- tensors
 
 
