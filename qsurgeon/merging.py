@@ -165,7 +165,7 @@ def base_of(adapter: str | Path, model: str | Path | None = None) -> Path:
     """
     config = _config(Path(adapter))
     named = model if model is not None else config.get("base_model_name_or_path")
-    if not named:
+    if not named or not isinstance(named, str | Path):
         raise CheckpointError(f"{adapter}: names no base; say which: --model FOLDER")
     if not Path(named).is_dir():
         whose = "no such folder" if model is not None else f"the base that {adapter} names is no folder here"

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor as Values
 
-from qsurgeon.checkpoint.files import refuse_irregular
+from qsurgeon.checkpoint.files import INDEX, refuse_irregular
 from qsurgeon.checkpoint.headers import Tensor, read_header
 from qsurgeon.checkpoint.index import read_headers
 from qsurgeon.checkpoint.naming import Names, names_in
@@ -21,9 +22,11 @@ from qsurgeon.reading import read_json
 from qsurgeon.surgery import operate, read_config, record_in, skeleton
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What peft raises, in its own words or Python's, for an adapter_config.json with values that no adapter has.
+# What peft and transformers raise, in their own words or Python's, for an adapter_config.json or a
+# generation_config.json with values that none has.
 BAD_ADAPTER = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, ImportError,
 )  # fmt: skip
@@ -50,12 +53,27 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
     if record is None:
         return
     tensors = read_headers(folder)
+    if (folder / INDEX).is_file() and not isinstance(read_json(folder / INDEX).get("metadata"), dict):
+        raise CheckpointError(f"{folder / INDEX}: has no metadata; expected an object")
+    check_generation(folder)
     model = skeleton(config, trust_remote_code)
     try:
         operate(model, record.quantizations(), storage=record.storage)
     except SurgeryError:
         return  # opening it does the same, and says what does not fit
     check_tensors(model, tensors, names_in(model, tensors))
+
+
+def check_generation(folder: Path) -> None:
+    """Do nothing if the settings for generation in ``folder`` are some, or none are. Raises: CheckpointError."""
+    file = folder / GENERATION
+    if not file.is_file():
+        return
+    read_json(file)
+    try:
+        transformers.GenerationConfig.from_pretrained(folder)
+    except (OSError, *BAD_ADAPTER) as error:
+        raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from qsurgeon.checkpoint import journal
 from qsurgeon.checkpoint.card import with_record
 from qsurgeon.checkpoint.files import INDEX, companions, copy_companions, write_json
 from qsurgeon.checkpoint.front_matter import CARD
-from qsurgeon.checkpoint.gate import check_tensors
+from qsurgeon.checkpoint.gate import check_generation, check_tensors
 from qsurgeon.checkpoint.headers import Tensor
 from qsurgeon.checkpoint.hub import fetch, fetch_config
 from qsurgeon.checkpoint.index import read_headers
@@ -163,6 +163,7 @@ def _prepare(
     names = names_in(model, tensors)
     layout = layout_of(plan, tensors, names, folder, options.max_shard_size)
     check_tensors(model, tensors, names)
+    check_generation(folder)
     run = _run(plan, tensors, folder, options)
     card = with_record(_text(folder / CARD), record_of(plan, __version__, origin))
     beside = sum((folder / one).stat().st_size for one in companions(folder))
@@ -287,7 +288,8 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
 def _write_index(work: _Work, folder: Path) -> None:
     weight_map = work.layout.weight_map
     there = work.source / INDEX
-    if there.is_file() and read_json(there).get("weight_map") == weight_map:
+    index = read_json(there) if there.is_file() else {}
+    if index.get("weight_map") == weight_map and isinstance(index.get("metadata"), dict):
         shutil.copyfile(there, folder / INDEX)
     elif len(work.layout.shards) > 1:
         size = sum(job.size for job in work.layout.jobs.values())

@@ -170,13 +170,15 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     auto: Any = transformers.AutoModel
     try:
         dtype = config.dtype or torch.float32
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"its dtype is {dtype!r}")
         with torch.device("meta"), _bounded():
             model: nn.Module = (
                 auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
                 if model_class is None
                 else model_class._from_config(config, dtype=dtype)
             )
-    except _BAD_CONFIG as error:
+    except (*_BAD_CONFIG, *_BAD_CODE) as error:
         raise CheckpointError(f"its config describes no model that can be built: {_first_lines(error)}") from error
     return model
 

@@ -229,6 +229,15 @@ def test_an_adapter_with_values_that_none_has_is_refused(
     assert str(adapter) in refusal(merge, adapter, tmp_path)
 
 
+@pytest.mark.parametrize("act", [load, rewrite])
+def test_settings_for_generation_that_are_none_are_refused(
+    copy: Callable[[str], Path], tmp_path: Path, act: Act
+) -> None:
+    folder = copy("qwen2" if act is rewrite else "qwen2-packed")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": "x", "eos_token_id": []}')
+    assert refusal(act, folder, tmp_path).startswith(f"{folder}/generation_config.json: cannot be read: ")
+
+
 # --- tensors
 
 
