@@ -29,6 +29,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # generation_config.json with values that none has.
 BAD_ADAPTER = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, ImportError,
+    re.error,
 )  # fmt: skip
 
 

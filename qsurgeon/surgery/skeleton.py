@@ -169,7 +169,7 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     model_class = architecture(config, trust_remote_code)
     auto: Any = transformers.AutoModel
     try:
-        dtype = config.dtype or torch.float32
+        dtype = torch.float32 if config.dtype is None else config.dtype
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"its dtype is {dtype!r}")
         with torch.device("meta"), _bounded():

@@ -46,6 +46,8 @@ BUILT = "its config describes no model that can be built: "
         ({"hidden_act": "nothing"}, BUILT),
         ({"dtype": float("nan")}, ""),
         ({"dtype": float("inf")}, ""),
+        ({"dtype": 0}, f"{BUILT}its dtype is 0"),
+        ({"dtype": False}, f"{BUILT}its dtype is False"),
         ({"dtype": "float4"}, ""),
         ({"dtype": ["float32"]}, ""),
         ({"dtype": "nn"}, ""),
