@@ -10,11 +10,11 @@ import transformers
 from torch import nn
 
 from qsurgeon.arguments import check_model, check_path, check_recipe, live
-from qsurgeon.checkpoint import config_of, origin
-from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
+from qsurgeon.checkpoint import BAD_ADAPTER, check_checkpoint, config_of, origin
+from qsurgeon.errors import CheckpointError, NothingWrappedError, QSurgeonError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
-from qsurgeon.opening import FINDING, adapter_at
+from qsurgeon.opening import ADAPTER, FINDING, adapter_at
 from qsurgeon.places import named
 from qsurgeon.quantizer import hosts, note, register
 from qsurgeon.recipe import Recipe, load_recipe
@@ -187,12 +187,21 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     check_path("load", path, "path")
     path = named(path)
     register()
+    inside = Path(path) / (kwargs.get("subfolder") or "")
+    if inside.is_dir():
+        check_checkpoint(inside, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     if auto_class is None:
         auto_class = _class_of(path, kwargs)
     try:
         model, info = auto_class.from_pretrained(path, **{**kwargs, "output_loading_info": True})
     except SurgeryError as error:
         raise SurgeryError(f"{path}: {error}") from error
+    except QSurgeonError:
+        raise
+    except BAD_ADAPTER as error:
+        if (inside / "config.json").is_file() or not (inside / ADAPTER).is_file():
+            raise
+        raise CheckpointError(f"{path}: the adapter cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if not quant_linears(model):
         raise NothingWrappedError(_nothing_in(path, model, kwargs))
     missing = sorted(info["missing_keys"])

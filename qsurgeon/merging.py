@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qsurgeon.checkpoint.files import INDEX, copy_companions, write_json
+from qsurgeon.checkpoint.files import INDEX, copy_companions, refuse_irregular, write_json
+from qsurgeon.checkpoint.gate import BAD_ADAPTER
 from qsurgeon.checkpoint.headers import FLOATS, read_header
 from qsurgeon.checkpoint.index import read_headers, weight_files
 from qsurgeon.checkpoint.progress import Estimate, Events
@@ -164,7 +165,7 @@ def base_of(adapter: str | Path, model: str | Path | None = None) -> Path:
     """
     config = _config(Path(adapter))
     named = model if model is not None else config.get("base_model_name_or_path")
-    if not named:
+    if not named or not isinstance(named, str | Path):
         raise CheckpointError(f"{adapter}: names no base; say which: --model FOLDER")
     if not Path(named).is_dir():
         whose = "no such folder" if model is not None else f"the base that {adapter} names is no folder here"
@@ -176,12 +177,15 @@ def base_of(adapter: str | Path, model: str | Path | None = None) -> Path:
 
 def _config(adapter: Path) -> dict[str, Any]:
     """Return adapter_config.json. Raises: CheckpointError if there is none, or if it is of nothing we can merge."""
+    if adapter.is_dir():
+        refuse_irregular(adapter)
     if not (adapter / ADAPTER).is_file():
         raise CheckpointError(f"{adapter}: is not the folder of an adapter; it has no {ADAPTER}")
     config = read_json(adapter / ADAPTER)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{adapter}: is an adapter of kind {config.get('peft_type')}; only LORA can be merged")
-    for key, plain in (("bias", "none"), ("layer_replication", None), ("arrow_config", None), ("use_bdlora", None)):
+    unmergeable = ("layer_replication", "arrow_config", "use_bdlora", "megatron_config")
+    for key, plain in (("bias", "none"), *((key, None) for key in unmergeable)):
         if config.get(key, plain) != plain:
             raise CheckpointError(f"{adapter}: has {key}={config[key]!r}, which cannot be merged; expected {plain!r}")
     if not (adapter / WEIGHTS).is_file():
@@ -191,21 +195,28 @@ def _config(adapter: Path) -> dict[str, Any]:
 
 def _with_adapter(model: nn.Module, adapter: Path, base: Path) -> Any:
     """Return ``model``, which is ``base``, with the adapter on it. Raises: CheckpointError if it does not fit."""
-    # Only the modules that the config names are looked for: with a base of another kind, that is a ValueError.
+    # Only the modules that the config names are looked for: with a base of another kind, that is a ValueError, and
+    # with values that no config has, whatever peft happens to do with them.
     try:
         loaded = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(adapter)), NAME)
-    except ValueError as error:
+    except BAD_ADAPTER as error:
         raise CheckpointError(f"{adapter} does not fit {base}: {' '.join(str(error).split())[:300]}") from error
     # peft would only warn of what is missing, and leave it random.
     state = peft.get_peft_model_state_dict(loaded, adapter_name=NAME, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    found = {tensor.name: tensor.shape for tensor in read_header(adapter / WEIGHTS).tensors}
+    header = read_header(adapter / WEIGHTS)
+    found = {tensor.name: tensor.shape for tensor in header.tensors}
     for key, shape in expected.items():
         if key not in found:
             raise CheckpointError(f"{adapter} does not fit {base}: it has no tensor {key}")
         if found[key] != shape:
             raise CheckpointError(
                 f"{adapter} does not fit {base}: {key} has shape {list(found[key])}, the model takes {list(shape)}"
+            )
+    for tensor in header.tensors:
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} is {tensor.dtype}; expected one of: {', '.join(FLOATS)}"
             )
     # An adapter of an embedding carries the embedding too.
     unknown = [key for key in found if key not in expected and ".base_layer." not in key]

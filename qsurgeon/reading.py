@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,10 +16,19 @@ MOST_JSON = 32 * 2**20
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to read bytes. Raises: OSError also for a pipe, which would wait, and a device, which may not end."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    _check_regular(path.stat())  # a device may do something when it is opened
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(handle))  # what is there may have changed in between
+        return os.fdopen(handle, "rb")
+    except OSError:
+        os.close(handle)
+        raise
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
-    return path.open("rb")
 
 
 def read_regular(path: Path, most: int) -> bytes:

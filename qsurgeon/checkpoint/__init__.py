@@ -1,5 +1,6 @@
 """Checkpoints: their files, on disk and on the hub, and rewriting one folder into another."""
 
+from qsurgeon.checkpoint.gate import BAD_ADAPTER, check_adapter, check_checkpoint
 from qsurgeon.checkpoint.headers import Header, Tensor, read_header
 from qsurgeon.checkpoint.hub import Source, config_of, fetch, fetch_config, origin, push, reserve
 from qsurgeon.checkpoint.index import read_headers, weight_files
@@ -8,12 +9,15 @@ from qsurgeon.checkpoint.quantized import refuse_quantized_weight
 from qsurgeon.checkpoint.rewrite import Options, rewrite
 
 __all__ = [
+    "BAD_ADAPTER",
     "Estimate",
     "Events",
     "Header",
     "Options",
     "Source",
     "Tensor",
+    "check_adapter",
+    "check_checkpoint",
     "config_of",
     "fetch",
     "fetch_config",

@@ -4,14 +4,12 @@ It is made of the record alone, so that whoever loads a model and pushes it on w
 a card is its author's: the text is kept to the letter, and in the front matter only what is said here is replaced.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
-import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
+from qsurgeon.checkpoint.front_matter import CARD, ends, read_front_matter, written
 from qsurgeon.checkpoint.hub import hub_id
+from qsurgeon.checkpoint.markdown import code, fenced, inline, table
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import NONE, shown
@@ -19,7 +17,6 @@ from qsurgeon.layers import AS_IT_IS, Quantization
 from qsurgeon.recipe.fold import folded
 from qsurgeon.surgery import QUANT_METHOD, Record
 
-CARD = "README.md"
 SECTION, NOTICE = "qsurgeon", "qsurgeon: notice"  # the marks around what is ours, and is replaced when it is said again
 _STORED = {
     "master": "stored in full precision and rounded in every forward pass, so that they can be trained",
@@ -38,51 +35,25 @@ def with_record(card: str, record: Record, summary: str) -> str:
 
     Raises: CheckpointError for a card whose front matter cannot be read.
     """
-    data, text = _split(card)
-    front = yaml.safe_dump(_merged(data, record), sort_keys=False, allow_unicode=True).strip()
+    text = card[ends(card) :]
+    front = written(_merged(read_front_matter(card), record))
     section = _section(record, summary)
-    if not _marked(SECTION).sub("", text).strip():
+    if not _without(text, SECTION).strip():
         body = _block(SECTION, f"# {_title(record)}\n\n{section}") + "\n"
     else:
         body = _placed(_placed(text.strip("\n") + "\n", NOTICE, _notice(record, summary), first=True), SECTION, section)
-    return f"---\n{front}\n---\n\n{body}"
-
-
-# --- front matter
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as the hub reads it: true and false are the only booleans, and the language ``no`` is Norwegian."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [one for one in resolvers if first in "tTfF" or one[0] != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _split(card: str) -> tuple[dict[str, Any], str]:
-    """Return the front matter of a card as data, and the text below it."""
-    match = REGEX_YAML_BLOCK.search(card)
-    if match is None:
-        return {}, card
-    try:
-        data = yaml.load(match[2], Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"{CARD}: its front matter is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict | None):
-        raise CheckpointError(f"{CARD}: its front matter is {type(data).__name__}; expected keys and values")
-    return data or {}, card[match.end() :]
+    return f"{front}\n{body}"
 
 
 def front_matter(card: str) -> str:
     """Return the front matter of a card without the text below it."""
-    match = REGEX_YAML_BLOCK.search(card)
-    return match[0] if match else ""
+    return card[: ends(card)]
 
 
 def _merged(data: dict[str, Any], record: Record) -> dict[str, Any]:
     tags = data.get("tags") or []
+    if not isinstance(tags, str | list) or not all(isinstance(one, Hashable) for one in tags):
+        raise CheckpointError(f"{CARD}: its front matter has tags that are no words; expected a list of them")
     ours = [QUANT_METHOD, *_formats(record)]
     merged = {"library_name": "transformers"} | data
     merged["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *ours]))
@@ -95,27 +66,41 @@ def _merged(data: dict[str, Any], record: Record) -> dict[str, Any]:
 # --- text
 
 
-def _marked(mark: str) -> re.Pattern[str]:
-    return re.compile(rf"<!-- {mark} -->.*?<!-- /{mark} -->", flags=re.DOTALL)
-
-
 def _block(mark: str, text: str) -> str:
     return f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->"
 
 
+def _find(text: str, mark: str, after: int = 0) -> tuple[int, int] | None:
+    """Return where the first block ``after`` a place begins and ends, if there is a whole one; none lies in another."""
+    opens, closes = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    while (end := text.find(closes, after)) >= 0:
+        start, after = text.rfind(opens, after, end), end + len(closes)
+        if start >= 0:
+            return start, after
+    return None
+
+
+def _without(text: str, mark: str) -> str:
+    kept, at = [], 0
+    while (found := _find(text, mark, at)) is not None:
+        kept.append(text[at : found[0]])
+        at = found[1]
+    return "".join([*kept, text[at:]])
+
+
 def _placed(text: str, mark: str, content: str, *, first: bool = False) -> str:
     """Return ``text`` with ``content`` where it stood before, else at the beginning or at the end."""
-    block = _block(mark, content)
-    if _marked(mark).search(text):
-        return _marked(mark).sub(lambda _: block, text, count=1)
+    block, found = _block(mark, content), _find(text, mark)
+    if found is not None:
+        return text[: found[0]] + block + text[found[1] :]
     return f"{block}\n\n{text}" if first else f"{text}\n{block}\n"
 
 
 def _title(record: Record) -> str:
     name = _name(record)
-    *most, last = _formats(record)
+    *most, last = map(inline, _formats(record))
     formats = f"{', '.join(most)} and {last}" if most else last
-    return f"{name.rpartition('/')[2] or 'A model'} in {formats}"
+    return f"{inline(name.rpartition('/')[2]) or 'A model'} in {formats}"
 
 
 def _name(record: Record) -> str:
@@ -125,9 +110,9 @@ def _name(record: Record) -> str:
 
 
 def _notice(record: Record, summary: str) -> str:
-    what = _name(record) or "This model"
+    what = inline(_name(record)) or "This model"
     return (
-        f"> **{what}, rewritten by qsurgeon:** {summary}. See [Number formats](#number-formats). Unless it "
+        f"> **{what}, rewritten by qsurgeon:** {inline(summary)}. See [Number formats](#number-formats). Unless it "
         "says otherwise, what is written here, and what was measured, is about the model before that."
     )
 
@@ -140,13 +125,12 @@ def _section(record: Record, summary: str) -> str:
         [
             "## Number formats",
             "",
-            f"Rewritten by qsurgeon {record.qsurgeon_version}{_from(record)}: {summary}. The weights of wrapped "
-            f"modules are {stored} (`storage: {record.storage}`). All other modules are in full "
-            "precision.",
+            f"Rewritten by qsurgeon {inline(record.qsurgeon_version)}{_from(record)}: {inline(summary)}. The weights "
+            f"of wrapped modules are {stored} (`storage: {record.storage}`). All other modules are in full precision.",
             "",
-            *_table(["modules", "n", "weight", "input", "gradient", "why"], _modules(record)),
+            *table(["modules", "n", "weight", "input", "gradient", "why"], _modules(record)),
             "",
-            *_table(["format", "element", "block", "scale", "tensor scale", "bits"], map(_fields, formats.values())),
+            *table(["format", "element", "block", "scale", "tensor scale", "bits"], map(_fields, formats.values())),
             "",
             "Bits are per value, block scales counted. Gradient: how it passes the rounding; `ste`, straight through.",
             "",
@@ -168,7 +152,7 @@ def _section(record: Record, summary: str) -> str:
 def _from(record: Record) -> str:
     pinned = hub_id(record.source)
     if pinned is None:
-        return f" from `{record.source}`" if record.source else ""
+        return f" from {code(record.source)}" if record.source else ""
     name, commit = pinned
     page = f"https://huggingface.co/{name}"
     return f" from [{name}]({page}/tree/{commit}) at commit `{commit[:12]}`" if commit else f" from [{name}]({page})"
@@ -192,7 +176,7 @@ def _fields(format: Format) -> list[str]:
     ]
     scale = f"{format.scale.name}, {format.scale_rule}" if format.scale else NONE
     return [
-        format.name, ", ".join([format.element.name, *more]), shown(format.block), scale, format.tensor_scale,
+        inline(format.name), ", ".join([format.element.name, *more]), shown(format.block), scale, format.tensor_scale,
         f"{format.bits:.4g}",
     ]  # fmt: skip
 
@@ -206,25 +190,14 @@ def _modules(record: Record) -> Iterable[list[str]]:
 
     for name, group in folded(record.quantizations().items(), lambda one: one[0], alike):
         weight, input_, gradient, rule, when = alike(group[0])
-        why = f"rule `{rule}`" + (f", {when}" if when else "")
-        yield [f"`{name}`", str(len(group)), weight, input_, gradient, why]
+        why = f"rule {code(rule)}" + (f", {when}" if when else "")
+        yield [code(name), str(len(group)), inline(weight), inline(input_), gradient, why]
     for name, left in folded(record.exclusions().items(), lambda one: one[0], lambda one: one[1]):
         excluded = left[0][1]
-        why = f"excluded by `{excluded.pattern}` of rule `{excluded.rule}`"
-        yield [f"`{name}`", str(len(left)), AS_IT_IS, AS_IT_IS, AS_IT_IS, why]
-
-
-def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    rule = ["---:" if name in {"n", "bits"} else "---" for name in head]
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *cells)]
+        why = f"excluded by {code(excluded.pattern)} of rule {code(excluded.rule)}"
+        yield [code(name), str(len(left)), AS_IT_IS, AS_IT_IS, AS_IT_IS, why]
 
 
 def _recipe(text: str) -> list[str]:
     """Return the lines that show a recipe in full; none for a record that does not know it."""
-    if not text:
-        return []
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return ["The recipe:", "", f"{fence}yaml", text.rstrip(), fence]
+    return ["The recipe:", "", *fenced(text, "yaml")] if text.strip() else []

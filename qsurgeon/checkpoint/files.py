@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,27 @@ def _keeps(snapshots: Path, target: Path) -> bool:
         return False
     shared = repository.parent / "blobs" / target.name[:2] / target.name
     return target.parent == repository / "blobs" or (target == shared and _HASH.fullmatch(target.name) is not None)
+
+
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_NEVER_FOLDERS = (".json", ".safetensors", ".yaml", ".md")
+
+
+def refuse_irregular(folder: Path) -> None:
+    """Do nothing if every file in ``folder`` is one. Libraries open by name what they find, and would wait for a pipe.
+
+    Raises: CheckpointError, with its name, for a pipe, a socket or a device, also behind a link, and for a folder that
+    is called like a file of a checkpoint.
+    """
+    for file in sorted(folder.iterdir()):
+        try:
+            kind = stat.S_IFMT(file.stat().st_mode)
+        except OSError:  # a link that leads nowhere, or in a circle
+            continue
+        if kind in _KINDS:
+            raise CheckpointError(f"{file}: is {_KINDS[kind]}; expected a file")
+        if kind == stat.S_IFDIR and file.name.endswith(_NEVER_FOLDERS):
+            raise CheckpointError(f"{file}: is a folder; expected a file")
 
 
 def companions(folder: Path) -> Iterator[Path]:

@@ -25,8 +25,8 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from qsurgeon.checkpoint.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE
-from qsurgeon.checkpoint.index import weight_files
+from qsurgeon.checkpoint.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE, refuse_irregular
+from qsurgeon.checkpoint.index import named_files, weight_files
 from qsurgeon.errors import CheckpointError, nearest
 from qsurgeon.places import CONFIG, OFFLINE, missing, model_here
 from qsurgeon.reading import read_json
@@ -184,6 +184,8 @@ def _here(model: str | Path, revision: str | None) -> Source | None:
     if revision is not None:
         raise CheckpointError(f"{path} is on this disk; a revision is of a model on the hub")
     folder = path.parent if path.name == CONFIG else path
+    if folder.is_dir():
+        refuse_irregular(folder)
     return Source(folder, origin(folder))
 
 
@@ -219,9 +221,7 @@ def _check_weights(api: HfApi, model: str, commit: str) -> None:
 
 def _weights(folder: Path) -> list[str]:
     """Return the names of the weight files of a snapshot whose other files are there."""
-    index = folder / INDEX
-    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {SINGLE}
-    return sorted(names) + ([PARTS_WEIGHTS] if (folder / PARTS).is_file() else [])
+    return sorted(named_files(folder)) + ([PARTS_WEIGHTS] if (folder / PARTS).is_file() else [])
 
 
 def _check_whole(folder: Path) -> None:

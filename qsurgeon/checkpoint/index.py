@@ -30,6 +30,20 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return (folder / SINGLE,)
 
 
+def named_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that hold the model in ``folder``, as its index has them; they need not be there.
+
+    Raises: CheckpointError for an index that cannot be read, or that names what is no safetensors file of its folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return (SINGLE,)
+    names = dict.fromkeys(_weight_map(folder).values())
+    for name in names:
+        _check_name(index, name)
+    return tuple(names)
+
+
 def read_headers(folder: Path) -> dict[str, Tensor]:
     """Return what the headers of the weight files say, by tensor name; no tensor is read.
 
@@ -60,13 +74,18 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _named_in(index: Path, name: str) -> Path:
-    """Return the file that the index means by ``name``, if it is one of its folder."""
-    folder, file = index.parent, index.parent / name
+def _check_name(index: Path, name: str) -> None:
     if Path(name).name != name or name in {"", ".."}:
         raise CheckpointError(f"{index}: names '{name}', which is not a file of its folder")
+    file = index.parent / name
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{index}: names '{name}', which is not safetensors; {_why_not(file)}")
+
+
+def _named_in(index: Path, name: str) -> Path:
+    """Return the file that the index means by ``name``, if it is one of its folder."""
+    _check_name(index, name)
+    folder, file = index.parent, index.parent / name
     try:
         there = file.is_file()
     except OSError:  # a name that no file can have

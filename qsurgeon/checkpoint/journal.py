@@ -69,7 +69,7 @@ def begin(folder: Path, run: Mapping[str, Any]) -> bool:
 def entries(folder: Path) -> dict[str, Entry]:
     """Return the jobs that are done, by name, whichever process did them. Lines that a crash cut off are none."""
     found: dict[str, Entry] = {}
-    for file in sorted(folder.glob("journal-*.jsonl")):
+    for file in sorted(one for one in folder.glob("journal-*.jsonl") if one.is_file()):
         for line in file.read_bytes().split(b"\n"):
             entry = _entry(line)
             if entry is not None:
@@ -81,7 +81,7 @@ def _entry(line: bytes) -> tuple[str, Entry] | None:
     try:
         data = json.loads(line)
         return str(data["job"]), Entry(tuple(data["crcs"]), bool(data["finite"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -20,8 +20,10 @@ import transformers
 
 from qsurgeon.arguments import check_path, check_recipe
 from qsurgeon.checkpoint import journal
-from qsurgeon.checkpoint.card import CARD, with_record
+from qsurgeon.checkpoint.card import with_record
 from qsurgeon.checkpoint.files import INDEX, companions, copy_companions, write_json
+from qsurgeon.checkpoint.front_matter import CARD
+from qsurgeon.checkpoint.gate import check_generation, check_tensors
 from qsurgeon.checkpoint.headers import Tensor
 from qsurgeon.checkpoint.hub import fetch, fetch_config
 from qsurgeon.checkpoint.index import read_headers
@@ -173,6 +175,8 @@ def _prepare(
     tensors = read_headers(folder)
     names = names_in(model, tensors)
     layout = layout_of(plan, model, tensors, names, folder, options.max_shard_size)
+    check_tensors(model, tensors, names)
+    check_generation(folder)
     run = _run(plan, tensors, folder, options)
     card = with_record(_text(folder / CARD), record_of(plan, __version__, origin), plan.summary)
     beside = sum((folder / one).stat().st_size for one in companions(folder))
@@ -225,15 +229,9 @@ def _lead(work: _Work, here: Ranks, events: Events, options: Options) -> None:
             )
         for remark in work.plan.remarks:
             events.note(remark)
-        unknown, missing = work.names.unknown, work.names.missing
-        if unknown:
+        if unknown := work.names.unknown:
             events.note(
                 f"{len(unknown)} tensors that the model has no place for are copied as they are, such as {unknown[0]}"
-            )
-        if missing:
-            events.note(
-                f"{len(missing)} parameters of the model have no tensor, and will be random when it is loaded: "
-                f"{missing[0]}"
             )
         _fill(work, here, events, options)
         _finish(work, folder, options)
@@ -305,7 +303,8 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
 def _write_index(work: _Work, folder: Path) -> None:
     weight_map = work.layout.weight_map
     there = work.source / INDEX
-    if there.is_file() and read_json(there).get("weight_map") == weight_map:
+    index = read_json(there) if there.is_file() else {}
+    if index.get("weight_map") == weight_map and isinstance(index.get("metadata"), dict):
         shutil.copyfile(there, folder / INDEX)
     elif len(work.layout.shards) > 1:
         size = sum(job.size for job in work.layout.jobs.values())

@@ -13,7 +13,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from qsurgeon.checkpoint.card import CARD, front_matter, with_record
+from qsurgeon.checkpoint.card import front_matter, with_record
+from qsurgeon.checkpoint.front_matter import CARD
 from qsurgeon.layers.compiling import uncompiled
 from qsurgeon.patching import Method
 from qsurgeon.surgery import (

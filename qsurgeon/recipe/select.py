@@ -20,8 +20,9 @@ from qsurgeon.recipe.translate import from_regex, is_negated, is_regex, several,
 
 _COMPONENT = re.compile(r"(?:[^.{}]|\{[^{}]*\})+")  # dots inside braces belong to a range
 _WORD = re.compile(r"[\w*-]+")
-_INTEGER = re.compile(r"-?\d+")
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+# Python refuses to read a number of thousands of digits, and no model has so many modules.
+_INTEGER = re.compile(r"-?\d{1,9}")
+_RANGE = re.compile(r"(-?\d{1,9})\.\.(-?\d{1,9})")
 _MOST_NUMBERS = 10_000
 _ROLE = re.compile(r"<([^<>]*)>")
 OUTPUT_HEAD = "output_head"

@@ -1,6 +1,7 @@
 """Files to recipes: every mistake of a file in one run, with file, line, column and a caret."""
 
 import json
+import os
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -13,7 +14,7 @@ from qsurgeon.recipe.find import find_recipe
 from qsurgeon.recipe.foreign import foreign
 from qsurgeon.recipe.schema import FormatSpec, Recipe, Rule, make_format
 from qsurgeon.recipe.select import in_yaml
-from qsurgeon.recipe.text import Path, Source, parse, read_source
+from qsurgeon.recipe.text import Path, Source, is_recipe, parse, read_source
 from qsurgeon.recipe.translate import several
 from qsurgeon.recipe.words import unknown_format, unknown_key
 
@@ -64,7 +65,7 @@ def _base(raw: dict[str, Any], file: FilePath, source: Source, chain: tuple[File
     try:
         base = find_recipe(name, beside=file.parent)
     except RecipeError as error:
-        source.report_at(("extends",), error.mistakes[0].message)
+        source.report_at(("extends",), _without_neighbors(error.mistakes[0].message, file.parent, name))
         return None
     if base.resolve() in chain:
         source.report_at(("extends",), f"'{name}' extends this recipe in turn")
@@ -72,8 +73,20 @@ def _base(raw: dict[str, Any], file: FilePath, source: Source, chain: tuple[File
     try:
         return _load(base, chain)
     except RecipeError as error:
+        if not is_recipe(base):
+            source.report_at(
+                ("extends",), f"'{name}' is not a recipe: it has no 'version: 1' with 'rules' or 'extends'"
+            )
+            return None
         source.mistakes += [(len(source.lines), place, one) for place, one in enumerate(error.mistakes)]
         return None
+
+
+def _without_neighbors(message: str, folder: FilePath, name: str) -> str:
+    """Return ``message`` without its hint if ``name`` leads out of ``folder``: a recipe may not ask what lies there."""
+    around = os.path.abspath(folder)  # noqa: PTH100  # links are not followed
+    inside = FilePath(os.path.normpath(os.path.join(around, name))).is_relative_to(around)  # noqa: PTH118
+    return message if inside else message.partition("; ")[0]
 
 
 def _merged(recipe: Recipe, base: Recipe, formats: dict[str, Format]) -> Recipe:

@@ -31,6 +31,8 @@ _PROBLEMS = {
 _OPENED = re.compile(r"(?:^|[:,\[-])\s*\{[^{}:]*\}[\w.*]")
 _RESERVED = {"%", "@", "`"}  # no plain text of YAML begins with these
 TAG = "tag:yaml.org,2002:"
+_VERSION = re.compile(r"""[\s{]*["']?version["']?\s*:\s*1\b""")
+_CONTENT = re.compile(r"""\b(rules|extends)["']?\s*:""")
 
 
 @dataclass
@@ -84,6 +86,20 @@ def read_source(file: FilePath) -> Source:
     except UnicodeDecodeError as error:
         raise RecipeError([Mistake(str(file), f"is not UTF-8 text (byte {error.start})")]) from error
     return Source(str(file), text.splitlines())
+
+
+def is_recipe(file: FilePath) -> bool:
+    """Say whether a file that is broken was meant to be a recipe: only then may what is in it be quoted.
+
+    A recipe may extend any file that its reader can read, and whoever wrote it need not be able to.
+    """
+    try:
+        lines = read_source(file).lines
+    except RecipeError:
+        return True  # its message quotes nothing
+    if not "".join(lines).strip():
+        return True
+    return any(map(_VERSION.match, lines)) and any(map(_CONTENT.search, lines))
 
 
 def parse(source: Source) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Step:
     def packed_bytes(self) -> int:
         """What the module takes once its weight is packed, which is not tied to another's then."""
         how = self.quantization
-        if how is None or how.weight is None:
+        if how is None or how.weight is None or len(self.module.shape) != 2:  # a record may name anything
             return self.module.bytes
         own = 0 if self.module.tied_to is not None else self.module.weight_bytes
         return self.module.bytes - own + stored_bytes(packed_format(how), *self.module.shape)

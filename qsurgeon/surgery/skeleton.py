@@ -6,8 +6,11 @@ says ``trust_remote_code``; where transformers has the model itself, it is not n
 
 import difflib
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from qsurgeon.errors import CheckpointError
@@ -22,8 +26,18 @@ from qsurgeon.reading import read_json
 
 # What transformers raises, in its own words or Python's, for a config that describes no model.
 _BAD_CONFIG = (
-    OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError,
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+    StrictDataclassError,
 )  # fmt: skip
+
+
+# A config of a few bytes can ask for more modules, or names of labels, than any machine holds: these are many times
+# what the largest models known have, by what their keys have in them.
+MOST_MODULES = 2_000_000
+_MOST = {
+    "layer": 100_000, "expert": 100_000, "depth": 100_000, "num_blocks": 100_000, "num_stages": 100_000,
+    "num_labels": 10_000_000,
+}  # fmt: skip
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
@@ -43,7 +57,9 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
     if path.is_file():
         raise CheckpointError(f"{path} is a file; expected a model's folder, a config.json or a hub id")
     try:
-        _check_known(read_json(path / "config.json"), str(path), trust_remote_code)
+        data = read_json(path / "config.json")
+        _check_counts(data, path / "config.json")
+        _check_known(data, str(path), trust_remote_code)
         return transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (*_BAD_CONFIG, *_BAD_CODE) as error:
         raise CheckpointError(f"no model at '{source}': {_first_lines(error)}") from error
@@ -51,6 +67,17 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
 
 # What running a model's own code raises besides, before it does anything: a package is missing, or it is not Python.
 _BAD_CODE = (ImportError, SyntaxError)
+
+
+def _check_counts(data: Any, file: Path) -> None:
+    """Refuse a config.json that asks for more of something than any model has: building that would not end."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        if isinstance(value, dict | list):
+            _check_counts(value, file)
+        elif isinstance(value, int | float):
+            most = next((most for part, most in _MOST.items() if part in str(key)), value)
+            if value > most:
+                raise CheckpointError(f"{file}: {key} is {value:,}; expected at most {most:,}")
 
 
 def _check_known(data: dict[str, Any], name: str, trust_remote_code: bool) -> None:
@@ -156,16 +183,34 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     vars(config).pop("quantization_config", None)  # nothing is wrapped here
     auto: Any = transformers.AutoModel
     try:
-        with torch.device("meta"):
-            dtype = config.dtype or torch.float32
+        dtype = torch.float32 if config.dtype is None else config.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"its dtype is {dtype!r}")
+        with torch.device("meta"), _bounded():
             model: nn.Module = (
                 auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
                 if model_class is None
                 else model_class._from_config(config, dtype=dtype)
             )
-    except _BAD_CONFIG as error:
+    except (*_BAD_CONFIG, *_BAD_CODE) as error:
         raise CheckpointError(f"its config describes no model that can be built: {_first_lines(error)}") from error
     return model
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Refuse to build more than ``MOST_MODULES`` modules inside the block, in this thread. Raises: CheckpointError."""
+    built, here = count(1), threading.get_ident()
+
+    def register(*_: Any) -> None:
+        if threading.get_ident() == here and next(built) > MOST_MODULES:
+            raise CheckpointError(f"its config describes a model of more than {MOST_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _first_lines(error: Exception) -> str:

@@ -79,7 +79,8 @@ def test_a_name_that_is_no_file_of_the_folder_is_refused(folder: Path, name: str
 @pytest.mark.parametrize("name", ["x\0.safetensors", f"{'x' * 300}.safetensors"], ids=["zero-byte", "too-long"])
 def test_a_name_that_no_file_can_have_is_missing(folder: Path, name: str) -> None:
     write_index(folder, MAP | {"c": name})
-    assert refused(folder).startswith(f"{folder}: the index names {name}, which is missing; ")
+    shown = name.replace("\0", "\\x00")
+    assert refused(folder).startswith(f"{folder}: the index names {shown}, which is missing; ")
 
 
 def test_a_missing_file_is_named_with_the_nearest_there_is(folder: Path) -> None:

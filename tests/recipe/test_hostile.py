@@ -205,3 +205,104 @@ def test_a_hundred_mistakes_are_all_shown() -> None:
 def test_a_pattern_of_many_stars_is_matched_at_once(pattern: str) -> None:
     names = Namespace(["a.b", *(f"model.layers.{one}.mlp.experts.{two}.up" for one in range(9) for two in range(20))])
     assert names.match(parse_pattern(pattern)).names == ({"a.b"} if pattern.startswith("a") else set())
+
+
+# --- numbers
+
+
+@pytest.mark.usefixtures("quick", "lean")
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "9" * 5000,
+        f"-{'9' * 5000}",
+        f"layers.{'9' * 5000}",
+        f"layers.{{{'9' * 5000}}}",
+        f"layers.{{0,-{'9' * 5000}}}",
+        f"layers.{{{'9' * 5000},x}}.mlp",
+        "layers.9999999999",
+    ],
+    ids=lambda one: one[:12],
+)
+def test_a_number_of_many_digits_names_nothing(pattern: str) -> None:
+    names = Namespace(["layers.0.mlp", "layers.1.mlp"])
+    parsed = parse_pattern(pattern)
+    match = names.match(parsed)
+    assert match.names == ({"layers.0.mlp"} if ",-" in pattern else set())
+    assert names.hint(parsed)
+
+
+@pytest.mark.usefixtures("quick", "lean")
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ("0..999999999", "the range 0..999999999 has more than 10000 numbers"),
+        ("-999999999..-1", "the range -999999999..-1 has more than 10000 numbers"),
+        ("0..9999999999", "'0..9999999999' is not a name, a number or a glob"),
+        (f"0..{'9' * 5000}", f"'0..{'9' * 5000}' is not a name, a number or a glob"),
+        (f"{'9' * 5000}..0", f"'{'9' * 5000}..0' is not a name, a number or a glob"),
+    ],
+    ids=lambda one: one[:16],
+)
+def test_a_range_of_many_numbers_is_a_mistake(item: str, expected: str) -> None:
+    Path("mine.yaml").write_text(f"version: 1\nrules:\n  - target: ['layers.{{{item}}}']\n    weight: mxfp4\n")
+    assert f"bad pattern 'layers.{{{item}}}': {expected}" in complaint("mine.yaml")
+
+
+# --- what `extends` reaches
+
+SECRETS = {
+    "shadow": "root:$6$hunter2:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n",
+    "netrc": "machine x login y password hunter2\n",
+    "hosts.yml": "github.com:\n    oauth_token: hunter2\n    user: me\n",
+    "logging": "version: 1\nhandlers: {mail: {credentials: [me, hunter2]}}\n",
+    "key": "-----BEGIN KEY-----\nhunter2\n-----END KEY-----\n",
+    "list": "- hunter2\n- &a [*a, hunter2]\n",
+    "token": "hunter2",
+    "env": "TOKEN=hunter2 # {\n\tx: [",
+    "json": '{"auths": {"hub": {"auth": "hunter2"}}}',
+    "tagged": "!hunter2 x: 1\n",
+    "alias": "*hunter2\n",
+    "twice": "hunter2: 1\nhunter2: 2\n",
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_file_that_is_no_recipe_is_not_quoted(name: str, depth: int) -> None:
+    Path(name).write_text(SECRETS[name])
+    Path("mine.yaml").write_text(f"version: 1\nextends: {name if depth == 1 else 'between.yaml'}\n")
+    Path("between.yaml").write_text(f"version: 1\nextends: {name}\n")
+    message = complaint("mine.yaml")
+    assert "hunter2" not in message
+    first, *rest = message.splitlines()
+    where = "mine.yaml" if depth == 1 else "between.yaml"
+    assert first == f"{where}:2:10: '{name}' is not a recipe: it has no 'version: 1' with 'rules' or 'extends'"
+    assert rest == [f"    extends: {name}", f"             {'^' * len(name)}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "version: 1\nrules:\n  - target: [x]\n    weight: mxfp5\n",
+        '{"version": 1, "rules": [{"target": ["x"], "weight": "mxfp5"}]}',
+        '{\n  "version": 1,\n  "rules": [{"target": ["x"], "weight": "mxfp5"}]\n}',
+    ],
+)
+def test_a_recipe_with_a_mistake_is_quoted(text: str) -> None:
+    Path("base.yaml").write_text(text)
+    Path("mine.yaml").write_text("version: 1\nextends: base.yaml\n")
+    assert "no format 'mxfp5'" in complaint("mine.yaml")
+    assert "base.yaml:" in complaint("mine.yaml")
+
+
+def test_what_lies_in_other_folders_is_not_told(tmp_path: Path) -> None:
+    Path("other").mkdir()
+    Path("other/secret-name.yaml").write_text("")
+    Path("here").mkdir()
+    Path("here/secret-name.yaml").write_text("")
+    for name in ("../other/x.yaml", "../other/secret-nam.yaml", str(tmp_path / "other" / "x.yaml")):
+        Path("here/mine.yaml").write_text(f"version: 1\nextends: {name}\n")
+        assert complaint("here/mine.yaml").splitlines()[0] == "here/mine.yaml:2:10: no such file"
+    Path("here/mine.yaml").write_text("version: 1\nextends: secret-nam.yaml\n")
+    assert complaint("here/mine.yaml").splitlines()[0].endswith("no such file; did you mean 'secret-name.yaml'?")
