@@ -2,12 +2,11 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
-_MARK = "\n"  # for a number, in a name without its numbers
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
 def folded(
@@ -18,16 +17,16 @@ def folded(
     A name is a pattern that names its items and no other number: where layers differ in which numbers they have, there
     are several.
     """
-    groups: dict[tuple[str, object], dict[tuple[int, ...], list[Item]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[tuple[str, ...], object], dict[tuple[int, ...], list[Item]]] = defaultdict(lambda: defaultdict(list))
     for one in items:
-        numbers = tuple(map(int, _NUMBER.findall(name(one))))
-        groups[_NUMBER.sub(_MARK, name(one)), alike(one)][numbers].append(one)
+        parts = _NUMBER.split(name(one))  # what is between the numbers, and every other part a number
+        groups[tuple(parts[::2]), alike(one)][tuple(map(int, parts[1::2]))].append(one)
     return [
         (
-            _with_numbers(form, product),
+            _with_numbers(texts, product),
             [one for numbers in sorted(those) if _is_in(numbers, product) for one in those[numbers]],
         )
-        for (form, _), those in groups.items()
+        for (texts, _), those in groups.items()
         for product in _products(set(those))
     ]
 
@@ -50,11 +49,10 @@ def _is_in(numbers: tuple[int, ...], product: tuple[frozenset[int], ...]) -> boo
     return all(number in column for number, column in zip(numbers, product, strict=True))
 
 
-def _with_numbers(form: str, product: tuple[frozenset[int], ...]) -> str:
+def _with_numbers(texts: Sequence[str], product: tuple[frozenset[int], ...]) -> str:
     """Return the one pattern for names that differ only in their numbers: ``layers.{0..27}.mlp``."""
-    parts = form.split(_MARK)
     spans = [_spans(sorted(column)) for column in product]
-    return parts[0] + "".join(span + part for span, part in zip(spans, parts[1:], strict=True))
+    return texts[0] + "".join(span + text for span, text in zip(spans, texts[1:], strict=True))
 
 
 def _spans(numbers: list[int]) -> str:

@@ -19,6 +19,7 @@ from qsurgeon.recipe import Recipe
 from qsurgeon.surgery import Record, record_of
 
 RULES = {"rules": [{"name": "mlp", "target": ["mlp"], "exclude": ["layers.0"], "weight": "mxfp4"}]}
+SUMMARY = "half of it is wrapped"
 MARK = "<!-- /qsurgeon -->"
 SCRIPT = "<script>alert(1)</script>"
 EVIL = [
@@ -69,15 +70,15 @@ def code_in(card: str) -> list[str]:
 @pytest.mark.parametrize("text", EVIL)
 @pytest.mark.parametrize("card", ["", "# Theirs\n"])
 def test_whatever_a_recipe_says_it_stays_in_its_block(record: Record, text: str, card: str) -> None:
-    made = with_record(card, record.model_copy(update={"recipe": text}))
+    made = with_record(card, record.model_copy(update={"recipe": text}), SUMMARY)
     marks = ["qsurgeon: notice", "/qsurgeon: notice"] if card else []
     assert [one for one in html_in(made) if "qsurgeon" in one] == [
         f"<!-- {mark} -->" for mark in [*marks, "qsurgeon", "/qsurgeon"]
     ]
     assert len(html_in(made)) == len(marks) + 2
     assert len(code_in(made)) == 1
-    assert with_record(made, record.model_copy(update={"recipe": text})) == made
-    again = with_record(made, record)
+    assert with_record(made, record.model_copy(update={"recipe": text}), SUMMARY) == made
+    again = with_record(made, record, SUMMARY)
     assert "alert" not in again
     assert read_front_matter(made) == read_front_matter(again)
     assert made.isprintable() or set(filter(lambda one: not one.isprintable(), made)) == {"\n"}
@@ -97,15 +98,15 @@ def evil_record(record: Record, text: str) -> Record:
 @pytest.mark.parametrize("card", ["", "---\nlicense: mit\n---\n# Theirs\n"])
 def test_whatever_a_record_says_it_is_text(record: Record, text: str, card: str) -> None:
     evil = evil_record(record, text)
-    made = with_record(card, evil)
+    made = with_record(card, evil, f"2 with weight {text}")
     assert [one for one in html_in(made) if not re.fullmatch(r"<!-- /?qsurgeon(: notice)? -->", one)] == []
     assert len(html_in(made)) == (4 if card else 2)
     assert [one for one in links_in(made) if one != "#number-formats"] == []
-    assert with_record(made, evil) == made
+    assert with_record(made, evil, f"2 with weight {text}") == made
     front = read_front_matter(made)
     assert front["tags"] == ["qsurgeon", text]
     assert front.get("license") == ("mit" if card else None)
-    again = with_record(made, record)
+    again = with_record(made, record, SUMMARY)
     assert "alert" not in again[ends(again) :]
     above = made.partition("\nThe recipe:\n")[0]
     rows = [line for line in above.splitlines() if line.startswith("| ") and "---" not in line.split("|")[1]]
@@ -151,7 +152,7 @@ def test_a_recipe_is_shown_to_the_letter_where_it_does_no_harm() -> None:
 
 def complaint(record: Record, card: str) -> str:
     with pytest.raises(CheckpointError) as caught:
-        with_record(card, record)
+        with_record(card, record, SUMMARY)
     return str(caught.value)
 
 
@@ -204,9 +205,9 @@ def test_front_matter_that_is_made_to_hang_or_to_break_a_reader_is_an_error(
 )
 def test_a_long_card_is_read_in_one_pass(record: Record, card: str) -> None:
     """What takes the square of its length would take hours here, or the stack."""
-    made = with_record(card, record)
+    made = with_record(card, record, SUMMARY)
     assert made.count("## Number formats") == 1
-    assert with_record(made, record) == made
+    assert with_record(made, record, SUMMARY) == made
 
 
 def test_front_matter_is_read_as_it_was_written() -> None:
