@@ -189,7 +189,9 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     register()
     inside = Path(path) / (kwargs.get("subfolder") or "")
     if inside.is_dir():
-        check_checkpoint(inside, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+        # What else is passed may change the model that is built. from_pretrained misses what that one lacks.
+        whole = not kwargs.keys() - {*FINDING, "device_map", "dtype", "output_loading_info", "trust_remote_code"}
+        check_checkpoint(inside, trust_remote_code=bool(kwargs.get("trust_remote_code")), whole=whole)
     if auto_class is None:
         auto_class = _class_of(path, kwargs)
     try:

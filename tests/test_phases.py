@@ -103,22 +103,22 @@ LAYER = "7 with weight mxfp4, input mxfp4"
 @pytest.mark.parametrize(
     ("phases", "block", "said"),
     [
-        (("both", "both"), nullcontext, " are wrapped: 14 with weight mxfp4, input mxfp4"),
+        (("both", "both"), nullcontext, ": 14 with weight mxfp4, input mxfp4"),
         (
             ("rollout", "rollout"),
             nullcontext,
-            " are wrapped, but compute in full precision at this moment, in phase training: 14 with weight mxfp4, "
+            ", but compute in full precision at this moment, in phase training: 14 with weight mxfp4, "
             "input mxfp4, in rollout only",
         ),
         (
             ("rollout", "rollout"),
             lambda: qsurgeon.phase("rollout"),
-            " are wrapped: 14 with weight mxfp4, input mxfp4, in rollout only",
+            ": 14 with weight mxfp4, input mxfp4, in rollout only",
         ),
         (
             ("both", "training"),
             lambda: qsurgeon.phase("rollout"),
-            " are wrapped, but 7 of them compute in full precision at this moment, in phase rollout: "
+            ", but 7 of them compute in full precision at this moment, in phase rollout: "
             f"{LAYER}; {LAYER}, in training only",
         ),
     ],
@@ -129,7 +129,10 @@ def test_the_summary_says_what_rounds_at_this_moment(
     model = qsurgeon.apply(by_layer(*phases), make_qwen2(num_hidden_layers=2))
     with block():
         report = qsurgeon.inspect(model)
-        assert report.summary == f"14 of 15 Linear modules ({share(report):.1%} of the parameters){said}"
+        assert report.summary == (
+            f"{share(report):.1%} of the parameters are wrapped, in 14 of 15 Linear modules "
+            f"(8.0% are in no Linear, most in Embedding){said}"
+        )
         assert report.summary in str(report)
 
 
@@ -137,8 +140,9 @@ def test_the_summary_says_that_a_model_is_disabled(make_qwen2: Callable[..., Any
     for phases in (("both", "both"), ("training", "training")):
         model = qsurgeon.apply(by_layer(*phases), make_qwen2(num_hidden_layers=2))
         with qsurgeon.disabled(model):
-            assert "are wrapped, but compute in full precision at this moment, inside qsurgeon.disabled: " in (
-                qsurgeon.inspect(model).summary
+            assert (
+                "(8.0% are in no Linear, most in Embedding), but compute in full precision at this moment, inside qsurgeon.disabled: "
+                in (qsurgeon.inspect(model).summary)
             )
         with qsurgeon.disabled(model.model.layers[0]):
             assert "but 7 of them compute in full precision at this moment, inside qsurgeon.disabled: " in (
@@ -147,7 +151,7 @@ def test_the_summary_says_that_a_model_is_disabled(make_qwen2: Callable[..., Any
 
 
 def test_a_plan_and_a_folder_say_the_phase_and_nothing_of_a_moment(tiny_qwen2: Any, tmp_path: Path) -> None:
-    said = "are wrapped: 21 with weight mxfp4, input mxfp4, in rollout only"
+    said = ": 21 with weight mxfp4, input mxfp4, in rollout only"
     assert said in report_of(qsurgeon.plan(recipe("rollout"), tiny_qwen2)).summary
     qsurgeon.apply(recipe("rollout"), tiny_qwen2).save_pretrained(tmp_path)
     assert said in qsurgeon.inspect(tmp_path).summary
@@ -167,7 +171,7 @@ def test_what_is_announced_has_the_phases_of_its_rules(
 ) -> None:
     monkeypatch.setenv(VARIABLE, "1")
     qsurgeon.apply(by_layer("rollout", "both"), make_qwen2(num_hidden_layers=2))
-    said = "14 of 15 Linear modules wrapped (recipe rules: rule 0 (rounds in rollout only), rule 1)\n"
+    said = "7 with weight mxfp4, input mxfp4 (recipe rules: rule 0 (rounds in rollout only), rule 1)\n"
     assert capfd.readouterr().err.endswith(said)
 
 

@@ -223,7 +223,7 @@ def test_b8_an_exclude_list_under_a_misspelt_key_is_an_error(tmp_path: Path) -> 
     with pytest.raises(RecipeError) as caught:
         qsurgeon.load_recipe(file)
     assert str(caught.value) == (
-        f"{file}:4:5: unknown key 'exclude_modules'; did you mean 'exclude'?\n"
+        f"{file}:4:5: unknown key 'exclude_modules'; here it is called 'exclude'\n"
         "        exclude_modules: [lm_head]\n"
         "        ^^^^^^^^^^^^^^^"
     )

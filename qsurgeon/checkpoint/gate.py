@@ -33,11 +33,12 @@ BAD_ADAPTER = (
 )  # fmt: skip
 
 
-def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
+def check_checkpoint(folder: Path, *, trust_remote_code: bool = False, whole: bool = True) -> None:
     """Do nothing for a folder that qsurgeon wrote and that can be loaded, as far as its headers and config.json tell.
 
     Of an adapter, its own files are looked at, and its base, where that is a folder here. What has no record of ours
-    is left to whoever asked. ``trust_remote_code``: run the code that the model brings with it.
+    is left to whoever asked. ``trust_remote_code``: run the code that the model brings with it. ``whole``: the model
+    is built as its config says, so that a tensor of it that is missing is a mistake.
 
     Raises: CheckpointError, naming the file and the tensor, for a pipe in place of a file, for what is no JSON or no
     safetensors, for a config or a record of no model, and for a tensor that is missing, or of another shape or kind
@@ -62,7 +63,7 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
         operate(model, record.quantizations(), storage=record.storage)
     except SurgeryError:
         return  # opening it does the same, and says what does not fit
-    check_tensors(model, tensors, names_in(model, tensors))
+    check_tensors(model, tensors, names_in(model, tensors), whole=whole)
 
 
 def check_generation(folder: Path) -> None:
@@ -89,7 +90,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_tensors(model: Any, tensors: Mapping[str, Tensor], names: Names) -> None:
+def check_tensors(model: Any, tensors: Mapping[str, Tensor], names: Names, *, whole: bool = True) -> None:
     """Do nothing if ``tensors`` fill ``model``, which is on the meta device: all of it, each in its shape.
 
     ``names``: what becomes of the tensors. What is tied to a tensor that is there is there, and what the model's class
@@ -104,6 +105,8 @@ def check_tensors(model: Any, tensors: Mapping[str, Tensor], names: Names) -> No
             _check_packed(name, tensors[stored], state[name])
         else:
             _check_tensor(tensors[stored], state[name])
+    if not whole:
+        return
     ignored = model._keys_to_ignore_on_load_missing or ()
     absent = (*names.missing, *_missing_buffers(model, state, names))
     missing = [name for name in absent if not any(re.search(pattern, name) for pattern in ignored)]

@@ -158,6 +158,8 @@ def _allows(func: Any, name: str, operands: list[Tensor], args: Sequence[Any], k
     are_bytes = all(one.dtype == torch.uint8 for one in operands)
     if access == "__get__" or (isinstance(func, torch._ops.OpOverload) and func.namespace in _NAMESPACES):
         return True
+    if str(getattr(func, "__module__", "")).startswith("torch.distributed."):
+        return "reduce" not in name  # broadcast, scatter, gather, send: what DTensor makes its parts with
     if access == "__set__":
         return name in _SETTABLE and are_bytes
     if name in _COMPARES:

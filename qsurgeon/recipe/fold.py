@@ -17,7 +17,9 @@ def folded(
     A name is a pattern that names its items and no other number: where layers differ in which numbers they have, there
     are several.
     """
-    groups: dict[tuple[tuple[str, ...], object], dict[tuple[int, ...], list[Item]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[tuple[str, ...], object], dict[tuple[int, ...], list[Item]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for one in items:
         parts = _NUMBER.split(name(one))  # what is between the numbers, and every other part a number
         groups[tuple(parts[::2]), alike(one)][tuple(map(int, parts[1::2]))].append(one)

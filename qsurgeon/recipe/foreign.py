@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from textwrap import indent
 from typing import Any
 
 import yaml
@@ -62,8 +63,11 @@ TOOLS = (
 )  # fmt: skip
 
 
-def foreign(raw: Mapping[str, Any]) -> str | None:
-    """Return the message on a file of another tool, with what it is as a recipe; None for what may be one of ours."""
+def foreign(raw: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the message on a file of another tool, and what it is as a recipe, or nothing.
+
+    None for what may be a recipe of ours.
+    """
     if OWN & raw.keys():
         return None
     method = raw.get("quant_method")
@@ -76,7 +80,7 @@ def foreign(raw: Mapping[str, Any]) -> str | None:
         tool = next((one for one in TOOLS if one.quantizes and any(_has(nested, keys) for keys in one.keys)), None)
     if tool is None:
         return None
-    return _quantizes(tool, raw) if tool.quantizes else _trains(tool, raw)
+    return _quantizes(tool, raw) if tool.quantizes else (_trains(tool, raw), "")
 
 
 def _has(there: list[str], wanted: frozenset[str]) -> bool:
@@ -109,7 +113,7 @@ def _trains(tool: Tool, raw: Mapping[str, Any]) -> str:
     )
 
 
-def _quantizes(tool: Tool, raw: Mapping[str, Any]) -> str:
+def _quantizes(tool: Tool, raw: Mapping[str, Any]) -> tuple[str, str]:
     weight, input = _formats(raw)
     rule: dict[str, Any] = {"target": _patterns(raw, "targets", "target", "target_modules") or ["**"]}
     left = _patterns(raw, "ignore", "exclude", "modules_to_not_convert", "llm_int8_skip_modules", "exclude_modules")
@@ -118,8 +122,7 @@ def _quantizes(tool: Tool, raw: Mapping[str, Any]) -> str:
     rule |= {role: name for role, name in (("weight", weight), ("input", input)) if name}
     data = {"version": 1, "rules": [rule]}
     text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=200)
-    lines = "".join(f"\n    {line}" for line in text.splitlines())
-    return f"is a file of {tool.name}, and no recipe; here that is, about:{lines}"
+    return f"is a file of {tool.name}, and no recipe; here that is, about:", indent(text.rstrip(), "    ")
 
 
 def _patterns(raw: Mapping[str, Any], *keys: str) -> list[str]:

@@ -45,7 +45,7 @@ def _load(file: FilePath, chain: tuple[FilePath, ...]) -> Recipe:
     raw = parse(source)
     other = foreign(raw)
     if other is not None:
-        raise RecipeError([Mistake(source.name, other)])
+        raise RecipeError([Mistake(source.name, *other)])
     base = _base(raw, file, source, chain)
     recipe, formats = _validate(raw, source, base)
     recipe._marks = {path: source.locate(node.start_mark, node.end_mark) for path, node in source.values.items()}

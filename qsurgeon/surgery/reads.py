@@ -33,6 +33,8 @@ def weight_readers(model: nn.Module) -> dict[str, tuple[Reader, ...]]:
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[str, dict[Reader, None]] = defaultdict(dict)
     for module in model.modules():
+        if type(module).__module__.startswith("peft."):  # adapters.py says what was measured of those
+            continue
         for owner, reader in _taken(module, "forward", True, 0):
             if isinstance(owner, nn.Linear) and owner is not module and id(owner) in paths:
                 found[paths[id(owner)]][reader] = None

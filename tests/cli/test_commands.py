@@ -184,6 +184,10 @@ def test_plan_prints_json(run: Run) -> None:
         "large": False,
         "bypassed": False,
         "misread": False,
+        "when": "",
+        "rounds": None,
+        "adapter": False,
+        "tower": None,
     }
 
 

@@ -57,7 +57,7 @@ def test_two_processes_write_what_one_writes(source: Path, recipe: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         f"{tmp_path}/two: 92.0% of the parameters are wrapped, in 14 of 15 Linear modules "
-        "(4.0% are in no Linear, most in Embedding): 14 with weight mxfp4, input -"
+        "(8.0% are in no Linear, most in Embedding): 14 with weight mxfp4, input -"
     ]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "one", "two"]

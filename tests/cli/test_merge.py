@@ -51,8 +51,8 @@ def test_merge_writes_a_folder_and_shows_what_changed(run: Run) -> None:
     lines = out.splitlines()
     assert lines[0].split() == ["module", "n", "shape", "weight", "ΔW/W", "codes", "changed", "dB"]
     assert [line.split()[:4] for line in lines[1:3]] == [
-        ["model.layers.{0..2}.self_attn.q_proj", "3", "64×64", "mxfp4"],
-        ["model.layers.{0..2}.mlp.up_proj", "3", "128×64", "mxfp4"],
+        ["model.layers.{0..2}.self_attn.q_proj", "3", "64x64", "mxfp4"],
+        ["model.layers.{0..2}.mlp.up_proj", "3", "128x64", "mxfp4"],
     ]
     assert lines[4].startswith("6 modules are merged, 6 of them rounded anew: ΔW/W ")
     assert err.splitlines()[-1] == "load it with: qsurgeon.load('out')"

@@ -18,6 +18,7 @@ import transformers as hf
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError
 from qsurgeon.layers import PackedLinear, QuantLinear, quant_linears
+from qsurgeon.layers.codes import plain
 from qsurgeon.recipe import Recipe, Rule
 
 TEXT = {
@@ -183,7 +184,7 @@ def contents(model: torch.nn.Module) -> dict[bytes, QuantLinear | None]:
     found: dict[bytes, Any] = {}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight.numel():
-            found[module.weight.detach().contiguous().view(torch.uint8).numpy().tobytes()] = (
+            found[plain(module.weight).detach().contiguous().view(torch.uint8).numpy().tobytes()] = (
                 module if isinstance(module, QuantLinear) else None
             )
     return found

@@ -145,7 +145,7 @@ def test_watching_sees_an_input_that_is_not_rounded(
     small_model: Maker, recipe: MakeRecipe, adapted: Adapt, step: Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(qsurgeon.apply(recipe(), small_model())).train()
-    monkeypatch.setattr("qsurgeon.layers.product._input_grid", lambda how: None)
+    monkeypatch.setattr("qsurgeon.layers.quantization.Quantization.input_grid", None)
     with qsurgeon.Watch(model, every=1) as watch:
         step(model)
         assert watch.step()["qsurgeon/active"] < 0.2

@@ -305,4 +305,4 @@ def test_what_lies_in_other_folders_is_not_told(tmp_path: Path) -> None:
         Path("here/mine.yaml").write_text(f"version: 1\nextends: {name}\n")
         assert complaint("here/mine.yaml").splitlines()[0] == "here/mine.yaml:2:10: no such file"
     Path("here/mine.yaml").write_text("version: 1\nextends: secret-nam.yaml\n")
-    assert complaint("here/mine.yaml").splitlines()[0].endswith("no such file; did you mean 'secret-name.yaml'?")
+    assert complaint("here/mine.yaml").splitlines()[0].endswith("no such file; did you mean 'here/secret-name.yaml'?")

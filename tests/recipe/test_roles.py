@@ -35,7 +35,6 @@ def test_a_role_that_nothing_plays_names_nothing_and_says_so() -> None:
         ("<output_head", "angle brackets hold a role; did you mean '<output_head>'?"),
         ("output_head>", "angle brackets hold a role; did you mean '<output_head>'?"),
         ("a.<output_head>", "a role such as <output_head> stands alone, without other components"),
-        ("<output_head>.weight", "a role such as <output_head> stands alone, without other components"),
         ("{<output_head>,x}", "a role such as <output_head> stands alone, without other components"),
     ],
 )
