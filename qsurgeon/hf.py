@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from qsurgeon.arguments import check_model, check_path, check_recipe, live
-from qsurgeon.checkpoint import BAD_ADAPTER, check_checkpoint, config_of, origin
+from qsurgeon.checkpoint import BAD_ADAPTER, check_checkpoint, config_of, fetch, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, QSurgeonError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
@@ -189,11 +189,11 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     register()
     inside = Path(path) / (kwargs.get("subfolder") or "")
     if inside.is_dir():
-        # What else is passed may change the model that is built. from_pretrained misses what that one lacks.
-        whole = not kwargs.keys() - {*FINDING, "device_map", "dtype", "output_loading_info", "trust_remote_code"}
-        check_checkpoint(inside, trust_remote_code=bool(kwargs.get("trust_remote_code")), whole=whole)
+        _check(inside, kwargs)
     if auto_class is None:
         auto_class = _class_of(path, kwargs)
+    if _is_on_the_hub(path, kwargs):
+        _check(fetch(path, kwargs.get("revision")).folder, kwargs)  # what from_pretrained finds in the cache then
     try:
         model, info = auto_class.from_pretrained(path, **{**kwargs, "output_loading_info": True})
     except SurgeryError as error:
@@ -213,6 +213,19 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
             f"({len(missing)} in all). To train it, use {auto_class.__name__}.from_pretrained"
         )
     return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def _is_on_the_hub(path: str | Path, arguments: Mapping[str, Any]) -> bool:
+    """Return whether ``path`` is the id of a model, no adapter, that is looked for as ``fetch`` looks for it."""
+    finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+    return not Path(path).exists() and finding.keys() <= {"revision"} and adapter_at(path, finding) is None
+
+
+def _check(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Refuse a broken folder, before any library opens it. Raises: as ``check_checkpoint``."""
+    # What else is passed may change the model that is built. from_pretrained misses what that one lacks.
+    whole = not arguments.keys() - {*FINDING, "device_map", "dtype", "output_loading_info", "trust_remote_code"}
+    check_checkpoint(folder, trust_remote_code=bool(arguments.get("trust_remote_code")), whole=whole)
 
 
 def _class_of(path: str | Path, arguments: Mapping[str, Any]) -> Any:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import transformers as hf
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 import qsurgeon
 from qsurgeon.checkpoint import Options, fetch, fetch_config, push, reserve
 from qsurgeon.checkpoint.hub import hub_id, origin
 from qsurgeon.cli import main
 from qsurgeon.errors import CheckpointError, PlanError
+from qsurgeon.layers import quant_linears
 
 HINT = "log in with `hf auth login`"
 
@@ -438,6 +440,17 @@ def test_apply_takes_a_hub_id_and_pushes_what_it_wrote(
 def written(tiny_folder: Path, tmp_path: Path) -> Path:
     qsurgeon.rewrite("w4a4-mxfp4", tiny_folder, tmp_path / "tiny-w4a4")
     return tmp_path / "tiny-w4a4"
+
+
+def test_a_model_on_the_hub_is_checked_before_it_is_loaded(hub: Any, written: Path) -> None:
+    hub.add("me/whole", written)
+    assert quant_linears(qsurgeon.load("me/whole")).keys() == quant_linears(qsurgeon.load(written)).keys()
+    tensors = load_file(written / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:8].clone()
+    save_file(tensors, written / "model.safetensors", metadata={"format": "pt"})
+    hub.add("me/broken", written)
+    text = fails(lambda: qsurgeon.load("me/broken"))
+    assert text.endswith("model.safetensors: model.norm.weight has shape [8], config.json says [64]")
 
 
 def test_what_is_pushed_arrives_to_the_byte(hub: Any, written: Path) -> None:

@@ -142,10 +142,11 @@ def test_watching_says_what_it_can_of_packed_weights(
 
 
 def test_watching_sees_an_input_that_is_not_rounded(
-    small_model: Maker, recipe: MakeRecipe, adapted: Adapt, step: Step, monkeypatch: pytest.MonkeyPatch
+    small_model: Maker, recipe: MakeRecipe, adapted: Adapt, step: Step
 ) -> None:
     model = adapted(qsurgeon.apply(recipe(), small_model())).train()
-    monkeypatch.setattr("qsurgeon.layers.quantization.Quantization.input_grid", None)
+    for layer in quant_linears(model).values():
+        vars(layer.quantization)["input_grid"] = None
     with qsurgeon.Watch(model, every=1) as watch:
         step(model)
         assert watch.step()["qsurgeon/active"] < 0.2
