@@ -190,12 +190,15 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     inside = Path(path) / (kwargs.get("subfolder") or "")
     if inside.is_dir():
         _check(inside, kwargs)
+    options = {**kwargs, "output_loading_info": True}
     if auto_class is None:
-        auto_class = _class_of(path, kwargs)
+        auto_class, config = _class_of(path, kwargs)
+        if config is not None:
+            options.setdefault("config", config)
     if _is_on_the_hub(path, kwargs):
         _check(fetch(path, kwargs.get("revision")).folder, kwargs)  # what from_pretrained finds in the cache then
     try:
-        model, info = auto_class.from_pretrained(path, **{**kwargs, "output_loading_info": True})
+        model, info = auto_class.from_pretrained(path, **options)
     except SurgeryError as error:
         raise SurgeryError(f"{path}: {error}") from error
     except QSurgeonError:
@@ -228,8 +231,10 @@ def _check(folder: Path, arguments: Mapping[str, Any]) -> None:
     check_checkpoint(folder, trust_remote_code=bool(arguments.get("trust_remote_code")), whole=whole)
 
 
-def _class_of(path: str | Path, arguments: Mapping[str, Any]) -> Any:
+def _class_of(path: str | Path, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return the model class to open a checkpoint with: the one that its config.json names, or its adapter's task.
+
+    Beside it stands the config, if it is of another kind than the class has by itself.
 
     Raises: NothingWrappedError, before any weight is read, if the config has no record of ours.
     """
@@ -241,7 +246,13 @@ def _class_of(path: str | Path, arguments: Mapping[str, Any]) -> Any:
     if record_in(config) is None:
         raise NothingWrappedError(_adapter_alone(path, base) if base else _nothing(path))
     task = None if adapter is None else _CLASSES.get(str(adapter.get("task_type")))
-    return task or architecture(config, trusted) or transformers.AutoModel
+    if task is not None:
+        return task, None
+    model_class = architecture(config, trusted)
+    if model_class is None:
+        return transformers.AutoModel, None
+    own = model_class.config_class
+    return model_class, None if own is None or isinstance(config, own) else config
 
 
 def _config_of(path: str | Path, finding: Mapping[str, Any], trust_remote_code: bool) -> Any:

@@ -20,6 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _LazyAutoMapping  # transformers 5.23
 
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import read_json
@@ -123,9 +125,21 @@ def architecture(config: Any, trust_remote_code: bool = False) -> Any:
             raise CheckpointError(_not_trusted(config.name_or_path, f"architecture '{name}'"))
         known = _nearest(name, (one for one in dir(transformers) if "For" in one or one.endswith("Model")))
         raise CheckpointError(f"transformers {transformers.__version__} has no architecture '{name}'{known}")
-    if model_class.config_class is None or not isinstance(config, model_class.config_class):
+    if not _takes(model_class, config):
         raise CheckpointError(f"architecture '{name}' does not go with a {type(config).__name__}")
     return model_class
+
+
+def _takes(model_class: Any, config: Any) -> bool:
+    """Return whether a model is made from such a config: its class says so, or one of transformers' auto classes does.
+
+    InternLM3, for one, has a config of its own, and Llama's models.
+    """
+    if model_class.config_class is not None and isinstance(config, model_class.config_class):
+        return True
+    mappings = (one for one in vars(modeling_auto).values() if isinstance(one, _LazyAutoMapping))
+    found = (one.get(type(config), None) for one in mappings)
+    return any(model_class in (one if isinstance(one, tuple) else (one,)) for one in found)
 
 
 def _class_beside(config: Any, name: str) -> Any:

@@ -309,6 +309,19 @@ def test_models_that_ask_whether_they_are_quantized_compute_alike(config: Any, t
 # --- load
 
 
+def test_a_class_with_the_config_of_another_model_type_is_opened_with_that_config(tmp_path: Path) -> None:
+    config = hf.AutoConfig.for_model(
+        "internlm3", vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, bias=True, qkv_bias=True,
+    )  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config)
+    qsurgeon.apply("w4a4-mxfp4", model).save_pretrained(tmp_path)
+    again = qsurgeon.load(tmp_path)
+    assert type(again) is type(model) is hf.LlamaForCausalLM
+    assert type(again.config) is type(config)
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_load_returns_the_loading_info_too(small_model: Maker, tmp_path: Path) -> None:
     qsurgeon.apply("w4a4-mxfp4", small_model()).save_pretrained(tmp_path)
     model, info = qsurgeon.load(tmp_path, output_loading_info=True)
