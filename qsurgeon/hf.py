@@ -14,7 +14,7 @@ from qsurgeon.checkpoint import BAD_ADAPTER, check_checkpoint, config_of, fetch,
 from qsurgeon.errors import CheckpointError, NothingWrappedError, QSurgeonError, SurgeryError
 from qsurgeon.launch.announce import announce
 from qsurgeon.layers import quant_linears
-from qsurgeon.opening import ADAPTER, FINDING, adapter_at
+from qsurgeon.opening import ADAPTER, FINDING, adapter_at, finding_in
 from qsurgeon.places import named
 from qsurgeon.quantizer import hosts, note, register
 from qsurgeon.recipe import Recipe, load_recipe
@@ -220,7 +220,7 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
 
 def _is_on_the_hub(path: str | Path, arguments: Mapping[str, Any]) -> bool:
     """Return whether ``path`` is the id of a model, no adapter, that is looked for as ``fetch`` looks for it."""
-    finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+    finding = finding_in(arguments)
     return not Path(path).exists() and finding.keys() <= {"revision"} and adapter_at(path, finding) is None
 
 
@@ -239,7 +239,7 @@ def _class_of(path: str | Path, arguments: Mapping[str, Any]) -> tuple[Any, Any]
     Raises: NothingWrappedError, before any weight is read, if the config has no record of ours.
     """
     trusted = bool(arguments.get("trust_remote_code"))
-    finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+    finding = finding_in(arguments)
     adapter = adapter_at(path, finding)
     base = None if adapter is None else adapter["base_model_name_or_path"]
     config = config_of(base, trust_remote_code=trusted) if base else _config_of(path, finding, trusted)
@@ -268,7 +268,7 @@ def _config_of(path: str | Path, finding: Mapping[str, Any], trust_remote_code: 
 
 
 def _nothing_in(path: str | Path, model: Any, arguments: Mapping[str, Any]) -> str:
-    finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+    finding = finding_in(arguments)
     adapter = adapter_at(path, finding)
     if adapter is not None:
         return _adapter_alone(path, adapter["base_model_name_or_path"])

@@ -100,10 +100,15 @@ def opening(source: Any, arguments: Mapping[str, Any]) -> Iterator[Stored | None
         _opened.reset(token)
 
 
+def finding_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ``from_pretrained``'s arguments that say where files are found."""
+    return {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+
+
 def _stored(source: Any, arguments: Mapping[str, Any]) -> Stored | None:
     if source is None or arguments.get("gguf_file") is not None:
         return None
-    finding = {name: arguments[name] for name in FINDING if arguments.get(name) is not None}
+    finding = finding_in(arguments)
     adapter = adapter_at(source, finding)
     if adapter is not None:
         source = adapter["base_model_name_or_path"]
