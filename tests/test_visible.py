@@ -7,7 +7,7 @@ import shutil
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 import qsurgeon
 from qsurgeon.cli import main
-from qsurgeon.cli.printing import tame_messages
+from qsurgeon.cli.printing import tamed_messages
 from qsurgeon.errors import Mistake, QSurgeonError, RecipeError, in_words
 from qsurgeon.formats.native import say
 from qsurgeon.recipe import Recipe
@@ -142,11 +142,9 @@ def test_a_record_that_somebody_else_wrote_is_shown_as_text(tiny_folder: Path, t
 
 
 @pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Says]:
+def says(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Says:
     """Return what runs a command: its exit code, and all that it prints."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # a command changes both
-    make = logging.getLogRecordFactory()
 
     def run(*words: str | Path) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["qsurgeon", *map(str, words)])
@@ -157,8 +155,7 @@ def says(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
             return int(done.code or 0), "".join(capfd.readouterr())
         raise AssertionError("a command exits")
 
-    yield run
-    logging.setLogRecordFactory(make)
+    return run
 
 
 @pytest.mark.parametrize("field", ["model_type", "architectures"])
@@ -186,17 +183,19 @@ def test_what_a_recipe_calls_its_output_is_text(tiny_folder: Path, tmp_path: Pat
     assert every_line_is_ours(printed)
 
 
-def test_what_other_libraries_log_and_warn_of_is_text(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    before = logging.getLogRecordFactory()
-    try:
-        tame_messages()
+def test_what_other_libraries_log_and_warn_of_is_text(caplog: pytest.LogCaptureFixture) -> None:
+    before = warnings.formatwarning, logging.getLogRecordFactory()
+    with tamed_messages():
         logging.getLogger("transformers").warning("keys %s", EVIL)
         shown = warnings.formatwarning(EVIL, UserWarning, "x.py", 1, "")  # type: ignore[arg-type]
-    finally:
-        logging.setLogRecordFactory(before)
     expected = SHOWN.replace("\\n", "\n    ")
     assert caplog.messages == [f"keys {expected}"]
     assert shown.splitlines()[:2] == f"x.py:1: UserWarning: {expected}".split("\n")
+    assert (warnings.formatwarning, logging.getLogRecordFactory()) == before
+
+
+def test_a_command_in_our_own_process_leaves_the_messages_of_others_as_it_found_them(says: Says) -> None:
+    before = warnings.formatwarning, logging.getLogRecordFactory()
+    says("formats")
+    says("plan")
+    assert (warnings.formatwarning, logging.getLogRecordFactory()) == before

@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from qsurgeon.cli.commands import app
 from qsurgeon.cli.lines import check
-from qsurgeon.cli.printing import tame_messages
+from qsurgeon.cli.printing import tamed_messages
 from qsurgeon.cli.streams import complain, give_up, prepare
 from qsurgeon.errors import OtherRankError, QSurgeonError, in_words
 from qsurgeon.visible import visible
@@ -21,7 +21,6 @@ COMPLETION = "_QSURGEON_COMPLETE"  # set by a shell that asks how a line may go 
 def main() -> None:
     """Run the command line."""
     prepare()
-    tame_messages()
     if sys.stdout is None and sys.argv[1:2] != ["run"]:  # whose output is that of another program
         sys.exit(_complain("standard output is closed; to throw the output away, say > /dev/null", 1))
     try:
@@ -43,7 +42,8 @@ def _invoke() -> None:
         command = get_command(app)
         if COMPLETION not in os.environ:
             check(sys.argv[1:], command)
-        command(prog_name="qsurgeon")
+        with tamed_messages():
+            command(prog_name="qsurgeon")
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # here an error has words; while the interpreter shuts down it has none

@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from qsurgeon.cli.streams import write
@@ -23,18 +25,24 @@ class _Record(logging.LogRecord):
         return _indented(super().getMessage())
 
 
-def tame_messages() -> None:
-    """Let what other libraries log, or warn of, while a command runs be text too: they quote config.json as it is.
+@contextmanager
+def tamed_messages() -> Iterator[None]:
+    """Escape what other libraries log or warn of while the block runs, because they quote config.json as it is.
 
     The second and later lines of a message are indented, so that none of them can be taken for a line of ours.
     """
-    form = warnings.formatwarning
+    form, factory = warnings.formatwarning, logging.getLogRecordFactory()
 
     def warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
         return form(_indented(str(message)), category, filename, lineno, line)
 
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = warning
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = form
 
 
 def _indented(text: str) -> str:
