@@ -292,7 +292,7 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
         _untie(config)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        **record_of(plan, __version__, work.origin).model_dump(mode="json"),
+        **record_of(plan, __version__, work.origin).to_dict(),
     }
     write_json(folder / "qsurgeon-plan.json", _plan_json(plan, work.origin))
     (folder / "recipe.yaml").write_text(plan.recipe.text, "utf-8")

@@ -85,7 +85,7 @@ def _recorded(config: Any, record: Record | None) -> Iterator[None]:
         del part.quantization_config
     try:
         if record is not None:
-            config.quantization_config = {"quant_method": QUANT_METHOD, **record.model_dump(mode="json")}
+            config.quantization_config = {"quant_method": QUANT_METHOD, **record.to_dict()}
         yield
     finally:
         if record is not None:

@@ -84,7 +84,9 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
     packed = packed_linears(model)
     storage = "packed" if packed else "master" if layers else ""
     resting = {
-        path for path, one in layers.items() if path not in packed and not is_active(one, one.quantization.phases)
+        path
+        for path, one in layers.items()
+        if path not in packed and not is_active(one, one.quantization.behavior.phases)
     }
     report = _report(steps, storage, "", called, bypassed(model), misread(model))
     paths = (step.module.path for step in steps if step.why)
@@ -142,7 +144,7 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         module.shape,
         how.weight_name if how else AS_IT_IS,
         how.input_name if how else AS_IT_IS,
-        how.gradient if how else AS_IT_IS,
+        how.behavior if how else None,
         "; ".join(remarks),
         module.parameters,
         how.weight.bits if how and how.weight else stored,
@@ -151,7 +153,6 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         was_called,
         bypassed=module.path in past,
         misread=module.path in wrong,
-        when=how.when if how else "",
         adapter=module.adapter,
         tower=module.tower,
     )

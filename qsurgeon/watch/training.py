@@ -171,7 +171,7 @@ class Watch:
             f"{PREFIX}/called": len(calls) / len(self._layers),
             f"{PREFIX}/active": sum(active.values()) / len(self._layers),
         }
-        if any(layer.quantization.phases != "both" for layer in self._layers.values()):
+        if any(layer.quantization.behavior.phases != "both" for layer in self._layers.values()):
             numbers[f"{PREFIX}/in_phase"] = sum(call.due for call in calls.values()) / len(self._layers)
         return numbers, found
 
@@ -241,7 +241,7 @@ class _Window:
             # Recomputing under gradient checkpointing is a later call.
             if torch.compiler.is_compiling() or not output.numel():
                 return
-            trains, due = torch.is_grad_enabled(), layer.quantization.phases in ("both", current_phase())
+            trains, due = torch.is_grad_enabled(), layer.quantization.behavior.phases in ("both", current_phase())
             if not self._wants(name, due=due, trains=trains):
                 return
             x = args[0] if args else kwargs["input"]
