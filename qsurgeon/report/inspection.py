@@ -6,14 +6,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
 from qsurgeon.arguments import check_model
 from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_linears, quant_linears
-from qsurgeon.layers.compiling import eagerly
+from qsurgeon.observing import observed, undisturbed
 from qsurgeon.report.rows import Report, Row, mark_large
 from qsurgeon.surgery import (
     Excluded,
@@ -99,15 +98,9 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
 
 def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
     """Return the paths of the QuantLinears that ``model`` calls when it is called with ``example``."""
-    layers = quant_linears(model)
     called: set[str] = set()
-    hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
-    try:
-        with eagerly(model), torch.no_grad():
-            model(**example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observed(quant_linears(model), lambda call: called.add(call.name)), undisturbed(model):
+        model(**example)
     return called
 
 
