@@ -1,4 +1,4 @@
-"""From a folder to a folder: the only place that changes stored tensors.
+"""Rewrite one folder into another: the only place that changes stored tensors.
 
 With ``storage: master`` no weight changes: config.json gets the record and the files are copied. They are not hard
 links, because safetensors writes files in place: saving a trained model over a link would change the source. With

@@ -1,4 +1,4 @@
-"""What a recipe does to one model, module by module, decided before any tensor is read. Pure."""
+"""What a recipe does to each module of one model, decided before any tensor is read. Pure."""
 
 from collections import Counter
 from collections.abc import Sequence
