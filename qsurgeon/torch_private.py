@@ -10,14 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
-
-__all__ = ["is_fake"]
-
-SEEN_IN = "2.13"
 
 # ---- tensors
 
@@ -31,6 +27,11 @@ def is_traced(x: Tensor) -> bool:
         or x._is_zerotensor()
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def is_fake(x: object) -> bool:
+    """Return whether ``x`` is a tensor without values, as torch.compile and FakeTensorMode trace with."""
+    return bool(fake_tensor.is_fake(x))
 
 
 def is_transformed(x: Tensor) -> bool:
@@ -86,8 +87,9 @@ hand_on_no_more: Callable[[str], None] = torch._C._remove_obj_from_tls
 
 # ---- modules
 
-# The name under which what torch.compile returns holds the module that it was made of.
+# The names under which what torch puts around a module holds it: torch.compile, FSDP, checkpoint_wrapper.
 COMPILED_FROM = "_orig_mod"
+HOLDING = (COMPILED_FROM, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # What checkpoints a forward pass, not reentrant: made in the forward pass, with the functions that run it again.
 CheckpointFrame: type = checkpoint._CheckpointFrame
@@ -96,6 +98,11 @@ CheckpointFrame: type = checkpoint._CheckpointFrame
 def children(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return the parts of ``module`` by name; what is written there is written to the module."""
     return module._modules
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the buffers of ``module`` itself by name; what is written there is written to the module."""
+    return module._buffers
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
