@@ -403,14 +403,17 @@ class Multiplies(Narrow):
     def supports_product(self, input: Fields | None, weight: Fields, dtype: torch.dtype, device: str) -> bool:
         return input is not None and input.element.bits == weight.element.bits == 4
 
-    def product(self, input: Tensor | Coded, weight: Coded, dtype: torch.dtype) -> Tensor:
+    def product(self, input: Tensor | Coded, weight: Coded, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         assert isinstance(input, Coded)
+        if len(input.data) == 1:
+            return None  # too little for it
         self.ran.append("product")
         one, other = (unpack(each.data, 4, each.length).long() for each in (input, weight))
         numbers = [torch.tensor(each.fields.element.values) for each in (input, weight)]
         table = numbers[0][:, None] * numbers[1]
         scales = [_spread(each) for each in (input, weight)]
-        return (table[one[:, None], other] * scales[0][:, None] * scales[1]).sum(-1).to(dtype)
+        sums = (table[one[:, None], other] * scales[0][:, None] * scales[1]).sum(-1)
+        return (sums if bias is None else sums + bias).to(dtype)
 
 
 def _spread(one: Coded) -> Tensor:
@@ -420,26 +423,27 @@ def _spread(one: Coded) -> Tensor:
     return scale if one.above is None else scale * one.above
 
 
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("names", [("mxfp4", "mxfp4"), ("nvfp4", "mxfp4"), (None, "mxfp4"), ("mxfp4", "mxfp6_e2m3")])
 def test_a_product_of_codes_runs_where_a_backend_claims_it(
-    names: tuple[str | None, str], monkeypatch: pytest.MonkeyPatch
+    names: tuple[str | None, str], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = Multiplies()
     monkeypatch.setattr(choosing, "BACKENDS", [backend, *choosing.BACKENDS])
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    x, w = torch.randn(5, 64), torch.randn(9, 64)
+    x, w, bias = torch.randn(rows, 64), torch.randn(9, 64), torch.randn(9)
     fmt, weight = names[0] and get_format(names[0]).as_input, get_format(names[1]).as_weight
-    found = kernels.product(coded(fmt, x) if fmt else x, coded(weight, w), torch.float32)
-    expected = (fmt.fake_quantize(x) if fmt else x).double() @ weight.fake_quantize(w).double().T
+    found = kernels.product(coded(fmt, x) if fmt else x, coded(weight, w), bias, torch.float32)
+    expected = (fmt.fake_quantize(x) if fmt else x).double() @ weight.fake_quantize(w).double().T + bias.double()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    assert ("product" in backend.ran) == (names[0] is not None and names[1] == "mxfp4")
+    assert ("product" in backend.ran) == (names[0] is not None and names[1] == "mxfp4" and rows > 1)
 
 
 def test_a_backend_that_claims_no_product_says_so_when_asked() -> None:
     weight = coded(MXFP4, torch.ones(2, 32))
     assert not EAGER.supports_product(None, MXFP4, torch.float32, "cpu")
     with pytest.raises(NotImplementedError) as caught:
-        EAGER.product(torch.ones(1, 32), weight, torch.float32)
+        EAGER.product(torch.ones(1, 32), weight, None, torch.float32)
     assert str(caught.value) == "backend eager multiplies no codes"
 
 

@@ -77,9 +77,10 @@ class Backend(ABC):
         """Return whether it multiplies codes: a weight's with an input's, or with values in ``dtype`` for None."""
         return False
 
-    def product(self, input: Tensor | Coded, weight: Coded, dtype: torch.dtype) -> Tensor:
-        """Return input · weightᵀ, (rows, rows of the weight), in ``dtype``, from codes that stay codes in memory.
+    def product(self, input: Tensor | Coded, weight: Coded, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return input · weightᵀ + bias, (rows, rows of the weight), in ``dtype``; codes stay codes in memory.
 
-        Sums may be in another order than torch's; each factor is what ``dequantize`` returns.
+        None for sizes that are multiplied faster once they are dequantized. Sums may be in another order than torch's;
+        each factor is what ``dequantize`` returns.
         """
         raise NotImplementedError(f"backend {self.name} multiplies no codes")

@@ -98,17 +98,18 @@ def _saturates(rows: Tensor, fields: Fields, above: Above) -> Tensor:
     return backend_for(rows, fields, "saturates").saturates(rows, _above(rows, fields, above), fields)
 
 
-def product(input: Tensor | Coded, weight: Coded, dtype: torch.dtype) -> Tensor:
-    """Return input · weightᵀ, (rows, rows of the weight), in ``dtype``; not compiled, and without a gradient.
+def product(input: Tensor | Coded, weight: Coded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return input · weightᵀ + bias, (rows, rows of the weight), in ``dtype``; not compiled, and without a gradient.
 
     By a backend that multiplies codes, if one claims these formats; else from dequantized operands.
     """
     fields = input.fields if isinstance(input, Coded) else None
     backend = product_backend_for(fields, weight.fields, dtype, weight.data.device.type)
-    if backend is not None:
-        return backend.product(input, weight, dtype)
+    found = None if backend is None else backend.product(input, weight, bias, dtype)
+    if found is not None:
+        return found
     values = _values(input, dtype) if isinstance(input, Coded) else input.to(dtype)
-    return torch.nn.functional.linear(values, _values(weight, dtype))
+    return torch.nn.functional.linear(values, _values(weight, dtype), bias)
 
 
 def _values(coded: Coded, dtype: torch.dtype) -> Tensor:
