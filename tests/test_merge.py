@@ -231,14 +231,14 @@ def test_modules_without_a_format_are_reported_and_not_in_the_total(base: Path, 
     assert (head["module"], head["codes"], head["share"], head["sqnr"]) == ("lm_head", 0, None, None)
     assert done.to_dict()["total"]["codes"] == 2 * 64 * 64
     lines = merge_text(done).splitlines()
-    assert lines[-2].startswith("3 modules are merged, 2 of them rounded anew: ΔW/W ")
+    assert lines[-2].startswith("3 modules are merged, 2 of them rounded again: ΔW/W ")
 
 
 def test_an_adapter_of_modules_without_a_format_has_no_total(base: Path, tmp_path: Path) -> None:
     adapter_of(base, tmp_path / "adapter", target_modules=["lm_head"])
     done = merge(tmp_path / "adapter", tmp_path / "out")
     assert done.to_dict()["total"] is None
-    assert merge_text(done).splitlines()[-2] == "1 modules are merged, 0 of them rounded anew"
+    assert merge_text(done).splitlines()[-2] == "1 modules are merged, 0 of them rounded again"
 
 
 # --- what is refused
@@ -376,8 +376,8 @@ def test_a_base_stored_in_other_dtypes_or_by_other_names_is_refused(
 def test_a_folder_in_the_way_or_inside_a_source_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     for final, message in (
         (tmp_path, f"{tmp_path} exists; name another folder, or remove it first"),
-        (base / "out", f"{base}/out lies inside the source {base}; write somewhere else"),
-        (adapter / "out", f"{adapter}/out lies inside the source {adapter}; write somewhere else"),
+        (base / "out", f"{base}/out is inside the source {base}; write somewhere else"),
+        (adapter / "out", f"{adapter}/out is inside the source {adapter}; write somewhere else"),
         (adapter, f"{adapter} is the source itself; write somewhere else"),
     ):
         with pytest.raises(CheckpointError) as caught:

@@ -24,7 +24,7 @@ RECIPE = Recipe.model_validate(
     {"version": 1, "storage": "packed", "rules": [{"target": ["layers"], "weight": "nvfp4", "input": "nvfp4"}]}
 )
 ALONE = Options(workers=1)
-KEPT = "; what is done is kept in {out}.partial, and the same command goes on with it"
+KEPT = "; finished work is kept in {out}.partial, and the same command resumes it"
 
 
 @pytest.fixture
