@@ -5,12 +5,33 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+SEED = int(os.environ.get("QSURGEON_SEED", "0"))  # another one tries the tests on other numbers
+
+
+def _seed() -> None:
+    """Begin from the same random numbers, whatever ran in this process before."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Let what a fixture draws depend on no other."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Let what a test draws depend on no other, nor on which fixtures were there already."""
+    _seed()
 
 
 @pytest.fixture(scope="session")

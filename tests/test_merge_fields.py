@@ -78,11 +78,11 @@ def base(request: pytest.FixtureRequest, bases: dict[str, Path]) -> Path:
 
 def adapter_of(base: Path, folder: Path, **fields: Any) -> None:
     config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **fields})
-    model = peft.get_peft_model(qsurgeon.load(base), config)
     torch.manual_seed(1)
+    model = peft.get_peft_model(qsurgeon.load(base), config)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
