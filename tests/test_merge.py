@@ -189,7 +189,7 @@ def test_a_base_that_the_adapter_does_not_name_can_be_said(base: Path, adapter: 
 
 def test_an_adapter_of_zeros_changes_nothing(base: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
-    peft.get_peft_model(qsurgeon.load(base), config).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(qsurgeon.load(base), config).save_pretrained(str(tmp_path / "adapter"))
     done = merge(tmp_path / "adapter", tmp_path / "out")
     assert [(one.relative, one.share, one.sqnr) for one in done.changes] == [(0, 0, math.inf)] * 2
     assert done.to_dict()["total"] == {"relative": 0, "codes": 8192, "changed": 0, "share": 0, "sqnr": None}
@@ -208,7 +208,8 @@ def test_progress_counts_every_byte_of_weights(base: Path, adapter: Path, tmp_pa
 
 def test_the_report_is_what_the_formats_say(base: Path, adapter: Path, tmp_path: Path) -> None:
     done = merge(adapter, tmp_path / "out")
-    layer = peft.PeftModel.from_pretrained(qsurgeon.load(base), adapter).base_model.model.get_submodule(UP)
+    model: Any = peft.PeftModel.from_pretrained(qsurgeon.load(base), adapter).base_model.model
+    layer = model.get_submodule(UP)
     weight, delta = layer.weight.detach(), layer.get_delta_weight("default").detach()
     mxfp4 = get_format("mxfp4").as_weight
     (change,) = [one for one in done.changes if one.module == UP]

@@ -174,7 +174,11 @@ def test_what_is_being_made_is_on_the_disk_before_it_has_its_name(
         assert target.name != RUN or any(os.path.samestat(one, file.stat()) for one in flushed)
         return replace(file, target)
 
-    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle)), fsync(handle)))
+    def seen(handle: int) -> None:
+        flushed.append(os.fstat(handle))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
     monkeypatch.setattr(Path, "replace", renamed)
     rewrite(RECIPE, source, tmp_path / "out", options=OPTIONS)
 

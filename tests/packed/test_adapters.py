@@ -120,7 +120,7 @@ def test_a_compiled_packed_model_trains_its_adapter_without_a_break(
     assert (found[0] - expected[0]).norm() < 1e-2 * expected[0].norm()
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Any, str]] = {
     "dora": (peft.LoraConfig(use_dora=True), "DoRA) computes with"),
     "kasa": (peft.LoraConfig(kasa_config=peft.KasaConfig()), "KaSA) replaces"),
     "velora": (peft.LoraConfig(velora_config=peft.VeloraConfig(num_groups=8)), "VeLoRA) takes the dtype of"),
@@ -197,7 +197,9 @@ def test_load_refuses_an_adapter_that_takes_codes_for_values(
 ) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     qsurgeon.apply(recipe("master"), small_model()).save_pretrained(base)
-    peft.get_peft_model(qsurgeon.load(base), peft.HiraConfig(r=4, target_modules=["q_proj"])).save_pretrained(adapter)
+    peft.get_peft_model(qsurgeon.load(base), peft.HiraConfig(r=4, target_modules=["q_proj"])).save_pretrained(
+        str(adapter)
+    )
     shutil.rmtree(base)
     qsurgeon.apply(recipe(), small_model()).save_pretrained(base)
     with pytest.raises(SurgeryError) as caught:
