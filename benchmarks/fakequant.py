@@ -18,7 +18,8 @@ from peers import peers
 from timing import medians, take_fresh_memory
 from torch import Tensor
 
-from qsurgeon.formats import Format, get_format, kernels, native
+from qsurgeon.formats import Format, get_format, kernels
+from qsurgeon.formats.kernels import native
 
 CLONE, COPY = "clone()", "copy_ into a warm buffer"
 DEFAULT = ("mxfp4", "mxfp8", "nvfp4")

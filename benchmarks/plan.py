@@ -32,7 +32,7 @@ ONE = """\
 import importlib, json, sys, time
 start = time.perf_counter()
 import qsurgeon
-from qsurgeon.hf import plan
+from qsurgeon.hf.models import plan
 from qsurgeon.report.inspection import report_of
 kind = json.load(open(sys.argv[1] + "/config.json"))["model_type"]
 importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")

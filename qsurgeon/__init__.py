@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qsurgeon.calibration import calibrate
     from qsurgeon.checkpoint import rewrite
     from qsurgeon.formats import Format, get_format
-    from qsurgeon.hf import apply, load, plan, reference
+    from qsurgeon.hf.models import apply, load, plan, reference
     from qsurgeon.layers import QuantLinear, disabled, phase
     from qsurgeon.merging import merge
     from qsurgeon.recipe import Recipe, load_recipe
@@ -57,17 +57,17 @@ _HOME = {
     "Recipe": "recipe",
     "Watch": "watch",
     "WatchCallback": "watch",
-    "apply": "hf",
+    "apply": "hf.models",
     "calibrate": "calibration",
     "disabled": "layers",
     "get_format": "formats",
     "inspect": "report.inspection",
-    "load": "hf",
+    "load": "hf.models",
     "load_recipe": "recipe",
     "merge": "merging",
     "phase": "layers",
-    "plan": "hf",
-    "reference": "hf",
+    "plan": "hf.models",
+    "reference": "hf.models",
     "rewrite": "checkpoint",
 }
 
@@ -115,11 +115,11 @@ def _follow(watched: str, ours: str) -> None:
         sys.meta_path.insert(0, _Watch(watched, ours))
 
 
-_follow("transformers.quantizers.auto", "qsurgeon.quantizer")
-_follow("transformers.modeling_utils", "qsurgeon.hooks")
-_follow("peft.tuners.tuners_utils", "qsurgeon.adapting")
-_follow("peft.mapping_func", "qsurgeon.counting")
-_follow("transformers.integrations.liger", "qsurgeon.heads.liger")
-_follow("trl.trainer.utils", "qsurgeon.heads.trl")
+_follow("transformers.quantizers.auto", "qsurgeon.hf.quantizer")
+_follow("transformers.modeling_utils", "qsurgeon.hf.hooks")
+_follow("peft.tuners.tuners_utils", "qsurgeon.hf.adapting")
+_follow("peft.mapping_func", "qsurgeon.hf.counting")
+_follow("transformers.integrations.liger", "qsurgeon.hf.heads.liger")
+_follow("trl.trainer.utils", "qsurgeon.hf.heads.trl")
 if VARIABLE in os.environ:
     _follow("transformers.modeling_utils", "qsurgeon.launch.loading")

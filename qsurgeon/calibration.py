@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from qsurgeon.errors import CalibrationError
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
+from qsurgeon.hf.quantizer import hosts, note
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
 from qsurgeon.layers.compiling import eagerly
-from qsurgeon.quantizer import hosts, note
 from qsurgeon.surgery import plain_model
 
 

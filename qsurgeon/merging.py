@@ -21,18 +21,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qsurgeon.checkpoint.files import INDEX, copy_companions, refuse_irregular, write_json
-from qsurgeon.checkpoint.gate import BAD_ADAPTER
-from qsurgeon.checkpoint.headers import FLOATS, read_header
-from qsurgeon.checkpoint.index import read_headers, weight_files
-from qsurgeon.checkpoint.progress import Estimate, Events
-from qsurgeon.checkpoint.staging import refuse_inside, staged
+from qsurgeon.checkpoint.reading.files import INDEX, copy_companions, refuse_irregular, write_json
+from qsurgeon.checkpoint.reading.gate import BAD_ADAPTER
+from qsurgeon.checkpoint.reading.headers import FLOATS, read_header
+from qsurgeon.checkpoint.reading.index import read_headers, weight_files
+from qsurgeon.checkpoint.writing.progress import Estimate, Events
+from qsurgeon.checkpoint.writing.staging import refuse_inside, staged
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats.quality import decibels, energy
 from qsurgeon.formats.rotation import rotated
-from qsurgeon.hf import load
+from qsurgeon.hf.models import load
+from qsurgeon.hf.opening import ADAPTER
 from qsurgeon.layers import AS_IT_IS, PackedLinear, QuantLinear
-from qsurgeon.opening import ADAPTER
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import inventory
 

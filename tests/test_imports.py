@@ -13,16 +13,16 @@ STARTUP = "launch/startup/sitecustomize.py"  # lies in the package and is none o
 
 # Who may import whom: each part those to its left, and nobody beside it. The package itself hands out names of all.
 ORDER = (
-    {"patching", "version", "visible"},
-    {"errors"},
+    {"patching", "version", "visible", "words"},
+    {"errors", "telling"},
     {"reading"},
     {"arguments", "places"},
     {"formats"},
+    {"storage"},
     {"layers", "recipe"},
     {"surgery"},
-    {"checkpoint", "references", "rollouts"},
-    {"opening"},
-    {"adapting", "counting", "heads", "hooks", "launch", "quantizer"},
+    {"checkpoint"},
+    {"launch"},
     {"hf"},
     {"calibration", "noise", "scan", "export", "merging", "watch"},
     {"report"},

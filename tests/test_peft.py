@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qsurgeon
-from qsurgeon import adapting
 from qsurgeon.errors import SurgeryError
+from qsurgeon.hf import adapting
 from qsurgeon.layers import Quantization, QuantLinear, quant_linears
 from qsurgeon.recipe import Recipe, Rule
 from qsurgeon.surgery import bypassed

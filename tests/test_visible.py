@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qsurgeon.telling import say
 
 import qsurgeon
 from qsurgeon.cli import main
 from qsurgeon.cli.printing import tamed_messages
 from qsurgeon.errors import Mistake, QSurgeonError, RecipeError, in_words
-from qsurgeon.formats.native import say
 from qsurgeon.recipe import Recipe
 from qsurgeon.visible import one_line, visible
 

@@ -25,8 +25,8 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from qsurgeon.checkpoint.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE, refuse_irregular
-from qsurgeon.checkpoint.index import named_files, weight_files
+from qsurgeon.checkpoint.reading.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE, refuse_irregular
+from qsurgeon.checkpoint.reading.index import named_files, weight_files
 from qsurgeon.errors import CheckpointError, nearest
 from qsurgeon.places import CONFIG, OFFLINE, missing, model_here
 from qsurgeon.reading import read_json

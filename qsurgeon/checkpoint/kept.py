@@ -22,8 +22,8 @@ from transformers.core_model_loading import (
 )
 
 from qsurgeon.errors import CheckpointError
-from qsurgeon.formats.stored import WEIGHT
 from qsurgeon.layers import packed_linears
+from qsurgeon.storage.packed import WEIGHT
 
 Transforms = Sequence[WeightTransform]
 State = dict[str, Any]

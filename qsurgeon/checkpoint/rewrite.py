@@ -19,21 +19,21 @@ import torch
 import transformers
 
 from qsurgeon.arguments import check_path, check_recipe
-from qsurgeon.checkpoint import journal
 from qsurgeon.checkpoint.card import with_record
-from qsurgeon.checkpoint.files import INDEX, companions, copy_companions, write_json
-from qsurgeon.checkpoint.front_matter import CARD
-from qsurgeon.checkpoint.gate import check_generation, check_tensors
-from qsurgeon.checkpoint.headers import Tensor
+from qsurgeon.checkpoint.card.front_matter import CARD
 from qsurgeon.checkpoint.hub import fetch, fetch_config
-from qsurgeon.checkpoint.index import read_headers
-from qsurgeon.checkpoint.jobs import layout_of
-from qsurgeon.checkpoint.layout import Layout, size_in_bytes
-from qsurgeon.checkpoint.naming import Names, names_in
-from qsurgeon.checkpoint.progress import Estimate, Events
-from qsurgeon.checkpoint.ranks import Ranks, ranks
-from qsurgeon.checkpoint.staging import partial_of, refuse_inside, refuse_taken, staged
-from qsurgeon.checkpoint.stream import SLAB, Stream
+from qsurgeon.checkpoint.reading.files import INDEX, companions, copy_companions, write_json
+from qsurgeon.checkpoint.reading.gate import check_generation, check_tensors
+from qsurgeon.checkpoint.reading.headers import Tensor
+from qsurgeon.checkpoint.reading.index import read_headers
+from qsurgeon.checkpoint.reading.naming import Names, names_in
+from qsurgeon.checkpoint.writing import journal
+from qsurgeon.checkpoint.writing.jobs import layout_of
+from qsurgeon.checkpoint.writing.layout import Layout, size_in_bytes
+from qsurgeon.checkpoint.writing.progress import Estimate, Events
+from qsurgeon.checkpoint.writing.ranks import Ranks, ranks
+from qsurgeon.checkpoint.writing.staging import partial_of, refuse_inside, refuse_taken, staged
+from qsurgeon.checkpoint.writing.stream import SLAB, Stream
 from qsurgeon.errors import CheckpointError, OtherRankError, in_words
 from qsurgeon.places import expanded, model_here
 from qsurgeon.reading import MOST_JSON, read_json, read_regular

@@ -102,7 +102,7 @@ def plan(
     if not trust_remote_code:
         _without_torchao()
 
-    from qsurgeon.hf import plan as make_plan
+    from qsurgeon.hf.models import plan as make_plan
     from qsurgeon.report.inspection import report_of
 
     _print_report(
@@ -147,7 +147,7 @@ def apply(
     loaded = load_recipe(recipe)
 
     from qsurgeon.checkpoint import Options, reserve, rewrite
-    from qsurgeon.checkpoint.ranks import launched
+    from qsurgeon.checkpoint.writing.ranks import launched
     from qsurgeon.cli.progress import Bar
     from qsurgeon.report.inspection import report_of
 

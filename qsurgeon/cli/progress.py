@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from qsurgeon.checkpoint import Estimate, Events
-from qsurgeon.checkpoint.ranks import leads, together
-from qsurgeon.formats.native import say
+from qsurgeon.checkpoint.writing.ranks import leads, together
+from qsurgeon.telling import say
 
 
 class Bar(Events):

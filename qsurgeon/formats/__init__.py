@@ -3,17 +3,11 @@
 from qsurgeon.formats.block import Format, Quantized
 from qsurgeon.formats.catalog import CATALOG, get_format
 from qsurgeon.formats.fields import check_operands
-from qsurgeon.formats.words import Gradient, Phase, Phases, SavedInputs, Storage
 
 __all__ = [
     "CATALOG",
     "Format",
-    "Gradient",
-    "Phase",
-    "Phases",
     "Quantized",
-    "SavedInputs",
-    "Storage",
     "check_operands",
     "get_format",
 ]

@@ -1,4 +1,4 @@
-"""Formats at work: quantize, dequantize, fake quantize. A format is data, see fields.py; kernels.py computes."""
+"""Formats at work: quantize, dequantize, fake quantize. A format is data, see fields.py; kernels/ computes."""
 
 import math
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qsurgeon.errors import FormatError, GradientError, ShapeError
-from qsurgeon.formats import arithmetic, kernels
+from qsurgeon.formats import kernels
 from qsurgeon.formats.fields import NONE, Fields
+from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.packing import packed_length, unpack
 from qsurgeon.formats.rotation import Rotation, rotated
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from qsurgeon.formats import arithmetic
 from qsurgeon.formats.block import Format
+from qsurgeon.formats.kernels import arithmetic
 
 SHAPE = (512, 512)
 _SEED = 0

@@ -7,10 +7,11 @@ It is what a compiled graph is told as an input, and what several processes agre
 import torch
 from torch import Tensor
 
-from qsurgeon.formats import arithmetic, kernels
+from qsurgeon.formats import kernels
 from qsurgeon.formats.block import Format, Quantized
+from qsurgeon.formats.kernels import arithmetic
+from qsurgeon.formats.kernels.pieces import empty_codes
 from qsurgeon.formats.packing import pack
-from qsurgeon.formats.pieces import empty_codes
 
 
 def fake_quantize(x: Tensor, above: Tensor, format: Format) -> Tensor:

@@ -3,10 +3,10 @@
 import os
 from typing import Any
 
-from qsurgeon.formats.native import say
 from qsurgeon.launch import VARIABLE
 from qsurgeon.layers import Quantization, quant_linears
 from qsurgeon.surgery import headline_of
+from qsurgeon.telling import say
 
 _said: set[str] = set()
 

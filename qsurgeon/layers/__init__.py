@@ -1,9 +1,9 @@
 """Modules that compute in a number format, and the gradient they pass on."""
 
-from qsurgeon.layers.around import around
 from qsurgeon.layers.linear import QuantLinear, quant_linears
 from qsurgeon.layers.packed import PackedLinear, disabled, pack, packed_linears, uncounted
 from qsurgeon.layers.phases import current_phase, is_active, phase, rollout_unless_told
+from qsurgeon.layers.phases.around import around
 from qsurgeon.layers.product import packed_format
 from qsurgeon.layers.quantization import AS_IT_IS, Quantization
 from qsurgeon.layers.straight_through import straight_through

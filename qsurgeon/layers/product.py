@@ -15,10 +15,10 @@ from torch import Tensor
 from qsurgeon.errors import FormatError, GradientError, ShapeError
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
-from qsurgeon.formats.stored import from_stored, stored_shapes
 from qsurgeon.layers.codes import plain
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.rounding import Agreement, above_of, bits_of, coded, mask_of, rounded, saturated
+from qsurgeon.storage.packed import from_stored, stored_shapes
 
 
 def quantized_linear(
@@ -221,7 +221,7 @@ def _opened(saved: list[Tensor], format: Format, length: int, dtype: torch.dtype
 def packed_linear(
     x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization, agree: Agreement | None = None
 ) -> Tensor:
-    """Return q(x) · q(W)ᵀ + b, (..., outputs), for a weight that is its codes and scales, in the order of stored.py.
+    """Return q(x) · q(W)ᵀ + b, (..., outputs), for a weight stored as in storage/packed.py.
 
     W is opened in the dtype that the product is computed in: autocast's inside of it, the input's outside. It lives
     for the product alone: backward keeps the codes, and opens them again.

@@ -6,8 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qsurgeon.formats import Format, Gradient, Phases, SavedInputs, check_operands
+from qsurgeon.formats import Format, check_operands
 from qsurgeon.formats.rotation import Rotation
+from qsurgeon.words import Gradient, Phases, SavedInputs
 
 AS_IT_IS = "-"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qsurgeon.formats import Format, Quantized, under
-from qsurgeon.formats.arithmetic import largest, scale_of
+from qsurgeon.formats.kernels.arithmetic import largest, scale_of
 
 Agree = Callable[[Tensor], Tensor]  # from the largest magnitudes in a part to those in the whole
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from qsurgeon.errors import ShapeError
 from qsurgeon.formats import Format
 from qsurgeon.formats.packing import packed_length
-from qsurgeon.formats.stored import SCALE, TENSOR_SCALE, WEIGHT
 from qsurgeon.layers.product import packed_linear, quantized_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.rounding import Agree, Agreement
+from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT
 
 Placements = tuple[Any, ...]  # one for each dimension of the mesh
 OUTPUTS, INPUTS = 0, 1  # the dimensions of a weight

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsurgeon.formats import Format, Gradient
+from qsurgeon.formats import Format
+from qsurgeon.words import Gradient
 
 
 class _StraightThrough(torch.autograd.Function):

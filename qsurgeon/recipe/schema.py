@@ -21,13 +21,14 @@ from pydantic import (
 )
 
 from qsurgeon.errors import FormatError
-from qsurgeon.formats import CATALOG, Format, Gradient, Phases, SavedInputs, Storage
+from qsurgeon.formats import CATALOG, Format
 from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
 from qsurgeon.formats.scale import SCALES, ScaleRule
 from qsurgeon.recipe.select import check_pattern
 from qsurgeon.recipe.text import Path
 from qsurgeon.recipe.words import unknown_format
+from qsurgeon.words import Gradient, Phases, SavedInputs, Storage
 
 _NAME = re.compile(r"[A-Za-z][\w.+-]*")
 

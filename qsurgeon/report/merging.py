@@ -1,8 +1,8 @@
 """What a merge changed, as a table."""
 
 from qsurgeon.merging import Change, Merged, total
-from qsurgeon.recipe.fold import folded
 from qsurgeon.report.tables import Column, left_out, narrowed, table_text, wrapped
+from qsurgeon.surgery.fold import folded
 from qsurgeon.visible import one_line
 
 

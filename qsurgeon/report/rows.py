@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qsurgeon.layers import AS_IT_IS
-from qsurgeon.recipe.fold import folded
 from qsurgeon.report.tables import Column, left_out, narrowed, natural_width, table_text, wrapped
 from qsurgeon.surgery import Part, Tower, headline, in_words, percent
+from qsurgeon.surgery.fold import folded
 from qsurgeon.visible import one_line
 
 LARGE = 0.01  # of all parameters: modules that no rule names and that hold more are pointed out

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from qsurgeon.errors import SurgeryError
-from qsurgeon.formats import Storage
 from qsurgeon.layers import PackedLinear, QuantLinear, quant_linears
 from qsurgeon.surgery.inventory import inventory, plain_model
 from qsurgeon.surgery.plan import Excluded
 from qsurgeon.surgery.record import Header, Record, make_record
 from qsurgeon.version import __version__
+from qsurgeon.words import Storage
 
 _ORIGIN, _EXCLUDED = "_qsurgeon_origin", "_qsurgeon_excluded"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qsurgeon.formats.native import say
+from qsurgeon.telling import say
 
 
 class Interrupts:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from qsurgeon.errors import FormatError, ShapeError, SurgeryError
-from qsurgeon.formats import Storage
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
 from qsurgeon.surgery.adapters import bypass, misreading
 from qsurgeon.surgery.interrupts import uninterrupted
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
+from qsurgeon.words import Storage
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

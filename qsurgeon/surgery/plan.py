@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from qsurgeon.errors import FormatError, Mistake, PlanError
 from qsurgeon.formats import Format
-from qsurgeon.formats.stored import stored_bytes
 from qsurgeon.layers import Quantization, packed_format
 from qsurgeon.recipe import Recipe
 from qsurgeon.recipe.select import OUTPUT_HEAD, Match, Namespace, parse_pattern
+from qsurgeon.storage.packed import stored_bytes
 from qsurgeon.surgery.headline import Part, headline
 from qsurgeon.surgery.inventory import Module
 from qsurgeon.surgery.reader import Reader

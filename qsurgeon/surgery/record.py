@@ -12,9 +12,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qsurgeon.errors import CheckpointError, FormatError, nearest
-from qsurgeon.formats import CATALOG, Format, Gradient, Phases, SavedInputs, Storage
+from qsurgeon.formats import CATALOG, Format
 from qsurgeon.layers import Quantization
 from qsurgeon.surgery.plan import Excluded, Plan
+from qsurgeon.words import Gradient, Phases, SavedInputs, Storage
 
 QUANT_METHOD = "qsurgeon"
 Role = Literal["weight", "input"]

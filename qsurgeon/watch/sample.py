@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qsurgeon.formats import Format, arithmetic
+from qsurgeon.formats import Format
+from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.rotation import Rotation, rotated
 
 _SEED = 0

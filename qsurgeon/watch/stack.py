@@ -7,7 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qsurgeon.formats import Format, Quantized, arithmetic, kernels
+from qsurgeon.formats import Format, Quantized, kernels
+from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.packing import pack
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.watch.sample import Sample

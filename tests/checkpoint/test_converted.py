@@ -17,8 +17,9 @@ from transformers import conversion_mapping, modeling_utils
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 import qsurgeon
-from qsurgeon.checkpoint import Options, rewrite, stream
+from qsurgeon.checkpoint import Options, rewrite
 from qsurgeon.checkpoint.kept import keeping, kept_names, packed_names, past
+from qsurgeon.checkpoint.writing import stream
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import get_format
 from qsurgeon.layers import Quantization, packed_linears, quant_linears

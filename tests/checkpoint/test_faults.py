@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import qsurgeon
 from qsurgeon.checkpoint import Events, Options, rewrite
-from qsurgeon.checkpoint.journal import entries
+from qsurgeon.checkpoint.writing.journal import entries
 from qsurgeon.errors import CheckpointError
 from qsurgeon.recipe import Recipe
 

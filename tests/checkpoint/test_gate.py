@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qsurgeon
-from qsurgeon.checkpoint.gate import check_checkpoint
+from qsurgeon.checkpoint.reading.gate import check_checkpoint
 from qsurgeon.errors import CheckpointError, QSurgeonError
 from qsurgeon.recipe import Recipe
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qsurgeon.checkpoint import Header, read_header, read_headers
-from qsurgeon.checkpoint.headers import BITS
+from qsurgeon.checkpoint.reading.headers import BITS
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import MOST_JSON
 
@@ -319,7 +319,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(write: Write, monkeypat
     file = write({"a": ONE})
     known = os.stat_result((0o100644, 0, 0, 1, 0, 0, file.stat().st_size, 0, 0, 0))
     file.write_bytes(file.read_bytes()[:20])
-    monkeypatch.setattr("qsurgeon.checkpoint.headers.os.fstat", lambda _: known)
+    monkeypatch.setattr("qsurgeon.checkpoint.reading.headers.os.fstat", lambda _: known)
     assert refused(file) == "it was cut short while it was read"
 
 
@@ -350,7 +350,7 @@ def test_the_largest_header_that_is_read_takes_memory_within_bounds(tmp_path: Pa
     file.write_bytes(struct.pack("<Q", len(text)) + text)
     code = (
         "import resource, sys, pathlib\n"
-        "from qsurgeon.checkpoint.headers import read_header\n"
+        "from qsurgeon.checkpoint.reading.headers import read_header\n"
         "from qsurgeon.errors import CheckpointError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: read_header(pathlib.Path(sys.argv[1]))\n"

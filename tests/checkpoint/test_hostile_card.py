@@ -12,8 +12,8 @@ from markdown_it import MarkdownIt
 
 import qsurgeon
 from qsurgeon.checkpoint.card import with_record
-from qsurgeon.checkpoint.front_matter import MOST_LETTERS, ends, read_front_matter, written
-from qsurgeon.checkpoint.markdown import code, fenced, inline
+from qsurgeon.checkpoint.card.front_matter import MOST_LETTERS, ends, read_front_matter, written
+from qsurgeon.checkpoint.card.markdown import code, fenced, inline
 from qsurgeon.errors import CheckpointError
 from qsurgeon.recipe import Recipe
 from qsurgeon.surgery import Record, record_of
@@ -229,6 +229,6 @@ def test_the_card_of_a_model_that_is_rewritten_is_read_like_any_other(tiny_folde
 
 
 def test_front_matter_of_more_values_than_any_is_an_error(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsurgeon.checkpoint.front_matter.MOST_VALUES", 1000)
+    monkeypatch.setattr("qsurgeon.checkpoint.card.front_matter.MOST_VALUES", 1000)
     message = complaint(record, f"---\na: [{'a,' * 1000}]\n---\n")
     assert message == "README.md: its front matter is not YAML: it has more than 1,000 values"

@@ -10,7 +10,7 @@ import pytest
 
 import qsurgeon.reading
 from qsurgeon.checkpoint.hub import fetch
-from qsurgeon.checkpoint.journal import entries
+from qsurgeon.checkpoint.writing.journal import entries
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import read_regular
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from qsurgeon.checkpoint import read_headers, rewrite, weight_files
-from qsurgeon.checkpoint.files import companions
+from qsurgeon.checkpoint.reading.files import companions
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import MOST_JSON
 

@@ -12,8 +12,9 @@ import transformers as hf
 from safetensors.torch import load_file, safe_open, save_file
 
 import qsurgeon
-from qsurgeon.checkpoint import Options, read_headers, rewrite, stream
-from qsurgeon.checkpoint.layout import size_in_bytes
+from qsurgeon.checkpoint import Options, read_headers, rewrite
+from qsurgeon.checkpoint.writing import stream
+from qsurgeon.checkpoint.writing.layout import size_in_bytes
 from qsurgeon.errors import CheckpointError
 from qsurgeon.recipe import Recipe
 

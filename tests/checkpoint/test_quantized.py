@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from qsurgeon.checkpoint import read_headers
-from qsurgeon.checkpoint.headers import BITS, Tensor
-from qsurgeon.checkpoint.quantized import refuse_quantized_weight
+from qsurgeon.checkpoint.reading.headers import BITS, Tensor
+from qsurgeon.checkpoint.reading.quantized import refuse_quantized_weight
 from qsurgeon.errors import CheckpointError
 
 PROJ = "model.layers.0.mlp.up_proj"

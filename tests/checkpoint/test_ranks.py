@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsurgeon.checkpoint.ranks import launched, leads, ranks, together
+from qsurgeon.checkpoint.writing.ranks import launched, leads, ranks, together
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 

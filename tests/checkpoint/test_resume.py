@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qsurgeon.checkpoint import Events, Options, rewrite
-from qsurgeon.checkpoint.journal import RUN, entries
+from qsurgeon.checkpoint.writing.journal import RUN, entries
 from qsurgeon.errors import CheckpointError
 from qsurgeon.recipe import Recipe
 

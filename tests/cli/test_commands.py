@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qsurgeon
-import qsurgeon.hf  # before any output is captured: libraries print while they are imported
+import qsurgeon.hf.models  # before any output is captured: libraries print while they are imported
 from qsurgeon.cli import main
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import CATALOG
@@ -551,7 +551,7 @@ def test_ctrl_c_in_any_command_is_exit_code_130(run: Run, monkeypatch: pytest.Mo
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qsurgeon.hf.plan", stop)
+    monkeypatch.setattr("qsurgeon.hf.models.plan", stop)
     result = run("plan", "mine.yaml", "--model", "tiny")
     assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import qsurgeon
-import qsurgeon.hf  # before any output is captured: libraries print while they are imported
+import qsurgeon.hf.models  # before any output is captured: libraries print while they are imported
 from qsurgeon.cli import main
 from qsurgeon.errors import RecipeError
 from qsurgeon.recipe import find_recipe, shipped_recipes

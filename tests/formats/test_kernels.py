@@ -18,7 +18,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qsurgeon.errors import FormatError
-from qsurgeon.formats import CATALOG, Format, Quantized, compiled, get_format, kernels, native
+from qsurgeon.formats import CATALOG, Format, Quantized, get_format, kernels
+from qsurgeon.formats.kernels import compiled, native
 from qsurgeon.formats.packing import pack
 from qsurgeon.layers import Quantization, QuantLinear
 
@@ -414,7 +415,7 @@ def test_a_compiler_that_hangs_is_given_up(tmp_path: Path) -> None:
     slow = tmp_path / "slow"
     slow.write_text("#!/bin/sh\necho error: still thinking >&2\nexec sleep infinity\n")
     slow.chmod(0o755)
-    hurried = "from qsurgeon.formats import native\nnative._COMPILE_SECONDS = 0.5\n" + ROUND
+    hurried = "from qsurgeon.formats.kernels import native\nnative._COMPILE_SECONDS = 0.5\n" + ROUND
     out, err = run(hurried, QSURGEON_CACHE=str(tmp_path), CXX=str(slow), **{kernels.VARIABLE: ""})
     assert out == VALUES.format(kind="eager")
     said = "error: still thinking", "timed out after 0.5 seconds"  # where it had no time to say anything

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsurgeon.formats import CATALOG, Format, Quantized, arithmetic, get_format, kernels
+from qsurgeon.formats import CATALOG, Format, Quantized, get_format, kernels
+from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.scale import ScaleRule, rules_for
 
 MXFP4, NVFP4, FP8 = get_format("mxfp4"), get_format("nvfp4"), get_format("fp8_e4m3")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qsurgeon.errors import GradientError, ShapeError
-from qsurgeon.formats import CATALOG, Format, get_format, kernels, native
+from qsurgeon.formats import CATALOG, Format, get_format, kernels
+from qsurgeon.formats.kernels import native
 
 MXFP4, NVFP4, INT8 = get_format("mxfp4"), get_format("nvfp4"), get_format("int8")
 FORMATS = [*(fmt.as_weight for fmt in CATALOG.values()), NVFP4.as_input]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qsurgeon.formats import kernels, native
-from qsurgeon.formats.private import NotPrivateError, private_folder, read_private
+from qsurgeon.formats import kernels
+from qsurgeon.formats.kernels import native
+from qsurgeon.formats.kernels.private import NotPrivateError, private_folder, read_private
 
 ANOTHER = os.geteuid() + 4321
 
@@ -289,7 +290,7 @@ def test_where_no_folder_is_private_torch_computes(tmp_path: Path) -> None:
 
 
 def test_a_compiler_that_is_no_command_is_said_once() -> None:
-    code = f"from qsurgeon.formats import native\nprint(native.compiler())\n{ROUND}"
+    code = f"from qsurgeon.formats.kernels import native\nprint(native.compiler())\n{ROUND}"
     environment = {**os.environ, kernels.VARIABLE: "", "CXX": "g++ '-O2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "('', None)\n" + VALUES.replace("native", "eager")

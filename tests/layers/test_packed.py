@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsurgeon.errors import CheckpointError, FormatError, GradientError, NothingWrappedError, ShapeError, SurgeryError
 from qsurgeon.formats import CATALOG, Quantized, get_format
-from qsurgeon.formats.stored import stored_bytes, stored_shapes
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, disabled, packed_linears
 from qsurgeon.layers.quantization import AS_IT_IS
+from qsurgeon.storage.packed import stored_bytes, stored_shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MX = get_format("mxfp4")

@@ -21,7 +21,7 @@ import qsurgeon
 from qsurgeon.errors import UsageError
 from qsurgeon.formats import get_format
 from qsurgeon.layers import Quantization, QuantLinear, current_phase, is_active
-from qsurgeon.layers.state import current
+from qsurgeon.layers.phases.state import current
 
 MXFP4 = get_format("mxfp4")
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))

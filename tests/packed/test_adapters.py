@@ -13,8 +13,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 import qsurgeon
-from qsurgeon import adapting
 from qsurgeon.errors import SurgeryError
+from qsurgeon.hf import adapting
 from qsurgeon.layers import packed_linears, quant_linears
 from qsurgeon.recipe import Recipe
 

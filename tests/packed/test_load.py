@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, SurgeryError
+from qsurgeon.hf.quantizer import QSurgeonConfig
 from qsurgeon.layers import pack, packed_linears
-from qsurgeon.quantizer import QSurgeonConfig
 from qsurgeon.recipe import Recipe
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
@@ -204,7 +204,7 @@ def test_packing_on_the_way_holds_one_weight_at_a_time(
         read.append(weakref.ref(weight))
         return pack(weight, how)
 
-    monkeypatch.setattr("qsurgeon.quantizer.pack", counted)
+    monkeypatch.setattr("qsurgeon.hf.quantizer.pack", counted)
     config = config_of(qsurgeon.load(folder))
     model = hf.AutoModelForCausalLM.from_pretrained(plain_folder, device_map="auto", quantization_config=config)
     assert different(model, qsurgeon.load(folder)) == []

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import qsurgeon
 from qsurgeon.errors import PlanError, ShapeError, SurgeryError
 from qsurgeon.formats import get_format
-from qsurgeon.formats.stored import stored_bytes
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, packed_linears, quant_linears
 from qsurgeon.recipe import Recipe, load_recipe
+from qsurgeon.storage.packed import stored_bytes
 from qsurgeon.surgery import operate
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)

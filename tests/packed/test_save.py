@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import qsurgeon
 from qsurgeon.formats import get_format
-from qsurgeon.formats.stored import stored_bytes
 from qsurgeon.recipe import Recipe
 from qsurgeon.report.inspection import report_of
+from qsurgeon.storage.packed import stored_bytes
 
 DOWN = "model.layers.1.mlp.down_proj"
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import qsurgeon
-from qsurgeon.formats import arithmetic, get_format
+from qsurgeon.formats import get_format
+from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.quality import sqnr
 from qsurgeon.layers import Quantization, QuantLinear
 from qsurgeon.watch.sample import rows_of

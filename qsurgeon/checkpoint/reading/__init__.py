@@ -1,0 +1,1 @@
+"""What is in a checkpoint: names, headers, and indexes, read and checked before any value is."""

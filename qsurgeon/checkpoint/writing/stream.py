@@ -1,0 +1,276 @@
+"""Do the jobs of a layout: read a slab, round it where it is to be, write it where it belongs; several at a time.
+
+A tensor passes through in slabs of whole rows, so that the memory a run takes depends on no tensor's size. Files are
+read and written at given places by ordinary calls: what fails is an error, where a mapped file would kill the process.
+"""
+
+import os
+import threading
+import zlib
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor as Values
+
+from qsurgeon.checkpoint.reading.headers import FLOATS, Tensor
+from qsurgeon.checkpoint.writing.journal import Entry, Journal
+from qsurgeon.checkpoint.writing.layout import Job, Shard
+from qsurgeon.checkpoint.writing.progress import Events
+from qsurgeon.errors import CheckpointError
+from qsurgeon.formats import Format
+from qsurgeon.storage.packed import to_stored
+
+SLAB = 4 * 2**20  # bytes: small enough for a CPU's cache, large enough to make calls few
+
+
+class _StoppedError(Exception):
+    """Another thread failed, or the user did not want to wait: leave the job."""
+
+
+@dataclass
+class Stream:
+    """Fills the files of ``folder`` with ``workers`` threads, and writes down in ``journal`` what is done."""
+
+    folder: Path
+    journal: Journal
+    events: Events
+    workers: int
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _handles: dict[Path, int] = field(default_factory=dict)
+    _left: Counter[Path] = field(default_factory=Counter)  # jobs that need a file, of those that are not done
+
+    def run(self, shards: Sequence[Shard], done: Mapping[str, Entry]) -> None:
+        """Do every job that ``done`` does not name, or whose bytes are not what it says.
+
+        Raises: OSError, and CheckpointError for a source that changes meanwhile.
+        """
+        before = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for shard in shards:
+                self._left[self.folder / shard.file] += len(shard.jobs)
+                self._left.update(file for job in shard.jobs for file in job.files)
+            tasks = [
+                pool.submit(self._try, shard, job, done.get(job.name))
+                for shard in shards
+                # The longest first, so that no thread is left alone with it in the end.
+                for job in sorted(shard.jobs, key=lambda one: -one.source.size)
+            ]
+            failed = []
+            for task in as_completed(tasks):
+                error = task.exception()
+                if error is not None:
+                    self._stop.set()
+                    failed.append(error)
+            # Those that were told to stop do not say why.
+            for error in sorted(failed, key=lambda one: isinstance(one, _StoppedError)):
+                raise error
+        finally:
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+            for handle in self._handles.values():
+                os.close(handle)
+
+    def _try(self, shard: Shard, job: Job, before: Entry | None) -> None:
+        """Do a job; if it fails, none begins after it, however long it takes until ``run`` hears of it."""
+        try:
+            self._do(shard, job, before)
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _do(self, shard: Shard, job: Job, before: Entry | None) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
+        try:
+            output = self._output(shard)
+            if before is not None and self._is_written(job, output, before):
+                entry = before
+            else:
+                entry = self._written(job, output)
+                self.journal.add(job.name, entry)
+            for file in job.files:
+                self._leave(file)
+            self._leave(self.folder / shard.file, flush=True)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, error.filename or str(self.folder / shard.file)) from error
+        if not entry.finite:
+            with self._lock:
+                self.events.note(f"{job.source.name} has values that are not finite")
+
+    def _output(self, shard: Shard) -> int:
+        path = self.folder / shard.file
+        with self._lock:
+            if path not in self._handles:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._handles[path] = handle
+                os.ftruncate(handle, shard.size)
+                _write(handle, memoryview(shard.header), 0)
+            return self._handles[path]
+
+    def _input(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY)
+            return self._handles[file]
+
+    def _source(self, job: Job) -> "_Runs":
+        return _Runs(tuple((self._input(run.file), run) for run in job.runs))
+
+    def _leave(self, file: Path, *, flush: bool = False) -> None:
+        """Close ``file`` if no other job needs it: a checkpoint may have more files than a process may open."""
+        with self._lock:
+            self._left[file] -= 1
+            handle = None if self._left[file] else self._handles.pop(file, None)
+        if handle is None:
+            return
+        try:
+            if flush:
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _advance(self, count: int) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
+        with self._lock:
+            self.events.advance(count)
+
+    def _is_written(self, job: Job, output: int, entry: Entry) -> bool:
+        """Return whether the bytes that are there are those that an earlier process wrote."""
+        crcs = []
+        for piece in job.pieces:
+            crc = 0
+            for start in range(0, piece.size, SLAB):
+                count = min(SLAB, piece.size - start)
+                data = os.pread(output, count, piece.start + start)
+                crc = zlib.crc32(data, crc)
+            crcs.append(crc)
+        if tuple(crcs) != entry.crcs:
+            return False
+        self._advance(job.source.size)
+        return True
+
+    def _written(self, job: Job, output: int) -> Entry:
+        return self._copied(job, output) if job.format is None else self._packed(job, job.format, output)
+
+    def _copied(self, job: Job, output: int) -> Entry:
+        (piece,) = job.pieces
+        source, crc, finite = self._source(job), 0, True
+        buffer = _buffer(min(SLAB, job.source.size))
+        for start in range(0, job.source.size, SLAB):
+            data = buffer[: min(SLAB, job.source.size - start)]
+            source.read(start, data)
+            finite = finite and _is_finite(data, job.source.dtype)
+            crc = zlib.crc32(_bytes(data), crc)
+            _write(output, _bytes(data), piece.start + start)
+            self._advance(len(data))
+        return Entry((crc,), finite)
+
+    def _packed(self, job: Job, format: Format, output: int) -> Entry:
+        slabs = _Slabs(self._source(job), job.source, format)
+        finite = True
+        tops = [format.peak(slab) for slab in slabs] if format.tensor_scale == "tensor" else []
+        top = torch.stack([one for one in tops if one is not None]).max() if tops else None
+        crcs, places = [0] * len(job.pieces), [piece.start for piece in job.pieces]
+        for slab in slabs:
+            finite = finite and _is_finite(slab, job.source.dtype)
+            stored = to_stored(format.quantize(slab, top=top))
+            for at, (piece, values) in enumerate(zip(job.pieces, stored.values(), strict=True)):
+                if places[at] == piece.start + piece.size:
+                    continue  # a scale that all slabs share is whole with the first
+                data = _bytes(values.contiguous())
+                crcs[at] = zlib.crc32(data, crcs[at])
+                _write(output, data, places[at])
+                places[at] += len(data)
+            self._advance(slab.nbytes)
+        return Entry(tuple(crcs), finite)
+
+
+@dataclass(frozen=True)
+class _Slabs:
+    """A matrix in slabs of whole rows, and of whole blocks; each is valid until the next."""
+
+    source: "_Runs"
+    tensor: Tensor
+    format: Format
+
+    def __iter__(self) -> Iterator[Values]:
+        rows, columns = self.tensor.shape
+        dtype = FLOATS[self.tensor.dtype]
+        row = columns * dtype.itemsize
+        height = self.format.block_shape[0]
+        # Stochastic rounding depends on a value's place in the whole.
+        most = rows if self.format.rounding == "stochastic" else max(1, SLAB // (row * height)) * height
+        buffer = _buffer(min(most, rows) * row)
+        for start in range(0, rows, most):
+            data = buffer[: min(most, rows - start) * row]
+            self.source.read(start * row, data)
+            yield data.view(dtype).view(-1, columns)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Tensors of open files that are read as if they were one, each where the one before it ends."""
+
+    runs: tuple[tuple[int, Tensor], ...]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(accumulate((run.size for _, run in self.runs[:-1]), initial=0))
+
+    def read(self, start: int, data: Values) -> None:
+        """Fill ``data`` with the bytes from ``start`` on."""
+        at = bisect_right(self._starts, start) - 1
+        while data.numel():
+            handle, run = self.runs[at]
+            inside = start - self._starts[at]
+            count = min(run.size - inside, data.numel())
+            _read(handle, run, inside, data[:count])
+            start, data, at = start + count, data[count:], at + 1
+
+
+def _buffer(size: int) -> Values:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _bytes(data: Values) -> memoryview:
+    """Return the memory of ``data``, uint8 and contiguous."""
+    return memoryview(data.numpy()).cast("B")  # type: ignore[arg-type]  # an array is a buffer
+
+
+def _read(handle: int, tensor: Tensor, start: int, data: Values) -> None:
+    """Fill ``data`` with the tensor's bytes from ``start`` on."""
+    view, place = _bytes(data), tensor.start + start
+    while view:
+        try:
+            count = os.preadv(handle, [view], place)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, reading {tensor.name}", str(tensor.file)) from error
+        if not count:
+            raise CheckpointError(f"{tensor.file}: ends inside of {tensor.name}; it was cut short while it was read")
+        view, place = view[count:], place + count
+
+
+def _write(handle: int, view: memoryview, place: int) -> None:
+    while view:
+        count = os.pwrite(handle, view, place)
+        view, place = view[count:], place + count
+
+
+def _is_finite(data: Values, dtype: str) -> bool:
+    """Return whether all values are finite; those of dtypes that are not ordinary floats are taken to be."""
+    if dtype not in FLOATS or not data.numel():
+        return True
+    # NaN is the least and the greatest of what has one; torch.isfinite takes four times as long.
+    low, high = torch.aminmax(data.view(FLOATS[dtype]))
+    return bool(low.isfinite() and high.isfinite())

@@ -1,0 +1,292 @@
+"""transformers' own registration: ``quantization_config`` in config.json, and the quantizer that obeys it.
+
+Importing this module registers both; ``qsurgeon/__init__.py`` sees to it that it is imported as soon as
+``transformers.quantizers.auto`` is. Anything of transformers that this depends on and that is not public stands here.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qsurgeon.checkpoint.kept import kept_names, packed_names, past
+from qsurgeon.errors import CheckpointError
+from qsurgeon.hf.opening import places
+from qsurgeon.hf.rollouts import follow_rollouts
+from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
+from qsurgeon.patching import Method, patch
+from qsurgeon.storage.packed import WEIGHT
+from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
+
+
+class QSurgeonConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a model: a Record as transformers wants it."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.record = read_record(fields, "config.json")
+        self._data = self.record.model_dump(mode="json")
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the hint says enum, a str is taken
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QSurgeonConfig":
+        """Return a copy with the same record, which nothing changes.
+
+        Encoder-decoder models copy their config in forward, and dynamo cannot trace pydantic.
+        """
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json keeps."""
+        return {"quant_method": QUANT_METHOD, **self._data}
+
+
+class QSurgeonQuantizer(HfQuantizer):
+    """Wraps the modules that the config names, before the weights are loaded into them.
+
+    A model with packed weights keeps it: by it, transformers' Trainer knows that there is nothing to train but
+    adapters. One with master weights does not: it is an ordinary model.
+    """
+
+    quantization_config: Any  # QSurgeonConfig, where transformers' hint says more than it asks
+    is_trainable = True
+
+    def __init__(self, quantization_config: QSurgeonConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._slots: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # what the packed layers are to be filled with
+        self._found: set[str] = set()
+        self._computing: dict[str, torch.dtype] = {}
+        self._kept: frozenset[str] = frozenset()  # names that a checkpoint has as the modules have them
+        self._to_save: Any = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights are stored as codes and scales."""
+        record: Record = self.quantization_config.record
+        return record.storage == "packed"
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the weights themselves can be trained."""
+        return not self.is_packed
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Say that the model can be saved."""
+        return True
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Refuse to pack what would stay on a disk as it is. Raises: CheckpointError."""
+        on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        if self.is_packed and not self.pre_quantized and on_disk:
+            raise CheckpointError(
+                "a weight that is offloaded to disk is not packed on the way: write a packed checkpoint "
+                "first (qsurgeon apply), and load that"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Iterable[str] | None = None, **_: Any
+    ) -> None:
+        record: Record = self.quantization_config.record
+        wrapped, excluded = record.quantizations(), record.exclusions()
+        place = places(model, wrapped, excluded, checkpoint_files or ())
+        chosen = {name: wrapped[there] for name, there in place.items() if there in wrapped}
+        operate(model, chosen, storage=record.storage)
+        mark(
+            model,
+            Origin(record.source, record.recipe),
+            {name: excluded[there] for name, there in place.items() if there in excluded},
+        )
+        follow_rollouts(model, chosen.values())
+        if self.is_packed:
+            patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
+        self._slots = {
+            f"{name}.{key}": (tuple(parameter.shape), parameter.dtype)
+            for name, module in packed_linears(model).items()
+            for key, parameter in module.named_parameters(recurse=False)
+        }
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Return conversions that leave codes and scales alone."""
+        self._kept = kept_names(model, packed_names(model)) if self.is_packed else frozenset()
+        return past(weight_conversions, self._kept, model.base_model_prefix)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Say what a tensor of a checkpoint is to be cast to. transformers asks of each, before it is read.
+
+        Raises: CheckpointError for one that is not what a packed layer takes.
+        """
+        name = converter.target_patterns[0]
+        if isinstance(converter, WeightConverter):  # of biases, which are split as ever
+            self._found |= {one for one in self._slots if any(part in one for part in converter.target_patterns)}
+        if name in self._slots:
+            self._found.add(name)
+            shape, kind = self._slots[name]
+            found = _Header(param)
+            if found.shape != shape:
+                raise CheckpointError(f"{name} has shape {list(found.shape)}; the packed layer takes {list(shape)}")
+            fits = found.is_floating_point if kind.is_floating_point else found.dtype.lower() in ("u8", "uint8")
+            if not fits:
+                wanted = "floating point" if kind.is_floating_point else "U8"
+                raise CheckpointError(f"{name} is {found.dtype}; the packed layer takes {wanted}")
+            layer, _, key = name.rpartition(".")
+            if key == WEIGHT and dtype is not None and dtype.is_floating_point:
+                self._computing[layer] = dtype  # the model's class keeps it in another dtype than the rest
+        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a tensor of a plain checkpoint is a weight to be packed on the way."""
+        module, _, key = param_name.rpartition(".")
+        if self.pre_quantized or key != WEIGHT:
+            return False
+        # Of what is split into several weights, transformers asks of the first alone.
+        return param_name in self._kept or isinstance(model.get_submodule(module), PackedLinear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what packs a weight."""
+        return _Pack()
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, module in quant_linears(model).items():
+            for key, parameter in module.named_parameters(recurse=False):
+                # transformers marks what it read from the checkpoint; the rest it would leave random. What is still
+                # on the meta device was offloaded.
+                is_read = getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta
+                is_named = not self.pre_quantized or f"{name}.{key}" not in self._slots.keys() - self._found
+                if not (is_read and is_named):
+                    raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
+        for name, dtype in self._computing.items():
+            model.get_submodule(name).compute_in(dtype)
+        self._slots, self._found, self._computing = {}, set(), {}
+        record = current_record(model)
+        if record is not None:
+            model.config.quantization_config = QSurgeonConfig(**record.model_dump())
+        if self.is_packed:
+            return model
+        # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
+        # `state_dict=`, which FSDP needs, and block .half() and .float().
+        model.hf_quantizer = None
+        model.is_quantized = False
+        vars(model).pop("quantization_method", None)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """Return what save_pretrained was told to save, and nothing for the files' headers."""
+        return self._to_save, {}
+
+    @contextmanager
+    def saving(self, state_dict: Any) -> Iterator[None]:
+        """Let save_pretrained save ``state_dict`` inside the block."""
+        self._to_save = state_dict
+        try:
+            yield
+        finally:
+            self._to_save = None
+
+
+class _Pack(ConversionOps):
+    """Packs weights of a plain checkpoint as soon as they are read; what else was split off with them stays."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        done: dict[str, Any] = {}
+        for name, found in input_dict.items():
+            weight = found[0] if isinstance(found, list) else found
+            path = name.removesuffix(f".{WEIGHT}")
+            layer = kwargs["model"].get_submodule(path)
+            if not isinstance(layer, PackedLinear):
+                done[name] = weight
+                continue
+            expected = layer.out_features, layer.in_features
+            if tuple(weight.shape) != expected:
+                raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
+            layer.compute_in(weight.dtype)
+            done |= {f"{path}.{key}": tensor for key, tensor in pack(weight, layer.quantization).items()}
+        return done
+
+
+class _Header:
+    """What is known of a checkpoint's tensor, which may not be read yet."""
+
+    def __init__(self, tensor: Any) -> None:
+        is_read = isinstance(tensor, torch.Tensor)
+        self.shape = tuple(tensor.shape if is_read else tensor.get_shape())
+        self.dtype = str(tensor.dtype).removeprefix("torch.") if is_read else str(tensor.get_dtype())
+        self.is_floating_point = tensor.is_floating_point() if is_read else self.dtype.startswith(("F", "BF"))
+
+
+def hosts(root: nn.Module) -> list[Any]:
+    """Return the models of transformers that are saved and loaded as such: ``root``, or the outermost inside of it."""
+    found: list[Any] = []
+    inside = ""
+    for path, module in root.named_modules():
+        if isinstance(module, transformers.PreTrainedModel) and not (inside and path.startswith(inside)):
+            found.append(module)
+            inside = f"{path}."
+            if not path:
+                break
+    return found
+
+
+def note(model: Any) -> None:
+    """Let a model that was wrapped in memory be in the state of one that was loaded so.
+
+    Its config has the record, and where weights are packed the model has a quantizer. Models of transformers ask
+    ``_is_quantized`` where they would read a weight instead of calling its layer.
+    """
+    record = current_record(model)
+    if record is None:
+        return
+    config = QSurgeonConfig(**record.model_dump())
+    vars(model.config)["quantization_config"] = config
+    _assign_is_quantized(model)  # type: ignore[no-untyped-call]
+    vars(model).update(hf_quantizer=None, is_quantized=False)
+    if record.storage == "packed":
+        patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
+        # accelerate's compile_regions returns a copy that remembers the original (1.15); trainers save that.
+        for one in filter(None, (model, vars(model).get("_orig_mod"))):
+            vars(one)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
+            vars(one).update(is_quantized=True, quantization_method=QUANT_METHOD)
+
+
+def _saving_what_is_given(save: Method) -> Method:
+    """Let ``save_pretrained(state_dict=...)`` save that, also of a model that has our quantizer.
+
+    transformers throws it away where there is a quantizer, and FSDP has whole tensors nowhere else.
+    """
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        quantizer = getattr(self, "hf_quantizer", None)
+        if not isinstance(quantizer, QSurgeonQuantizer):
+            return save(self, *args, **kwargs)
+        given = signature(save).bind(self, *args, **kwargs).arguments.get("state_dict")
+        with quantizer.saving(given):
+            return save(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def register() -> None:
+    """Make transformers know ``quant_method: qsurgeon``; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(QSurgeonConfig)
+        register_quantizer(QUANT_METHOD)(QSurgeonQuantizer)
+
+
+register()

@@ -1,0 +1,1 @@
+"""How a quantized weight is stored: tensor names, shapes, and bytes."""
