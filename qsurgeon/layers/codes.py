@@ -180,11 +180,9 @@ def _of_values(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]
         return None
     if name == "dtype":
         return dtype
-    if name in _NEW:
-        return func(codes.plain(), *args[1:], **{"dtype": dtype, **kwargs})
-    if args[0] is codes:
+    if name not in _NEW and args[0] is codes:
         return None
-    like = torch.empty(0, dtype=dtype, device=codes.device)  # for `x.to(weight)`
+    like = torch.empty(0, dtype=dtype, device=codes.device)
     replaced = {key: like if one is codes else one for key, one in kwargs.items()}
     return func(*(like if one is codes else one for one in args), **replaced)
 

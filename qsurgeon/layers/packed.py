@@ -193,11 +193,14 @@ class PackedLinear(QuantLinear):
         return f"{self.name or type(self).__name__}.{name}"
 
     def _as_codes(self, name: str, value: Any) -> Any:
-        """Return ``value`` as Codes, if it is a plain tensor in the place of one of the weight's."""
-        is_plain = type(value) in (Tensor, nn.Parameter)
-        if not is_plain or name not in stored_shapes(self.grid, 0, 0):
+        """Return ``value`` as Codes of this layer, if it is a tensor in the place of one of the weight's."""
+        if name not in stored_shapes(self.grid, 0, 0):
             return value
-        return Codes(value, value.requires_grad, self._label(name), values_dtype=self.compute_dtype)
+        if type(value) in (Tensor, nn.Parameter):
+            return Codes(value, value.requires_grad, self._label(name), values_dtype=self.compute_dtype)
+        if isinstance(value, Codes):
+            value.values_dtype = self.compute_dtype
+        return value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuse tensors that torch would cast: a value that is rounded to a byte is no code."""

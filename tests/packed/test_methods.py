@@ -198,8 +198,8 @@ def test_a_method_that_fails_on_codes_in_its_own_words_is_named(
     with pytest.raises(SurgeryError) as caught:
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     assert str(caught.value) == (
-        f"{Q} cannot have this adapter: lora fails on it (RuntimeError: no kernel for 1 byte). Its weight is packed, in "
-        "torch.uint8: use a method and an initialization that do not read the weight, or storage: master"
+        f"{Q} cannot have this adapter: lora fails on it (RuntimeError: no kernel for 1 byte). Its weight is packed, "
+        "in torch.uint8: use a method and an initialization that do not read the weight, or storage: master"
     )
 
 
