@@ -263,6 +263,10 @@ WAVLM = (
     "WavLMAttention.torch_multi_head_self_attention takes the weight itself and computes with it; exclude "
     "'attention.k_proj', 'attention.v_proj', 'attention.q_proj', 'attention.out_proj'"
 )
+DT_PROJ = (
+    "rules[0]: rule 'rule 1' reaches backbone.layers.0.mixer.dt_proj: MambaMixer.forward takes the weight itself and "
+    "computes with it; exclude 'mixer.dt_proj'"
+)
 
 
 def recipe(storage: str, exclude: list[str]) -> Recipe:
@@ -270,6 +274,7 @@ def recipe(storage: str, exclude: list[str]) -> Recipe:
     return Recipe.model_validate({"version": 1, "storage": storage, "rules": [rule]})
 
 
+@pytest.mark.filterwarnings("ignore:.*mamba_inner_fn is handed:UserWarning")
 @pytest.mark.parametrize(
     ("name", "storage", "exclude", "message"),
     [
@@ -277,13 +282,8 @@ def recipe(storage: str, exclude: list[str]) -> Recipe:
         ("T5", "master", [], ""),
         ("WavLM", "master", ["attention.{q,k,v,out}_proj"], WAVLM),
         ("WavLM", "packed", ["attention.{q,k,v,out}_proj"], WAVLM),
-        (
-            "Mamba",
-            "packed",
-            ["mixer.dt_proj"],
-            "rules[0]: rule 'rule 1' reaches backbone.layers.0.mixer.dt_proj: MambaMixer.forward takes the weight "
-            "itself and computes with it, in some calls; exclude 'mixer.dt_proj'",
-        ),
+        ("Mamba", "packed", ["mixer.dt_proj"], DT_PROJ),
+        ("Mamba", "master", ["mixer.dt_proj"], DT_PROJ),
         ("FalconMamba", "packed", [], ""),
         ("FalconMamba", "master", [], ""),
     ],
@@ -300,14 +300,68 @@ def test_a_plan_names_what_would_be_computed_past(name: str, storage: str, exclu
 
 
 def test_a_plan_remarks_what_may_be_computed_past() -> None:
-    config, kind = TINY["Mamba"]
-    remark = "MambaMixer.forward takes its weight itself in some calls, unrounded"
-    with pytest.warns(UserWarning, match=f"^backbone.layers.0.mixer.dt_proj: {remark}$"):
-        model = qsurgeon.apply(recipe("master", []), kind(config))
-    plan = qsurgeon.plan(recipe("master", []), kind(config))
-    assert plan.remarks == (f"backbone.layers.0.mixer.dt_proj: {remark}",)
+    remark = "Sometimes.forward takes its weight itself in some calls, unrounded"
+    with pytest.warns(UserWarning, match=f"^held: {remark}$"):
+        qsurgeon.apply(recipe("master", []), Sometimes())
+    plan = qsurgeon.plan(recipe("master", []), Sometimes())
+    assert plan.remarks == (f"held: {remark}",)
     assert [step.why for step in plan.wrapped if step.remark] == [f"rule 'rule 1'; {remark}"]
-    del model
+
+
+@pytest.mark.parametrize("storage", ["master", "packed"])
+def test_a_plan_remarks_what_is_handed_to_where_a_kernel_may_stand(storage: str) -> None:
+    config, kind = TINY["Mamba"]
+    remark = "mamba_inner_fn is handed its weight, and a kernel in the place of that computes with it, unrounded"
+    with pytest.warns(UserWarning, match=f"^backbone.layers.0.mixer.x_proj and 1 more: {remark}$"):
+        qsurgeon.apply(recipe(storage, ["mixer.dt_proj"]), kind(config))
+
+
+class Never(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            return x @ self.held.weight
+        bias = self.held.bias.float()
+        return functional.linear(x, self.held.weight, bias) + self.layers[0](x)
+
+
+class ByName(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.held if x.shape[0] > 1 else self.layers[0]
+        return layer(x) if x.shape[1] > 1 else x @ self.held.weight
+
+
+class Passed(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            return x @ self.held.weight
+        return torch.utils.checkpoint.checkpoint(self.held, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+class Elsewhere(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Sometimes()
+        self.held = self.inner.held
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner.held.forward(self.inner(x))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "certain"),
+    [
+        (Sometimes, "held", {False}), (Never, "held", {True}), (ByName, "held", {False}), (Passed, "held", {False}),
+        (Elsewhere, "inner.held", {False}), (Indexed, "layers.1", {True}),
+    ],
+)  # fmt: skip
+def test_what_nothing_calls_is_computed_past_whenever_it_is_taken(
+    kind: type[nn.Module], path: str, certain: set[bool]
+) -> None:
+    model = kind()
+    for rows in (1, 2):
+        model(torch.ones(rows, 32))
+    assert {one.certain for one in weight_readers(model)[path]} == certain
 
 
 def test_the_fast_path_of_torch_is_seen() -> None:
