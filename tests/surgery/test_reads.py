@@ -316,6 +316,19 @@ def test_a_plan_remarks_what_is_handed_to_where_a_kernel_may_stand(storage: str)
         qsurgeon.apply(recipe(storage, ["mixer.dt_proj"]), kind(config))
 
 
+@pytest.mark.filterwarnings("ignore:.*mamba_inner_fn is handed:UserWarning")
+@pytest.mark.parametrize("name", TINY)
+def test_shipped_recipes_leave_out_what_nothing_calls(name: str) -> None:
+    config, kind = TINY[name]
+    if name == "WavLM":
+        with pytest.raises(PlanError, match="torch_multi_head_self_attention takes the weight itself"):
+            qsurgeon.plan("w4a4-mxfp4", kind(config))
+        return
+    steps = qsurgeon.plan("w4a4-mxfp4", kind(config)).wrapped
+    assert steps
+    assert not any(reader.certain and reader.takes_values for step in steps for reader in step.module.readers)
+
+
 class Never(Holder):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] > 1:
