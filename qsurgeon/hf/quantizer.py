@@ -36,7 +36,7 @@ class QSurgeonConfig(QuantizationConfigMixin):
 
     def __init__(self, **fields: Any) -> None:
         self.record = read_record(fields, "config.json")
-        self._data = self.record.model_dump(mode="json")
+        self._data = self.record.to_dict()
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the hint says enum, a str is taken
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QSurgeonConfig":
@@ -177,7 +177,7 @@ class QSurgeonQuantizer(HfQuantizer):
         self._slots, self._found, self._computing = {}, set(), {}
         record = current_record(model)
         if record is not None:
-            model.config.quantization_config = QSurgeonConfig(**record.model_dump())
+            model.config.quantization_config = QSurgeonConfig(**record.to_dict())
         if self.is_packed:
             return model
         # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
@@ -253,7 +253,7 @@ def note(model: Any) -> None:
     record = current_record(model)
     if record is None:
         return
-    config = QSurgeonConfig(**record.model_dump())
+    config = QSurgeonConfig(**record.to_dict())
     vars(model.config)["quantization_config"] = config
     _assign_is_quantized(model)  # type: ignore[no-untyped-call]
     vars(model).update(hf_quantizer=None, is_quantized=False)

@@ -17,6 +17,7 @@ from qsurgeon.layers.product import packed_format, packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.words import Behavior
 
 
 class PackedLinear(QuantLinear):
@@ -57,8 +58,8 @@ class PackedLinear(QuantLinear):
                 f"format '{grid.name}' has a static tensor scale and no number for it: a weight that is packed cannot "
                 "wait for one"
             )
-        if quantization.phases != "both":
-            raise SurgeryError(f"a packed weight is rounded in every phase, not {quantization.when}")
+        if refused := refused_by_packing(quantization.behavior):
+            raise SurgeryError(refused[1])
         if hasattr(weight, "device_mesh"):
             raise SurgeryError("its weight is sharded; pack the model before fully_shard")
         if weight.is_meta and getattr(linear, "_hf_hook", None) is not None:
@@ -209,6 +210,13 @@ class PackedLinear(QuantLinear):
             if found is not None and found.dtype != torch.uint8:
                 raise CheckpointError(f"{prefix}{name} is {found.dtype}; a packed weight is torch.uint8")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def refused_by_packing(behavior: Behavior) -> tuple[str, str] | None:
+    """Return the field of ``behavior`` that a packed weight cannot obey, and why; None if it can obey all."""
+    if behavior.phases != "both":
+        return "phases", f"a packed weight is rounded in every phase, not in {behavior.phases} only"
+    return None
 
 
 def pack(weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:

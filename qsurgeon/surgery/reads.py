@@ -1,4 +1,4 @@
-"""Which code takes the weight of a Linear itself, instead of calling the Linear."""
+"""Which code reads the weight of a layer itself instead of calling the layer."""
 
 import ast
 import operator
