@@ -20,7 +20,7 @@ X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
 def make(phases: str = "both") -> nn.Linear:
     torch.manual_seed(0)
     linear = nn.Linear(64, 64)
-    QuantLinear.wrap(linear, Quantization(MXFP4, MXFP4, phases=phases))  # type: ignore[arg-type]
+    QuantLinear.wrap(linear, Quantization(MXFP4, MXFP4, phases=phases))
     return linear
 
 

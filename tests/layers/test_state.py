@@ -30,7 +30,7 @@ Seen = tuple[bool, bool, bool]  # which of the three layers round
 
 def make(phases: str = "both") -> nn.Linear:
     linear = nn.Linear(64, 64)
-    QuantLinear.wrap(linear, Quantization(MXFP4, MXFP4, phases=phases))  # type: ignore[arg-type]
+    QuantLinear.wrap(linear, Quantization(MXFP4, MXFP4, phases=phases))
     return linear
 
 

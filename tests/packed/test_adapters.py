@@ -179,7 +179,7 @@ def test_an_adapter_that_makes_its_tensors_in_the_weights_dtype_is_that_on_the_m
     small_model: Maker, recipe: MakeRecipe, moved: Move, step: Step, name: str
 ) -> None:
     def make(storage: str) -> Any:
-        config = deepcopy(ASK_THE_DTYPE[name])
+        config: Any = deepcopy(ASK_THE_DTYPE[name])
         config.target_modules = ["q_proj"]
         torch.manual_seed(2)
         return moved(peft.get_peft_model(qsurgeon.apply(recipe(storage), small_model().bfloat16()), config))

@@ -207,7 +207,8 @@ class Knowing(Holder):
 
 class Measured(Holder):
     def forward(self, x: Tensor) -> Tensor:
-        return self.held(x) / self.held.weight.shape[1]
+        y: Tensor = self.held(x)
+        return y / self.held.weight.shape[1]
 
 
 @pytest.mark.parametrize(("kind", "misreads"), [(Cast, 0), (CastToFirst, 0), (Knowing, 0), (Measured, 1)])
@@ -338,7 +339,8 @@ class Never(Holder):
         if x.shape[0] > 1:
             return x @ self.held.weight
         bias = self.held.bias.float()
-        return functional.linear(x, self.held.weight, bias) + self.layers[0](x)
+        y: Tensor = functional.linear(x, self.held.weight, bias) + self.layers[0](x)
+        return y
 
 
 class ByName(Holder):
