@@ -44,7 +44,7 @@ def has_tangent(x: Tensor) -> bool:
     # Asking each tensor takes longer, and outside of a level none has a tangent.
     if forward_ad._current_level < 0:
         return False
-    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def is_view(x: Tensor) -> bool:
@@ -75,6 +75,14 @@ without_subclass: Callable[[], AbstractContextManager[None]] = torch._C.DisableT
 def is_operator(func: object) -> bool:
     """Return whether ``func`` is an operator of the dispatcher, with a namespace, and no function of Python's."""
     return isinstance(func, torch._ops.OpOverload)
+
+
+# Private functions and attributes, as __torch_function__ and __torch_dispatch__ name them: what moves bytes, what
+# describes a tensor, what copies into another, and what may be set.
+PRIVATE_MOVES = frozenset({"_to_copy"})
+PRIVATE_DESCRIBES = frozenset({"_storage", "_typed_storage", "_has_compatible_shallow_copy_type"})
+PRIVATE_COPIES = frozenset({"_foreach_copy_"})
+PRIVATE_SETTABLE = frozenset({"_backward_hooks"})
 
 
 # ---- threads: objects that torch hands on to the threads of a backward pass

@@ -23,7 +23,15 @@ def _is_private(name: str) -> bool:
 
 def private_names() -> set[str]:
     """Return the private names of torch that a program could come upon."""
-    owners = (torch, torch._C, torch._C._functorch, torch.ops, torch.ops.aten, torch.compiler, torch.distributed)
+    owners: tuple[object, ...] = (
+        torch,
+        torch._C,
+        torch._C._functorch,
+        torch.ops,
+        torch.ops.aten,
+        torch.compiler,
+        torch.distributed,
+    )
     owners += (Tensor, nn.Parameter, nn.Module, nn.Linear, forward_ad, checkpoint, _python_dispatch)
     found = {name for owner in owners for name in dir(owner)} | set(vars(nn.Linear(1, 1)))
     operators = {name.removeprefix("aten::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}

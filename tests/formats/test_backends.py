@@ -1,9 +1,9 @@
 """What a backend supports it computes to the bit, what it does not runs by another; and entries of the registries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def assert_all_agree(formats: list[Format], claimed_by: set[str]) -> None:
 
 def made_of(**axes: list[Any]) -> list[Format]:
     """Return formats that have each of these values, and of the other fields those of mxfp4, or some of each kind."""
-    others = {
+    others: dict[str, Sequence[Any]] = {
         "element": ["e2m1"],
         "block": [NONE, 7, 32, [16, 16]],
         "scale": scales_with_rules(),
@@ -105,7 +105,8 @@ def made_of(**axes: list[Any]) -> list[Format]:
         "rounding": ["nearest", "stochastic"],
         "four_over_six": [False],
     }
-    return covering({**others, **axes}, 1)
+    found: list[Format] = covering({**others, **axes}, 1)
+    return found
 
 
 @pytest.fixture
@@ -169,7 +170,8 @@ class Above128th(ScaleRule):
         return isinstance(scale, WideScale)
 
     def find(self, amax: Tensor, element: Any, scale: Any) -> Tensor:
-        return ((amax / element.max).view(torch.int32) + 0xFFFF).bitwise_and(-1 << 16).view(torch.float32)
+        up: Tensor = ((amax / element.max).view(torch.int32) + 0xFFFF).bitwise_and(-1 << 16).view(torch.float32)
+        return up
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -238,8 +240,9 @@ def test_recipes_and_their_schema_have_the_words_of_the_registries(
 def test_a_name_that_is_entered_again_means_what_it_means_now(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.tensor([[1.0, 7.0, *[0.3] * 30]])
     found = []
-    for special in ("none", "nan"):
-        monkeypatch.setitem(ELEMENTS, "e2m2", FloatElement("e2m2", 2, 2, special=special))  # type: ignore[arg-type]
+    specials: tuple[Literal["none", "nan"], ...] = ("none", "nan")
+    for special in specials:
+        monkeypatch.setitem(ELEMENTS, "e2m2", FloatElement("e2m2", 2, 2, special=special))
         fmt = MXFP4.with_fields("mine", element="e2m2")
         assert Format.from_key("mine", fmt.key) == fmt
         compiled = torch.compile(fmt.fake_quantize, backend="aot_eager", fullgraph=True)
@@ -281,14 +284,15 @@ def test_a_layer_of_five_bits_trains(e3m1: FloatElement, saved_inputs: Any) -> N
     fmt = MXFP4.with_fields("mine", element=e3m1.name)
     torch.manual_seed(0)
     linear = nn.Linear(72, 40)
-    qx, qw = (lambda x: fmt.fake_quantize(x.detach())), fmt.fake_quantize(linear.weight.detach())
+    qw = fmt.fake_quantize(linear.weight.detach())
     QuantLinear.wrap(linear, Quantization(fmt, fmt, saved_inputs=saved_inputs))
     x, grad = torch.randn(9, 72, requires_grad=True), torch.randn(9, 40)
+    qx = fmt.fake_quantize(x.detach())
     y = linear(x)
     y.backward(grad)
     assert linear.weight.grad is not None
-    assert torch.equal(y, nn.functional.linear(qx(x), qw, linear.bias))
-    assert torch.equal(linear.weight.grad, grad.T @ qx(x))
+    assert torch.equal(y, nn.functional.linear(qx, qw, linear.bias))
+    assert torch.equal(linear.weight.grad, grad.T @ qx)
     assert x.grad is not None
     assert torch.equal(x.grad, grad @ qw)
 
@@ -367,7 +371,12 @@ def test_a_choice_is_made_once_for_each_format_dtype_and_operation(
 ) -> None:
     asked: list[Any] = []
     supports = narrow.supports
-    monkeypatch.setattr(narrow, "supports", lambda *given: (asked.append(given), supports(*given))[1])
+
+    def ask(*given: Any) -> bool:
+        asked.append(given)
+        return supports(*given)
+
+    monkeypatch.setattr(narrow, "supports", ask)
     for _, dtype in product(range(3), DTYPES):
         MXFP4.quantize(values(dtype=dtype))
         get_format("int8").quantize(values(dtype=dtype))

@@ -123,13 +123,18 @@ def test_a_search_for_scales_loses_nothing_and_gains_something(fmt: Format) -> N
     least = _errors(fmt, x, start)
     for factor in (0.5, 0.7, 0.8, 0.9, 2.0):
         if start.block is None:
-            tried = fmt.nearest_scales(None, start.tensor * factor)  # type: ignore[operator]
+            assert start.tensor is not None
+            tried = fmt.nearest_scales(None, start.tensor * factor)
         else:
             tried = fmt.nearest_scales(start.block * factor, start.tensor)
         errors = _errors(fmt, x, tried)
         better, least = errors < least, torch.minimum(errors, least)
-        of = "tensor" if start.block is None else "block"
-        best = replace(best, **{of: torch.where(better, getattr(tried, of), getattr(best, of))})
+        if best.block is None or tried.block is None:
+            assert tried.tensor is not None
+            assert best.tensor is not None
+            best = replace(best, tensor=torch.where(better, tried.tensor, best.tensor))
+        else:
+            best = replace(best, block=torch.where(better, tried.block, best.block))
     found = fmt.quantized(fmt.codes_under(x, best), best, x.dtype)
     assert torch.equal(found.dequantize(), fmt.round_under(x, best))
     lost = [(one - x).square().sum() for one in (found.dequantize(), fmt.fake_quantize(x))]

@@ -3,6 +3,7 @@
 A tensor scale (``above``) is found here, or given: then it is (…, rows, 1) or (1, …, 1), see arithmetic.tensor_scale.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,12 +19,23 @@ from qsurgeon.formats.packing import pack, unpack
 
 def fake_quantize(rows: Tensor, fields: Fields, above: Above = None) -> Tensor:
     """Return ``rows`` rounded, contiguous, in their own dtype."""
+    return _routed(rows, fields, above, _fake_quantize_op, arithmetic.fake_quantize, _fake_quantize)
+
+
+def _routed(
+    rows: Tensor,
+    fields: Fields,
+    above: Above,
+    operator: Callable[..., Tensor],
+    traced: Callable[[Tensor, Above, Fields], Tensor],
+    computed: Callable[[Tensor, Fields, Above], Tensor],
+) -> Tensor:
+    """Return what is computed of ``rows``: by an operator where torch.compile may not look, else as it is traced."""
     if is_opaque(rows):
-        rounded: Tensor = _fake_quantize_op(rows, above, fields.name, fields.without_number.key, fields.static_scale)
-        return rounded
+        return operator(rows, above, fields.name, fields.without_number.key, fields.static_scale)
     if torch.compiler.is_compiling():
-        return arithmetic.fake_quantize(rows, _above(rows, fields, above), fields)
-    return _fake_quantize(rows, fields, above)
+        return traced(rows, _above(rows, fields, above), fields)
+    return computed(rows, fields, above)
 
 
 def _fake_quantize(rows: Tensor, fields: Fields, above: Above) -> Tensor:
@@ -83,12 +95,7 @@ def _dequantize(
 
 def saturates(rows: Tensor, fields: Fields, above: Above = None) -> Tensor:
     """Return where (bool) a value of ``rows`` (…, rows, columns) exceeds the largest that its block can hold."""
-    if is_opaque(rows):
-        marked: Tensor = _saturates_op(rows, above, fields.name, fields.without_number.key, fields.static_scale)
-        return marked
-    if torch.compiler.is_compiling():
-        return arithmetic.saturates(rows, _above(rows, fields, above), fields)
-    return _saturates(rows, fields, above)
+    return _routed(rows, fields, above, _saturates_op, arithmetic.saturates, _saturates)
 
 
 def _saturates(rows: Tensor, fields: Fields, above: Above) -> Tensor:
