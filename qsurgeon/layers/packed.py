@@ -17,6 +17,7 @@ from qsurgeon.layers.product import packed_format, packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.torch_private import own_parameters, without_subclass
 from qsurgeon.words import Behavior
 
 
@@ -46,7 +47,7 @@ class PackedLinear(QuantLinear):
         ShapeError for a weight that its format or rotation does not fit.
         """
         QuantLinear.check(linear)
-        weight, grid = linear._parameters.get("weight"), packed_format(quantization)
+        weight, grid = own_parameters(linear).get("weight"), packed_format(quantization)
         if weight is None:
             raise SurgeryError(
                 "its weight is not a parameter: a hook computes it before each call (weight_norm, spectral_norm or "
@@ -134,7 +135,7 @@ class PackedLinear(QuantLinear):
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
         refuse_export(self.training)
         stored = self.stored
-        with torch._C.DisableTorchFunctionSubclass():  # of Codes
+        with without_subclass():  # of Codes
             if is_sharded(stored[WEIGHT]):
                 return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
             return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)
@@ -188,7 +189,7 @@ class PackedLinear(QuantLinear):
         """Take what was pickled: Codes are pickled as ordinary tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name in stored_shapes(self.grid, 0, 0):
-            self._parameters[name] = self._as_codes(name, self._parameters[name])
+            own_parameters(self)[name] = self._as_codes(name, own_parameters(self)[name])
 
     def _label(self, name: str) -> str:
         return f"{self.name or type(self).__name__}.{name}"

@@ -19,6 +19,7 @@ from qsurgeon.layers.codes import plain
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.rounding import Agreement, above_of, bits_of, coded, mask_of, rounded, saturated
 from qsurgeon.storage.packed import from_stored, stored_shapes
+from qsurgeon.torch_private import is_transformed, is_view, unsafe_view
 
 
 def quantized_linear(
@@ -54,8 +55,7 @@ def _values(x: Tensor, how: Quantization, number: Tensor | None, agree: Agreemen
 
 
 def _refuse_transforms(*operands: Tensor) -> None:
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if not torch.compiler.is_compiling() and any(map(wrapped, operands)):
+    if not torch.compiler.is_compiling() and any(map(is_transformed, operands)):
         raise GradientError(
             "a QuantLinear cannot be transformed by torch.func (grad, vmap, jvp, jacrev): rounding has only the "
             "gradient of its backward pass; call backward() or torch.autograd.grad"
@@ -188,10 +188,9 @@ def _of_its_own(output: Tensor) -> Tensor:
     linear computes some products as a matrix, and returns a view of that. Autograd refuses to change the view that a
     Function returns in place, which it allows of what nn.Linear returns.
     """
-    if not torch.compiler.is_compiling() and not output._is_view():
+    if not torch.compiler.is_compiling() and not is_view(output):
         return output
-    own: Tensor = torch.ops.aten._unsafe_view(output, output.shape)  # as in torch 2.13
-    return own
+    return unsafe_view(output, output.shape)
 
 
 def _matrix(rows: Tensor) -> Tensor:
