@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from torch import nn
@@ -44,6 +44,8 @@ from qsurgeon.surgery import (
     uninterrupted,
     unwrapped,
 )
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # What peft makes an adapter's base of, by the task that its config names.
 _CLASSES: dict[str, Any] = {
@@ -101,7 +103,7 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Module:
+def apply(recipe: Recipe | str | Path, model: Model | None = None) -> Model:
     """Wrap the modules of a live model as ``recipe`` says, in place, and return it.
 
     Its config keeps the record, so that ``save_pretrained`` writes a folder that ``from_pretrained`` rebuilds.

@@ -255,7 +255,7 @@ def note(model: Any) -> None:
         return
     config = QSurgeonConfig(**record.to_dict())
     vars(model.config)["quantization_config"] = config
-    _assign_is_quantized(model)  # type: ignore[no-untyped-call]
+    _assign_is_quantized(model)
     vars(model).update(hf_quantizer=None, is_quantized=False)
     if record.storage == "packed":
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)

@@ -121,7 +121,7 @@ class Codes(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as an ordinary tensor, which ``torch.load`` reads without this package; layers mark it again."""
         plain = self.plain()
-        return (plain if getattr(self, "_is_param", False) else plain.data).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return (plain if getattr(self, "_is_param", False) else plain.data).__reduce_ex__(protocol)
 
 
 def plain(tensor: Tensor) -> Tensor:

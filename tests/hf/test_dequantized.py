@@ -20,7 +20,7 @@ SIZE: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 TOKENS = torch.arange(8)[None]
-FP8: Any = hf.FineGrainedFP8Config(dequantize=True, weight_block_size=(64, 64))  # type: ignore[no-untyped-call]
+FP8: Any = hf.FineGrainedFP8Config(dequantize=True, weight_block_size=(64, 64))
 
 
 def gpt_oss() -> Any:
@@ -54,7 +54,7 @@ def in_fp8(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[[dict[str, Tensor]], dict[str, Any]], Any]] = {
-    "gpt-oss in mxfp4": (gpt_oss, in_mxfp4, hf.Mxfp4Config(dequantize=True)),
+    "gpt-oss in mxfp4": (gpt_oss, in_mxfp4, hf.utils.quantization_config.Mxfp4Config(dequantize=True)),
     "dense in fp8": (qwen3, in_fp8, FP8),
     "experts in fp8": (qwen3_moe, in_fp8, FP8),
 }

@@ -114,7 +114,7 @@ def test_a_sharded_checkpoint_reloads_equal(small_model: Maker, tmp_path: Path) 
 
 
 def test_an_adapter_trained_on_a_wrapped_model_reloads_on_it(folder: Path, tmp_path: Path) -> None:
-    model = peft.get_peft_model(qsurgeon.load(folder), peft.LoraConfig(r=4, target_modules="all-linear"))
+    model: Any = peft.get_peft_model(qsurgeon.load(folder), peft.LoraConfig(r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -217,7 +217,7 @@ def test_load_takes_the_class_that_the_config_names(tmp_path: Path) -> None:
 
 def test_an_adapter_whose_base_is_not_wrapped_is_refused(plain_folder: Path, tmp_path: Path) -> None:
     base = hf.AutoModelForCausalLM.from_pretrained(plain_folder)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     qsurgeon.apply("w4a4-mxfp4", model)
     model.save_pretrained(tmp_path)
     with pytest.raises(NothingWrappedError) as caught:

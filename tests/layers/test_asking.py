@@ -108,7 +108,7 @@ class Casts(nn.Module):
         self.proj = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.proj.weight.dtype) + torch.ones(1).to(self.proj.weight)  # type: ignore[union-attr, arg-type]
+        x = x.to(self.proj.weight.dtype) + torch.ones(1).to(self.proj.weight)  # type: ignore[arg-type]
         y: Tensor = self.proj(x + next(self.parameters()).new_full((1,), 0.5))
         return y
 

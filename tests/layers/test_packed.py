@@ -287,14 +287,15 @@ class Chain(nn.Module):
 
 
 def weight_sizes(model: Chain) -> dict[tuple[int, ...], int]:
-    return {(layer.out_features, layer.in_features): layer.out_features * layer.in_features for layer in model.layers}
+    sizes = [(layer.out_features, layer.in_features) for layer in model.layers if isinstance(layer, nn.Linear)]
+    return {(outputs, inputs): outputs * inputs for outputs, inputs in sizes}
 
 
 class Live(TorchDispatchMode):
     """Counts the values of tensors of some shapes that are alive at once, and the most that there were."""
 
     def __init__(self, sizes: dict[tuple[int, ...], int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes, self.now, self.most, self.seen = sizes, 0, 0, 0
         self._known: set[int] = set()
 
@@ -378,7 +379,8 @@ def test_one_layer_compiled_is_the_layer_to_the_bit() -> None:
         _, packed = both(how, inputs=48)
         expected = run(packed, x := data(3, 48))
         packed.zero_grad()
-        assert same(run(torch.compile(packed, fullgraph=True), x), expected)
+        compiled: Any = torch.compile(packed, fullgraph=True)
+        assert same(run(compiled, x), expected)
 
 
 def test_backward_keeps_the_codes_of_the_weight_and_nothing_of_the_input() -> None:

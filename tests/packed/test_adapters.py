@@ -119,7 +119,7 @@ def test_a_compiled_packed_model_trains_its_adapter_without_a_break(
     assert (found[0] - expected[0]).norm() < 1e-2 * expected[0].norm()
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Any, str]] = {
     "dora": (peft.LoraConfig(use_dora=True), "DoRA) computes with"),
     "kasa": (peft.LoraConfig(kasa_config=peft.KasaConfig()), "KaSA) replaces"),
     "target_parameters": (
@@ -179,7 +179,7 @@ def test_an_adapter_that_makes_its_tensors_in_the_weights_dtype_is_that_on_the_m
     small_model: Maker, recipe: MakeRecipe, moved: Move, step: Step, name: str
 ) -> None:
     def make(storage: str) -> Any:
-        config = deepcopy(ASK_THE_DTYPE[name])
+        config: Any = deepcopy(ASK_THE_DTYPE[name])
         config.target_modules = ["q_proj"]
         torch.manual_seed(2)
         return moved(peft.get_peft_model(qsurgeon.apply(recipe(storage), small_model().bfloat16()), config))
@@ -195,7 +195,9 @@ def test_load_refuses_an_adapter_that_takes_codes_for_values(
 ) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     qsurgeon.apply(recipe("master"), small_model()).save_pretrained(base)
-    peft.get_peft_model(qsurgeon.load(base), peft.HiraConfig(r=4, target_modules=["q_proj"])).save_pretrained(adapter)
+    peft.get_peft_model(qsurgeon.load(base), peft.HiraConfig(r=4, target_modules=["q_proj"])).save_pretrained(
+        str(adapter)
+    )
     shutil.rmtree(base)
     qsurgeon.apply(recipe(), small_model()).save_pretrained(base)
     with pytest.raises(SurgeryError) as caught:

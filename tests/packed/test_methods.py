@@ -64,7 +64,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(kind: str) -> Any:
-    make = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    make = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
     names = {field.name for field in fields(make)}
     given: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     given |= {"target_modules": ["q_proj"]} if "target_modules" in names and kind != "ADAPTION_PROMPT" else {}

@@ -18,6 +18,10 @@ from qsurgeon.surgery.reads import weight_readers
 class Holder(nn.Module):
     """Holds a Linear, and takes it as a subclass says."""
 
+    layers: Any
+    named: Any
+    inner: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.held = nn.Linear(32, 32)
@@ -67,17 +71,17 @@ class Listed(Holder):
 
 
 class Indexed(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x @ self.layers[1].weight
 
 
 class Keyed(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x @ sum(one.weight for one in self.named.values())
 
 
 class Nested(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x @ self.inner[0].weight.data
 
 
@@ -102,7 +106,7 @@ class Inherited(Direct):
 
 
 class Asked(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x @ getattr(self.held, "weight")  # noqa: B009
 
 
@@ -112,7 +116,7 @@ class First(Holder):
 
 
 class Configured(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if not self.wide:
             return x @ self.held.weight
         return self.held(x)
@@ -123,10 +127,10 @@ class Outer(nn.Module):
         super().__init__()
         self.part = Method()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.part.helped(x, self.part.layers[0]) + self.project(x)
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Any:
         return x @ self.part.inner[0].weight
 
 
@@ -160,7 +164,7 @@ def test_code_that_computes_with_a_weight_is_found(kind: type[nn.Module]) -> Non
 
 
 class Called(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         for layer in (*self.layers, self.held):
             x = layer(x)
         if hasattr(self.held, "weight") and isinstance(self.held.weight, Tensor) and self.held.weight is not None:
@@ -169,7 +173,7 @@ class Called(Holder):
 
 
 class Unused(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if self.wide:
             return x @ self.held.weight
         return self.held(x) if self.wide is False else x @ self.held.weight
@@ -185,17 +189,17 @@ def test_code_that_calls_its_layers_is_left_alone(kind: type[nn.Module]) -> None
 
 
 class Cast(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.held(x.to(self.held.weight.dtype))
 
 
 class CastToFirst(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.held(x.to(next(self.held.parameters()).dtype))
 
 
 class Knowing(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if self.held.weight.dtype != torch.uint8:
             x = x.to(self.held.weight.dtype)
         return self.held(x)
@@ -203,7 +207,8 @@ class Knowing(Holder):
 
 class Measured(Holder):
     def forward(self, x: Tensor) -> Tensor:
-        return self.held(x) / self.held.weight.shape[1]
+        y: Tensor = self.held(x)
+        return y / self.held.weight.shape[1]
 
 
 @pytest.mark.parametrize(("kind", "misreads"), [(Cast, 0), (CastToFirst, 0), (Knowing, 0), (Measured, 1)])
@@ -225,7 +230,7 @@ def test_a_plan_names_what_misreads_codes() -> None:
 
 
 class Sometimes(Holder):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if x.shape[0] > 1:
             return self.held(x)
         return x @ self.held.weight
@@ -334,7 +339,8 @@ class Never(Holder):
         if x.shape[0] > 1:
             return x @ self.held.weight
         bias = self.held.bias.float()
-        return functional.linear(x, self.held.weight, bias) + self.layers[0](x)
+        y: Tensor = functional.linear(x, self.held.weight, bias) + self.layers[0](x)
+        return y
 
 
 class ByName(Holder):
