@@ -4,6 +4,9 @@ import os
 # is imported, and inherited by what the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The hub of the tests runs on this machine, and answers late only where others work on it, too.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "300")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "300")
 
 import random
 from collections.abc import Callable
