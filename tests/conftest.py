@@ -64,7 +64,7 @@ def make_qwen2(qwen2_config: Callable[..., Any]) -> Callable[..., Any]:
     """Return a maker of tiny Qwen2 models, always with the same weights; its keywords replace config fields."""
     from transformers import Qwen2ForCausalLM
 
-    def make(**fields: Any) -> Qwen2ForCausalLM:
+    def make(**fields: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return Qwen2ForCausalLM(qwen2_config(**fields)).eval()

@@ -147,7 +147,7 @@ class Stop:
         monkeypatch.setattr(packing, "pack", stopping)
 
 
-ERRORS = {
+ERRORS: dict[str, Callable[[], BaseException]] = {
     "Ctrl-C": KeyboardInterrupt,
     "exit": SystemExit,
     "memory": lambda: torch.OutOfMemoryError("no memory"),
