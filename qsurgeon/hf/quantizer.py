@@ -29,6 +29,7 @@ from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
 from qsurgeon.patching import Method, patch
 from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
+from qsurgeon.torch_private import COMPILED_FROM
 
 
 class QSurgeonConfig(QuantizationConfigMixin):
@@ -260,7 +261,7 @@ def note(model: Any) -> None:
     if record.storage == "packed":
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         # accelerate's compile_regions returns a copy that remembers the original (1.15); trainers save that.
-        for one in filter(None, (model, vars(model).get("_orig_mod"))):
+        for one in filter(None, (model, vars(model).get(COMPILED_FROM))):
             vars(one)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
             vars(one).update(is_quantized=True, quantization_method=QUANT_METHOD)
 
