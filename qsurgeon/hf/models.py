@@ -87,7 +87,7 @@ def _following(planned: Plan, model: nn.Module) -> tuple[Plan, Record | None]:
 
     Raises: SurgeryError if the plan would change anything else.
     """
-    if planned.recipe.storage != "packed" or not quant_linears(model):
+    if planned.recipe.encoding is None or not quant_linears(model):
         return planned, None
     record = current_record(model)
     assert record is not None

@@ -15,9 +15,10 @@ from qsurgeon.errors import CheckpointError, FormatError, nearest
 from qsurgeon.formats import CATALOG, Format
 from qsurgeon.formats.fields import FIELDS
 from qsurgeon.layers import Quantization
+from qsurgeon.storage import Encoding, StorageName, encoding_of
 from qsurgeon.surgery import versions
 from qsurgeon.surgery.plan import Excluded, Plan
-from qsurgeon.words import Behavior, Storage
+from qsurgeon.words import Behavior
 
 QUANT_METHOD = "qsurgeon"
 Role = Literal["weight", "input"]
@@ -75,7 +76,7 @@ class Record(_Part):
 
     version: int
     qsurgeon_version: str
-    storage: Storage
+    storage: StorageName
     formats: dict[str, FormatRecord]
     rules: tuple[RuleRecord, ...]
     # Where the model came from: `owner/name@commit` on the hub, or a folder's name; and the recipe's text in full. The
@@ -103,6 +104,11 @@ class Record(_Part):
         except FormatError as error:
             by = versions.written_by(self.qsurgeon_version)
             raise CheckpointError(f"quantization_config: {error}{by}") from error
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How weights are stored that have a format; None where they stay in full precision."""
+        return encoding_of(self.storage)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps, in the oldest version of a record that can say it."""
@@ -143,7 +149,7 @@ class Header:
     """What a record says of the model as a whole: the fields of ``Record`` with the same names."""
 
     version: str
-    storage: Storage
+    storage: str
     source: str
     recipe: str
 
