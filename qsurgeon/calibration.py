@@ -1,9 +1,9 @@
-"""Static tensor scales: one number a module, found by running the model on examples, kept in its record."""
+"""Static tensor scales: one number per module, found by running the model on examples and kept in its record."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linea
 from qsurgeon.observing import Seen, observed, undisturbed
 from qsurgeon.surgery import plain_model
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Module:
+
+def calibrate(model: Model, batches: Iterable[Mapping[str, Any]]) -> Model:
     """Give every static tensor scale of a wrapped model its number, and return the model.
 
     The number lets the largest magnitude that a module's input took in ``batches`` (each is what the model is called

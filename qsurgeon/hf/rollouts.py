@@ -1,4 +1,4 @@
-"""What generates is in the phase ``rollout``: every ``generate`` of a module, and continuous batching.
+"""Generation runs in the phase ``rollout``: every ``generate`` of a module, and continuous batching.
 
 Changed are methods of classes (``patching.py``), and only once a model has a rule that asks for the phase.
 """

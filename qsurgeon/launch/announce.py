@@ -1,4 +1,4 @@
-"""Say on stderr what was wrapped in a model, below ``qsurgeon run``."""
+"""Report on stderr what is wrapped in a model, under ``qsurgeon run``."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a recipe may say: frozen values whose fields are the recipe's keys. Unknown keys are errors."""
+"""The schema of a recipe: frozen values whose fields are the recipe's keys. Unknown keys are errors."""
 
 import json
 import re

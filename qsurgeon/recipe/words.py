@@ -1,4 +1,4 @@
-"""What other tools call the keys and formats of a recipe. For messages alone: nothing is taken for what it means."""
+"""What other tools call the keys and formats of a recipe. Used in messages only; nothing is accepted by these names."""
 
 import re
 from collections.abc import Iterable

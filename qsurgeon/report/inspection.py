@@ -1,4 +1,4 @@
-"""Ask a model, or a folder, what it computes with."""
+"""Ask a model or a folder what it computes with."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

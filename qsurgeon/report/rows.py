@@ -1,4 +1,4 @@
-"""A model's rows and totals, for print, JSON, and whoever evaluates it."""
+"""A model's rows and totals, for printing, JSON and evaluation scripts."""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""What a recipe does to one model, module by module, decided before any tensor is read. Pure."""
+"""What a recipe does to each module of one model, decided before any tensor is read. Pure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -49,10 +49,8 @@ class Step:
     @property
     def remark(self) -> str:
         """Say which code may compute past the module, if any; what is sure to is refused when a plan is made."""
-        past = [one.where for one in self.module.readers if one.takes_values]
-        if not past or self.quantization is None:
-            return ""
-        return f"{past[0]} takes its weight itself in some calls, unrounded"
+        past = [one for one in self.module.readers if one.takes_values]
+        return past[0].remark if past and self.quantization is not None else ""
 
     @property
     def why(self) -> str:

@@ -1,4 +1,4 @@
-"""What a plan leaves in a checkpoint's config.json: explicit module names and the formats in full.
+"""The record in a checkpoint's config.json: explicit module names and complete formats.
 
 Globs are never run again: a model is rebuilt from this record alone.
 """

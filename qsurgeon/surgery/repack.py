@@ -1,4 +1,4 @@
-"""A model with master weights becomes one with packed weights, and computes what it did: the storage alone may differ.
+"""Convert a model with master weights to packed weights without changing what it computes.
 
 Master weights may have been trained since they were wrapped, so that the model that they came from is not the model.
 """

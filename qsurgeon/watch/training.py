@@ -1,4 +1,4 @@
-"""Watch: do the quantizers act, do the weights' codes move, how much is lost; of a sample, at little cost."""
+"""Watch: do the quantizers act, do the codes of weights change, how much is lost; by samples, at little cost."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager

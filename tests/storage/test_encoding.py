@@ -179,7 +179,12 @@ def test_a_run_that_was_stopped_goes_on_by_the_names_of_its_pieces(
     with pytest.raises(OSError, match="no space"):
         qsurgeon.rewrite(recipe("swapped"), source, tmp_path / "out")
     written = list[str]()
-    monkeypatch.setattr(stream._Sink, "end", lambda sink: (written.append(sink.piece.name), write(sink))[1])
+
+    def noted(sink: Any) -> int:
+        written.append(sink.piece.name)
+        return write(sink)
+
+    monkeypatch.setattr(stream._Sink, "end", noted)
     qsurgeon.rewrite(recipe("swapped"), source, tmp_path / "out")
     assert same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
     pieces = [name for name in tensors(tmp_path / "whole") if name.rpartition(".")[2] in (CODES, SCALES, TOP)]
@@ -244,7 +249,7 @@ def test_two_encodings_have_two_names() -> None:
 def test_a_model_with_two_encodings_has_no_record(tiny_qwen2: Any) -> None:
     model = qsurgeon.apply(recipe("packed"), tiny_qwen2)
     last = list(packed_linears(model).values())[-1]
-    last.encode_as(encoding_of("swapped"))
+    last.encode_as(ENCODINGS["swapped"])
     with pytest.raises(SurgeryError) as caught:
         current_record(model)
     assert str(caught.value) == (

@@ -184,7 +184,14 @@ def test_a_key_that_a_format_or_a_rule_gets_later_is_written_where_it_is_said() 
     plain = next(iter(CATALOG.values())).to_dict()
     assert LaterFormat.model_validate(plain).to_dict() == plain
     assert LaterFormat.model_validate({**plain, "jitter": 1.0}).to_dict() == {**plain, "jitter": 1.0}
-    rule = {"name": "a", "weight": None, "input": None, "modules": [], "excluded": {}, "gradient": "ste"}
+    rule: dict[str, Any] = {
+        "name": "a",
+        "weight": None,
+        "input": None,
+        "modules": [],
+        "excluded": {},
+        "gradient": "ste",
+    }
     assert LaterRule.model_validate(rule).to_dict() == {**rule, "phases": "both"}
     assert LaterRule.model_validate({**rule, "noise": 1.0}).to_dict() == {**rule, "phases": "both", "noise": 1.0}
 

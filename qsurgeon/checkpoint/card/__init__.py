@@ -1,4 +1,4 @@
-"""The model card that lies beside the weights: which modules are in which format, and from which recipe.
+"""The model card beside the weights: which modules have which format, and from which recipe.
 
 It is made of the record alone, so that whoever loads a model and pushes it on writes the same card. What else stands on
 a card is its author's: the text is kept to the letter, and in the front matter only what is said here is replaced.

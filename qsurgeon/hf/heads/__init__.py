@@ -1,4 +1,4 @@
-"""Libraries that multiply with the weight of an output head themselves, and never call it, are refused a wrapped one.
+"""Refuses a wrapped output head to libraries that read its weight themselves and never call it.
 
 A fused loss saves the memory of the logits: it takes the weight and computes past the layer. That can be seen where a
 library sets its loss up, and no later: under FSDP it is handed a tensor that it gathered. Each module below is imported
