@@ -10,10 +10,11 @@ from qsurgeon.errors import CheckpointError, CodesError, FormatError, NothingWra
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.layers.codes import Codes, plain
+from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.linear import QuantLinear, quant_linears
 from qsurgeon.layers.phases import During, without
-from qsurgeon.layers.product import packed_format, packed_linear
+from qsurgeon.layers.product import packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored

@@ -11,6 +11,7 @@
 //   SCALE_*               SMALLEST, LARGEST; of a power of two also EMAX (of the element) and CARRY (see POWER_RULES in
 //                         scale.py); of an element scale also MANTISSA, MIN_NORMAL, MAX, BIAS, NAN_CODE, FINITE, INFINITY
 //   STOCHASTIC, FOUR_OVER_SIX, FOUR
+//   TOP                   what the largest value under a tensor scale takes; SMALLEST_ABOVE: the least tensor scale
 
 #pragma once
 
