@@ -2,7 +2,7 @@
 
 from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.linear import QuantLinear, quant_linears
-from qsurgeon.layers.packed import PackedLinear, disabled, pack, packed_linears, uncounted
+from qsurgeon.layers.packed import PackedLinear, disabled, kept_bytes, pack, packed_linears, uncounted
 from qsurgeon.layers.phases import current_phase, generation, is_active, phase, rollout_unless_told, rounded_once
 from qsurgeon.layers.phases.around import around
 from qsurgeon.layers.phases.keeping import keep_at_most
@@ -20,6 +20,7 @@ __all__ = [
     "generation",
     "is_active",
     "keep_at_most",
+    "kept_bytes",
     "pack",
     "packed_format",
     "packed_linears",

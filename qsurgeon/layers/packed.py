@@ -229,6 +229,18 @@ def uncounted(model: nn.Module) -> int:
     )
 
 
+def kept_bytes(model: nn.Module) -> int:
+    """Return how many bytes the rounded weights of ``model`` take that a generation keeps, if ``keep_at_most`` lets it.
+
+    They are the weights that are rounded at each call: of a packed weight none are kept, and tied ones count once.
+    """
+    rounded = [
+        one for one in quant_linears(model).values() if not isinstance(one, PackedLinear) and one.quantization.weight
+    ]
+    weights = {id(one.weight): one.weight for one in rounded}
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+
 def disabled(*models: nn.Module) -> During:
     """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.
 

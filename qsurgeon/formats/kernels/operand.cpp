@@ -2,8 +2,6 @@
 
 #include "native.cpp"
 
-#include <algorithm>
-
 // What the tensor scale is, as operand.py numbers it: none, one for all values, one a row, a number that is given, or
 // that number a row, so that what is not finite marks its row alone.
 enum Kind : int { NONE, WHOLE, ROWS, GIVEN, GIVEN_ROWS };
@@ -24,7 +22,7 @@ static u32 largest_of_all(const T* x, i64 count, int threads) {
 #pragma omp parallel for schedule(static) reduction(max : most) num_threads(threads) if (threads > 1)
 #endif
     for (i64 first = 0; first < count; first += PIECE) {
-        const u32 found = largest_of(x + first, std::min(PIECE, count - first));
+        const u32 found = largest_of(x + first, count - first < PIECE ? count - first : PIECE);
         most = most < found ? found : most;
     }
     return most;
@@ -75,11 +73,7 @@ void operand(const T* x, T* out, u8* data, S* scale, float* above, i64 matrices,
         matrices = rows = 1;
     }
     const Job job{x, out, data, scale, matrices, rows, columns, count ? above : nullptr, by_row ? 1 : 0, seed, 0, 0};
-    run(job, threads, [](const Job& j, const Tile& t, Buffers& buffers) {
-        find_scales(j, t, buffers);
-        if (j.out) round_tile<false>(j, t, buffers);
-        if (j.data) round_tile<true>(j, t, buffers);
-    });
+    round_all(job, threads);
 }
 
 }  // extern "C"

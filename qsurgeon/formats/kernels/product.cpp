@@ -47,7 +47,7 @@ static void multiply_row(const Product& p, i64 row, Buffers& buffers, float* sum
             p.above_step, 0, p.row_bytes, p.row_blocks};
     float lanes[MOST_ROWS][LANES] = {};
     for (i64 column = 0; column < p.inputs; column += CHUNK) {
-        const i64 width = std::min(CHUNK, p.inputs - column), whole = width / LANES * LANES;
+        const i64 width = p.inputs - column < CHUNK ? p.inputs - column : CHUNK, whole = width / LANES * LANES;
         job.out = values.data() - (row * p.inputs + column);  // where decode_tile writes the chunk
         decode_tile(job, Tile{row, 1, column, width}, buffers);
         for (i64 b = 0; b < p.count; b++) {
@@ -79,6 +79,8 @@ static const Elements ELEMENTS;
 
 // Write the scales of a row's blocks. Returns whether a value may have to be clamped, which decode_tile alone does:
 // under a scale that no rounding gives, or where the tensor scale takes a block beyond the dtype.
+constexpr float MARGIN = ELEMENT_FLOAT ? 1.0f : 0.5f;  // an integer's least value is beyond the negative of its largest
+
 static bool find_row_scales(const Product& p, i64 row, float* to) {
     const S* const from = p.scale + row / HEIGHT * p.row_blocks;
     const float above = p.above ? p.above[row * p.above_step] : 1.0f;
@@ -86,7 +88,8 @@ static bool find_row_scales(const Product& p, i64 row, float* to) {
     for (i64 b = 0; b < p.row_blocks; b++) {
         const float own = value_of_scale(from[b]);
         const float s = p.above ? own * above : own;
-        beyond |= own > SCALE_LARGEST || (!FITS && value(bits(s) & MAGNITUDE) * ELEMENT_MAX > DTYPE_MAX);
+        beyond |= value(bits(own) & MAGNITUDE) > SCALE_LARGEST * MARGIN;
+        beyond |= !FITS && value(bits(s) & MAGNITUDE) * ELEMENT_MAX > DTYPE_MAX * MARGIN;
         to[b] = s == s ? s : value(0x7fc00000u);
     }
     return beyond;
@@ -152,8 +155,8 @@ static bool multiply_fast(const Product& p, i64 row, float* sums) {
         }
     for (; group * GROUP < p.inputs; group++) {
         u8 last[GROUP / 2] = {};
-        const i64 left = p.row_bytes - group * GROUP / 2;
-        std::copy_n(data + group * GROUP / 2, std::min(left, GROUP / 2), last);
+        const u8* const from = data + group * GROUP / 2;
+        for (i64 j = 0; j < GROUP / 2 && j < p.row_bytes - group * GROUP / 2; j++) last[j] = from[j];
         const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(last));
         multiply_group<COUNT>(p, codes, table, scale_lanes(scale, group), group, lanes);
     }
@@ -165,24 +168,20 @@ static bool multiply_fast(const Product& p, i64 row, float* sums) {
     return true;
 }
 
-// In each group the values at even places first, as the codes are taken apart; zeros where the row ends.
-static void spread_rows(const T* x, float* to, i64 count, i64 inputs, i64 padded) {
-    for (i64 b = 0; b < count; b++)
-        for (i64 j = 0; j < padded; j++)
-            to[b * padded + j / GROUP * GROUP + j % GROUP / 2 + j % 2 * LANES] = j < inputs ? load(x[b * inputs + j]) : 0.0f;
+// In each group the values at even places first, as the codes are taken apart; zeros where a row ends, and rows of them
+// where there are fewer than are multiplied at a time.
+static void spread_rows(const Product& p, float* to) {
+    const i64 rows = p.count <= 2 ? p.count : p.count <= 4 ? 4 : MOST_ROWS;
+    for (i64 i = 0; i < rows * p.padded; i++) to[i] = 0.0f;
+    for (i64 b = 0; b < p.count; b++)
+        for (i64 j = 0; j < p.inputs; j++)
+            to[b * p.padded + j / GROUP * GROUP + j % GROUP / 2 + j % 2 * LANES] = load(p.x[b * p.inputs + j]);
 }
 
 static bool multiply(const Product& p, i64 row, float* sums) {
-    switch (p.count) {
-        case 1: return multiply_fast<1>(p, row, sums);
-        case 2: return multiply_fast<2>(p, row, sums);
-        case 3: return multiply_fast<3>(p, row, sums);
-        case 4: return multiply_fast<4>(p, row, sums);
-        case 5: return multiply_fast<5>(p, row, sums);
-        case 6: return multiply_fast<6>(p, row, sums);
-        case 7: return multiply_fast<7>(p, row, sums);
-        default: return multiply_fast<8>(p, row, sums);
-    }
+    if (p.count == 1) return multiply_fast<1>(p, row, sums);
+    if (p.count == 2) return multiply_fast<2>(p, row, sums);
+    return p.count <= 4 ? multiply_fast<4>(p, row, sums) : multiply_fast<MOST_ROWS>(p, row, sums);
 }
 #else
 #define FAST 0
@@ -201,8 +200,8 @@ void product(const T* x, const u8* data, const S* scale, const float* above, i64
               (inputs + WIDTH - 1) / WIDTH, nullptr, (inputs + GROUP - 1) / GROUP * GROUP};
 #if FAST
     static thread_local std::vector<float> spread;
-    if (i64(spread.size()) < count * p.padded) spread.resize(count * p.padded);
-    spread_rows(x, spread.data(), count, inputs, p.padded);
+    if (i64(spread.size()) < MOST_ROWS * p.padded) spread.resize(MOST_ROWS * p.padded);
+    spread_rows(p, spread.data());
     p.spread = spread.data();
 #endif
     std::fenv_t caller;  // as in run

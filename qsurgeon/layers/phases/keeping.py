@@ -1,11 +1,11 @@
 """Rounded weights that are kept while something generates, so that they are not rounded again for each token.
 
-When a kept weight may be used is the question. What torch counts is not enough: ``weight.data.add_(delta)`` changes a
-weight and no version of it, memory that FSDP gives back may come again at the same place, and a tensor of inference
-mode has no version. So the time is bounded: a ``Keeping`` lasts for one call of ``generate``, in which nothing trains.
-Inside of it a change that torch does count, other memory or another Parameter is seen at once, and the weight is
-rounded again. And when it ends, each weight that was used from here is rounded once more and compared: a change that
-could not be seen is an error, not a wrong result.
+When a kept weight may be used is the question. What torch counts is not enough: ``weight.data.add_(delta)`` and a fused
+optimizer (torch 2.13) change a weight and no version of it, memory that FSDP gives back may come again at the same
+place, and a tensor of inference mode has no version. So the time is bounded: a ``Keeping`` lasts for one call of
+``generate``, in which nothing trains. Inside of it a change that torch does count, other memory or another Parameter is
+seen at once, and the weight is rounded again. And when it ends, each weight that was used from here is rounded once
+more and compared: a change that could not be seen is an error, not a wrong result.
 
 Nothing of this hangs on a module or a weight, so that nothing is saved, copied or moved with them.
 """
@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import ReferenceType, WeakValueDictionary, ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ Round = Callable[[Tensor, Any], Tensor]  # of a weight, as a Quantization says
 SHARE = 0.5  # of the memory that is free when the first weight is kept
 
 _most: int | None = None
-# Weights whose memory was given back before they could be compared: they are rounded at each call from then on.
-_not_kept: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+# The ids of weights whose memory was given back before they could be compared: they are rounded at each call from then
+# on, and so is what gets their id after them.
+_not_kept: set[int] = set()
 
 
 class _State(NamedTuple):
@@ -73,7 +74,7 @@ class _Kept:
             return
         shape, stride = self.state.shape, self.state.stride
         if owner.untyped_storage().size() == 0 or owner.is_meta:
-            _not_kept[id(owner)] = owner
+            _not_kept.add(id(owner))
             say(
                 f"the weight of {self.name or 'a layer'} was freed while a generation ran, and could not be compared "
                 "with what it was rounded from; it is rounded at each call from now on"
@@ -87,9 +88,9 @@ class _Kept:
         again = self.round(weight, self.how)
         if not torch.equal(_bits(again), _bits(self.values)):
             raise UsageError(
-                f"the weight of {self.name or 'a layer'} changed while a generation ran, through .data or memory that "
-                "torch does not watch, and tokens were computed with its values from before. Change weights between "
-                "generations, or under torch.no_grad() without .data; qsurgeon.keep_at_most(0) rounds them at each call"
+                f"the weight of {self.name or 'a layer'} changed while a generation ran, through .data, a fused "
+                "optimizer or memory that torch does not watch, and tokens were computed with its values from before. Change "
+                "weights between generations; qsurgeon.keep_at_most(0) rounds them at each call"
             )
 
 
@@ -137,7 +138,7 @@ class Keeping:
         with self._changing:
             has_room = self.is_open and self.size + size <= self._limit(weight)
             self.size += size if has_room else 0
-        if not has_room or not weight.data_ptr() or _not_kept.get(id(owner)) is owner:
+        if not has_room or not weight.data_ptr() or id(owner) in _not_kept:
             return round(weight, how)
         made = _Kept(ref(owner, lambda _: self._forget(key)), weight, how, round, name)
         with self._changing:
