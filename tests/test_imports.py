@@ -20,7 +20,7 @@ ORDER = (
     {"formats"},
     {"storage"},
     {"layers", "recipe"},
-    {"surgery"},
+    {"observing", "surgery"},
     {"checkpoint"},
     {"launch"},
     {"hf"},

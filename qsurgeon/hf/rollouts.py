@@ -1,4 +1,4 @@
-"""What generates is in the phase ``rollout``, and rounds each weight once: every ``generate``, continuous batching.
+"""Generation runs in the phase ``rollout``, and rounds each weight once: ``generate`` and continuous batching.
 
 Changed are methods of classes (``patching.py``), and only once a model has a layer that rounds.
 """
@@ -98,4 +98,6 @@ def _check_alike(model: nn.Module, started: State) -> None:
 
 def _acting(model: nn.Module, state: State) -> set[str]:
     with inside(state):
-        return {name for name, layer in quant_linears(model).items() if is_active(layer, layer.quantization.phases)}
+        return {
+            name for name, layer in quant_linears(model).items() if is_active(layer, layer.quantization.behavior.phases)
+        }

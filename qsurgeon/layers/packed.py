@@ -18,6 +18,7 @@ from qsurgeon.layers.product import packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.words import Behavior
 
 
 class PackedLinear(QuantLinear):
@@ -31,7 +32,7 @@ class PackedLinear(QuantLinear):
     Its tensors are ``Codes``, with which nothing can compute by mistake; what is put in their place becomes Codes too.
 
     compute_dtype: what the weight was before it was packed, which follows ``.to(dtype)``. peft makes its adapters'
-    parameters in it.
+    parameters in it, and other code that asks the weight for its dtype is told it.
     """
 
     compute_dtype: torch.dtype
@@ -58,8 +59,8 @@ class PackedLinear(QuantLinear):
                 f"format '{grid.name}' has a static tensor scale and no number for it: a weight that is packed cannot "
                 "wait for one"
             )
-        if quantization.phases != "both":
-            raise SurgeryError(f"a packed weight is rounded in every phase, not {quantization.when}")
+        if refused := refused_by_packing(quantization.behavior):
+            raise SurgeryError(refused[1])
         if hasattr(weight, "device_mesh"):
             raise SurgeryError("its weight is sharded; pack the model before fully_shard")
         if weight.is_meta and getattr(linear, "_hf_hook", None) is not None:
@@ -149,8 +150,15 @@ class PackedLinear(QuantLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        vars(self)["compute_dtype"] = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
+        self.compute_in(fn(torch.empty(1, dtype=self.compute_dtype)).dtype)
         return self
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Let ``dtype`` be what the weight's values are, as if it had been that before it was packed."""
+        vars(self)["compute_dtype"] = dtype
+        for tensor in self.stored.values():
+            if isinstance(tensor, Codes):
+                tensor.values_dtype = dtype
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a tensor of the weight, which becomes Codes, or the bias.
@@ -187,11 +195,14 @@ class PackedLinear(QuantLinear):
         return f"{self.name or type(self).__name__}.{name}"
 
     def _as_codes(self, name: str, value: Any) -> Any:
-        """Return ``value`` as Codes, if it is a plain tensor in the place of one of the weight's."""
-        is_plain = type(value) in (Tensor, nn.Parameter)
-        if not is_plain or name not in stored_shapes(self.grid, 0, 0):
+        """Return ``value`` as Codes of this layer, if it is a tensor in the place of one of the weight's."""
+        if name not in stored_shapes(self.grid, 0, 0):
             return value
-        return Codes(value, value.requires_grad, self._label(name))
+        if type(value) in (Tensor, nn.Parameter):
+            return Codes(value, value.requires_grad, self._label(name), values_dtype=self.compute_dtype)
+        if isinstance(value, Codes):
+            value.values_dtype = self.compute_dtype
+        return value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuse tensors that torch would cast: a value that is rounded to a byte is no code."""
@@ -200,6 +211,13 @@ class PackedLinear(QuantLinear):
             if found is not None and found.dtype != torch.uint8:
                 raise CheckpointError(f"{prefix}{name} is {found.dtype}; a packed weight is torch.uint8")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def refused_by_packing(behavior: Behavior) -> tuple[str, str] | None:
+    """Return the field of ``behavior`` that a packed weight cannot obey, and why; None if it can obey all."""
+    if behavior.phases != "both":
+        return "phases", f"a packed weight is rounded in every phase, not in {behavior.phases} only"
+    return None
 
 
 def pack(weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:

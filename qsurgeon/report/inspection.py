@@ -1,4 +1,4 @@
-"""Ask a model, or a folder, what it computes with."""
+"""Ask a model or a folder what it computes with."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -6,14 +6,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
 from qsurgeon.arguments import check_model
 from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_linears, quant_linears
-from qsurgeon.layers.compiling import eagerly
+from qsurgeon.observing import observed, undisturbed
 from qsurgeon.report.rows import Report, Row, mark_large
 from qsurgeon.surgery import (
     Excluded,
@@ -84,7 +83,9 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
     packed = packed_linears(model)
     storage = "packed" if packed else "master" if layers else ""
     resting = {
-        path for path, one in layers.items() if path not in packed and not is_active(one, one.quantization.phases)
+        path
+        for path, one in layers.items()
+        if path not in packed and not is_active(one, one.quantization.behavior.phases)
     }
     report = _report(steps, storage, "", called, bypassed(model), misread(model))
     paths = (step.module.path for step in steps if step.why)
@@ -97,15 +98,9 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
 
 def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
     """Return the paths of the QuantLinears that ``model`` calls when it is called with ``example``."""
-    layers = quant_linears(model)
     called: set[str] = set()
-    hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
-    try:
-        with eagerly(model), torch.no_grad():
-            model(**example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observed(quant_linears(model), lambda call: called.add(call.name)), undisturbed(model):
+        model(**example)
     return called
 
 
@@ -142,7 +137,7 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         module.shape,
         how.weight_name if how else AS_IT_IS,
         how.input_name if how else AS_IT_IS,
-        how.gradient if how else AS_IT_IS,
+        how.behavior if how else None,
         "; ".join(remarks),
         module.parameters,
         how.weight.bits if how and how.weight else stored,
@@ -151,7 +146,6 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         was_called,
         bypassed=module.path in past,
         misread=module.path in wrong,
-        when=how.when if how else "",
         adapter=module.adapter,
         tower=module.tower,
     )

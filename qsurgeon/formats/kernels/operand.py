@@ -106,7 +106,8 @@ def written(x: Tensor, fields: Fields) -> Written | None:
         shape = (-(-columns // width),) if x.dim() == 1 else (*x.shape[:-2], -(-rows // height), -(-columns // width))
         scale = torch.empty(shape, dtype=fields.scale.dtype)
     if call.kind:
-        above = torch.empty(lead if call.kind in (_ROWS, _GIVEN_ROWS) else (), dtype=torch.float32)
+        by_row = call.kind == _ROWS or (call.kind == _GIVEN_ROWS and x.numel() > columns)
+        above = torch.empty(lead if by_row else (), dtype=torch.float32)
     places = (None if one is None else one.data_ptr() for one in (out, data, scale, above))
     _run(call, x, at, *places, columns)
     return Written(out, data, scale, above)

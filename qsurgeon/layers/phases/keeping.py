@@ -89,8 +89,8 @@ class _Kept:
         if not torch.equal(_bits(again), _bits(self.values)):
             raise UsageError(
                 f"the weight of {self.name or 'a layer'} changed while a generation ran, through .data, a fused "
-                "optimizer or memory that torch does not watch, and tokens were computed with its values from before. Change "
-                "weights between generations; qsurgeon.keep_at_most(0) rounds them at each call"
+                "optimizer or memory that torch does not watch, and tokens were computed with its values from before. "
+                "Change weights between generations; qsurgeon.keep_at_most(0) rounds them at each call"
             )
 
 
