@@ -6,14 +6,14 @@ scales; q(W) is rounded once more from the weight, which is there anyhow, or deq
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from qsurgeon.errors import GradientError, ShapeError
-from qsurgeon.formats import Format, Quantized
+from qsurgeon.formats import Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.layers.dequantized import backward_product, forward_product
 from qsurgeon.layers.phases.state import current
@@ -184,8 +184,8 @@ class _Saved(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Any]) -> "_Saved":
         """Return what was saved as ``tensors``."""
-        count = len(cls._fields) - 1
-        return cls(*tensors[:count], tuple(tensors[count:]))
+        values, data, scale, tensor_scale, outside, above, *weight = tensors
+        return cls(values, data, scale, tensor_scale, outside, above, tuple(weight))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -277,11 +277,10 @@ def _saturated_weight(weight: Tensor, task: _Task, saved: _Saved) -> Tensor | No
 
 def _input_values(task: _Task, saved: _Saved, inputs: int, dtype: torch.dtype) -> Tensor:
     """Return q(x), (..., inputs)."""
-    if saved.data is None:
-        assert saved.values is not None
-        return saved.values
+    grid = task.how.input_grid
+    if saved.values is not None or grid is None:
+        return cast(Tensor, saved.values)
     data, scale, above = map(_once_more, (saved.data, saved.scale, saved.tensor_scale))
-    grid: Format = task.how.input_grid
     return Quantized(data, scale, above, grid, dtype, inputs).dequantize()
 
 

@@ -50,8 +50,8 @@ def rounded(rotated: Tensor, grid: Format | None, above: Tensor | None, dtype: t
 def coded(rotated: Tensor, grid: Format, above: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Quantized]:
     """Return an operand rounded, as ``dtype``, and the codes and scales that it is."""
     if above is None and operand.is_usual(rotated) and (found := operand.written(rotated, grid)) is not None:
-        values, *parts = found
-        return values.to(dtype), Quantized(*parts, grid, rotated.dtype, rotated.shape[-1])
+        codes = Quantized(found.data, found.scale, found.tensor_scale, grid, rotated.dtype, rotated.shape[-1])
+        return found.values.to(dtype), codes
     codes = grid.quantize(rotated) if above is None else under.quantize(rotated, above, grid.without_number)
     return codes.dequantize().to(dtype), codes
 

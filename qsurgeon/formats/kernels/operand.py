@@ -108,8 +108,8 @@ def written(x: Tensor, fields: Fields) -> Written | None:
     if call.kind:
         by_row = call.kind == _ROWS or (call.kind == _GIVEN_ROWS and x.numel() > columns)
         above = torch.empty(lead if by_row else (), dtype=torch.float32)
-    places = (None if one is None else one.data_ptr() for one in (out, data, scale, above))
-    _run(call, x, at, *places, columns)
+    places = [None if one is None else one.data_ptr() for one in (scale, above)]
+    _run(call, x, at, out.data_ptr(), data.data_ptr(), places[0], places[1], columns)
     return Written(out, data, scale, above)
 
 
