@@ -15,6 +15,7 @@ from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.kernels.product import few_rows
 from qsurgeon.layers.codes import plain
 from qsurgeon.layers.quantization import Quantization
+from qsurgeon.layers.rounding import dequantized
 from qsurgeon.storage.packed import from_stored, stored_shapes
 
 
@@ -46,7 +47,7 @@ def _forward(values: Tensor, bias: Tensor | None, stored: Sequence[Tensor], grid
     weight = _quantized(stored, grid, values.shape[-1], values.dtype)
     if reads_codes and (found := few_rows(values, weight, bias)) is not None:
         return found
-    return linear(values, weight.dequantize(), bias)
+    return linear(values, dequantized(weight), bias)
 
 
 def backward_product(grad: Tensor, stored: Sequence[Tensor], how: Quantization, inputs: int) -> Tensor:
@@ -55,7 +56,7 @@ def backward_product(grad: Tensor, stored: Sequence[Tensor], how: Quantization, 
     if torch.compiler.is_compiling():
         result: Tensor = _backward_op(grad, list(stored), grid.name, grid.without_number.key, inputs)
         return result
-    return grad @ _quantized(stored, grid, inputs, grad.dtype).dequantize()
+    return grad @ dequantized(_quantized(stored, grid, inputs, grad.dtype))
 
 
 def _quantized(stored: Sequence[Tensor], grid: Format, inputs: int, dtype: torch.dtype) -> Quantized:

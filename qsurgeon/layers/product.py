@@ -18,7 +18,17 @@ from qsurgeon.formats.rotation import rotated
 from qsurgeon.layers.dequantized import backward_product, forward_product
 from qsurgeon.layers.phases.state import current
 from qsurgeon.layers.quantization import Quantization
-from qsurgeon.layers.rounding import ALONE, Agreement, above_of, bits_of, coded, mask_of, rounded, saturated
+from qsurgeon.layers.rounding import (
+    ALONE,
+    Agreement,
+    above_of,
+    bits_of,
+    coded,
+    dequantized,
+    mask_of,
+    rounded,
+    saturated,
+)
 
 
 def quantized_linear(
@@ -281,7 +291,7 @@ def _input_values(task: _Task, saved: _Saved, inputs: int, dtype: torch.dtype) -
     if saved.values is not None or grid is None:
         return cast(Tensor, saved.values)
     data, scale, above = map(_once_more, (saved.data, saved.scale, saved.tensor_scale))
-    return Quantized(data, scale, above, grid, dtype, inputs).dequantize()
+    return dequantized(Quantized(data, scale, above, grid, dtype, inputs))
 
 
 def _back(grad: Tensor, how: Quantization, outside: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -56,6 +56,16 @@ def coded(rotated: Tensor, grid: Format, above: Tensor | None, dtype: torch.dtyp
     return codes.dequantize().to(dtype), codes
 
 
+def dequantized(codes: Quantized) -> Tensor:
+    """Return the values of codes that nothing rotates. Raises: ShapeError as ``Quantized.dequantize``."""
+    if not torch.compiler.is_compiling():
+        parts = codes.data, codes.scale, codes.tensor_scale
+        found = operand.read(*parts, codes.format, codes.length, codes.dtype)
+        if found is not None:
+            return found
+    return codes.dequantize()
+
+
 def saturated(rotated: Tensor, grid: Format, above: Tensor | None) -> Tensor:
     """Return where (bool) an operand's values exceed the largest that their block can hold."""
     return grid.saturates(rotated) if above is None else under.saturates(rotated, above, grid.without_number)

@@ -75,6 +75,10 @@ def test_values_codes_and_scales_are_those_of_the_definition(name: str, monkeypa
                 assert same(operand.values(x, grid), grid.fake_quantize(x)), case
                 assert same(found.values, expected.dequantize()), case
                 assert same(found.data, expected.data), case
+                parts = found.data, found.scale, found.tensor_scale
+                with monkeypatch.context() as chosen:
+                    chosen.setenv(kernels.VARIABLE, "")
+                    assert same(operand.read(*parts, grid, shape[-1], dtype), found.values), case
                 assert same(found.scale, expected.scale), case
                 assert same(found.tensor_scale, expected.tensor_scale), case
 

@@ -51,6 +51,9 @@ class Library:
         self.operand.argtypes = (*[_POINTER] * 5, *[_SIZE] * 3, _INT, ctypes.c_float, ctypes.c_uint32, _INT)
         self.has_product = bool(self._functions.has_product())
         self.product = self._functions.product
+        self.read = self._functions.dequantize
+        self.read.argtypes = (*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _SIZE, _INT)
+        self.read.restype = None
         self.product.argtypes = (*[_POINTER] * 4, _SIZE, *[_POINTER] * 2, *[_SIZE] * 3, _INT)
         self.operand.restype = self.product.restype = None
 

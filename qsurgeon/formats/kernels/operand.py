@@ -41,6 +41,7 @@ class Call(NamedTuple):
     """What the compiled code of one format and dtype is told at each call."""
 
     run: Callable[..., None]
+    read: Callable[..., None]
     kind: int
     number: float
     seed: int
@@ -113,6 +114,32 @@ def written(x: Tensor, fields: Fields) -> Written | None:
     return Written(out, data, scale, above)
 
 
+def read(
+    data: Tensor, scale: Tensor | None, tensor_scale: Tensor | None, fields: Fields, length: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Return the values of what ``written`` returned, in rows of ``length``; None where this is not the way.
+
+    Its tensors have the shapes that the format gives them; nothing here checks them.
+    """
+    call = _call(fields, dtype)
+    parts = [one for one in (data, scale, tensor_scale) if one is not None]
+    if call is None or not data.numel() or data.dtype is not torch.uint8:
+        return None
+    if not all(is_usual(one) and one.is_contiguous() for one in parts):
+        return None
+    at = data.data_ptr()
+    above = None if tensor_scale is None else tensor_scale.data_ptr()
+    if not at or above == 0:
+        return None
+    out = torch.empty((*data.shape[:-1], length), dtype=dtype)
+    rows, count = data.shape[-2] if data.dim() > 1 else 1, out.numel()
+    step = 0 if tensor_scale is None or tensor_scale.numel() == 1 else 1
+    scales = None if scale is None else scale.data_ptr()
+    threads = 1 if count < native.SMALL else torch.get_num_threads()
+    call.read(at, scales, out.data_ptr(), count // (rows * length), rows, length, above, step, threads)
+    return out
+
+
 def _run(call: Call, x: Tensor, at: int, out: Any, data: Any, scale: Any, above: Any, columns: int) -> None:
     count, lead = x.numel(), x.shape
     rows = lead[-2] if len(lead) > 1 else 1
@@ -141,6 +168,5 @@ def _decided(fields: Fields, dtype: torch.dtype) -> Call | None:
     library = native.library(fields, dtype)
     if library is None:
         return None
-    run = library.operand
     kinds = {"none": _NONE, "tensor": _WHOLE, "row": _ROWS, "static": _GIVEN_ROWS if fields.has_row_scales else _GIVEN}
-    return Call(run, kinds[fields.tensor_scale], number or 0.0, fields.seed)
+    return Call(library.operand, library.read, kinds[fields.tensor_scale], number or 0.0, fields.seed)
