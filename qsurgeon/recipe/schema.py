@@ -28,7 +28,8 @@ from qsurgeon.formats.scale import RULES, SCALES
 from qsurgeon.recipe.select import check_pattern
 from qsurgeon.recipe.text import Path
 from qsurgeon.recipe.words import unknown_format
-from qsurgeon.words import Behavior, Common, Storage
+from qsurgeon.storage import MASTER, Encoding, StorageName, encoding_of
+from qsurgeon.words import Behavior, Common
 
 _NAME = re.compile(r"[A-Za-z][\w.+-]*")
 
@@ -116,8 +117,8 @@ class _Head(Section):
     )
     model: str | None = Field(None, description="Folder or hub id to operate on; --model wins.")
     output: str | None = Field(None, description="Folder to write; --output wins.")
-    storage: Storage = Field(
-        "master",
+    storage: StorageName = Field(
+        MASTER,
         description="master: full-precision weights stay, rounded at every forward. packed: their codes and scales "
         "replace them; for adapters, and inference.",
     )
@@ -185,6 +186,11 @@ class Recipe(Common, _Head):
             return self._marks[path]
         text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
         return text.removeprefix("."), ""
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How weights are stored that have a format; None where they stay in full precision."""
+        return encoding_of(self.storage)
 
     def behavior(self, place: int) -> Behavior:
         """Return how the rule at ``place`` uses its formats; what it does not say itself, the recipe may."""

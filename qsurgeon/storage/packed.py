@@ -14,6 +14,7 @@ from qsurgeon.errors import ShapeError
 from qsurgeon.formats.block import Format, Quantized
 from qsurgeon.formats.packing import packed_length
 from qsurgeon.formats.tensor_scale import bytes_of, bytes_shape, of_bytes
+from qsurgeon.storage.encoding import Encoding, Slot, register
 
 WEIGHT, SCALE, TENSOR_SCALE = "weight", "weight_scale", "weight_tensor_scale"
 
@@ -68,3 +69,36 @@ def _as(data: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize > 1 and data.storage_offset() % dtype.itemsize:
         data = data.clone()
     return data.view(dtype)
+
+
+class Packed(Encoding):
+    """The encoding of this module."""
+
+    name = "packed"
+    stored = "stored as the codes and scales of their formats"
+    elsewhere = "transformers cannot load it"
+
+    def slots(self, format: Format, rows: int, columns: int) -> dict[str, Slot]:
+        """Return the tensors of a matrix, see ``stored_shapes``; a tensor scale that is one for all has one row."""
+        shapes = stored_shapes(format, rows, columns)
+        shared = not format.has_row_scales
+        return {
+            name: Slot(torch.uint8, shape, None if name == TENSOR_SCALE and shared else 0)
+            for name, shape in shapes.items()
+        }
+
+    def names(self, format: Format) -> tuple[str, ...]:
+        """Return what the tensors of a matrix in ``format`` are called; a layer asks in each call."""
+        scale = (SCALE,) if format.scale is not None else ()
+        return (WEIGHT, *scale, TENSOR_SCALE) if format.tensor_scale != "none" else (WEIGHT, *scale)
+
+    def encode(self, weight: Quantized) -> dict[str, Tensor]:
+        """Return the tensors of a quantized matrix; they share its memory."""
+        return to_stored(weight)
+
+    def decode(self, stored: Mapping[str, Tensor], format: Format, columns: int, dtype: torch.dtype) -> Quantized:
+        """Return the quantized matrix whose tensors are ``stored``. Raises: as ``from_stored``."""
+        return from_stored(stored, format, columns, dtype)
+
+
+PACKED = register(Packed())
