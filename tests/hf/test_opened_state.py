@@ -287,6 +287,7 @@ def test_a_live_model_is_in_the_state_of_one_that_was_loaded(small_model: Maker,
     assert live.config.quantization_config.record == loaded.config.quantization_config.record
 
 
+@pytest.mark.filterwarnings("ignore:.*mamba_inner_fn is handed its weight:UserWarning")
 @pytest.mark.parametrize(
     "config",
     [
