@@ -31,6 +31,7 @@ from qsurgeon.patching import Method, patch
 from qsurgeon.storage import PACKED
 from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
+from qsurgeon.torch_private import COMPILED_FROM
 
 
 class QSurgeonConfig(QuantizationConfigMixin):
@@ -270,7 +271,7 @@ def note(model: Any) -> None:
     if record.encoding is not None:
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         # accelerate's compile_regions returns a copy that remembers the original (1.15); trainers save that.
-        for one in filter(None, (model, vars(model).get("_orig_mod"))):
+        for one in filter(None, (model, vars(model).get(COMPILED_FROM))):
             vars(one)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
             vars(one).update(is_quantized=True, quantization_method=QUANT_METHOD)
 

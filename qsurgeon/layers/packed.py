@@ -10,14 +10,16 @@ from qsurgeon.errors import CheckpointError, CodesError, FormatError, NothingWra
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.layers.codes import Codes, plain
+from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.linear import QuantLinear, quant_linears
 from qsurgeon.layers.phases import During, without
-from qsurgeon.layers.product import packed_format, packed_linear
+from qsurgeon.layers.product import packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage import PACKED, Encoding
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.torch_private import without_subclass
 from qsurgeon.words import Behavior
 
 
@@ -157,7 +159,7 @@ class PackedLinear(QuantLinear):
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
         refuse_export(self.training)
         stored: dict[str, Any] = self.stored if self.encoding is PACKED else self._as_packed()
-        with torch._C.DisableTorchFunctionSubclass():  # of Codes
+        with without_subclass():  # of Codes
             if is_sharded(stored[WEIGHT]):
                 return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
             return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)
@@ -218,7 +220,7 @@ class PackedLinear(QuantLinear):
 
     def _as_codes(self, name: str, value: Any) -> Any:
         """Return ``value`` as Codes of this layer, if it is a tensor in the place of one of the weight's."""
-        if name not in self.encoding.names(self.grid):
+        if not isinstance(value, Tensor) or name not in self.encoding.names(self.grid):
             return value
         if type(value) in (Tensor, nn.Parameter):
             return Codes(value, value.requires_grad, self._label(name), values_dtype=self.compute_dtype)
@@ -268,6 +270,18 @@ def uncounted(model: nn.Module) -> int:
     return sum(
         layer.out_features * layer.in_features - sum(one.numel() for one in layer.stored.values()) for layer in layers
     )
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Return how many bytes the rounded weights of ``model`` take that a generation keeps, if ``keep_at_most`` lets it.
+
+    They are the weights that are rounded at each call: of a packed weight none are kept, and tied ones count once.
+    """
+    rounded = [
+        one for one in quant_linears(model).values() if not isinstance(one, PackedLinear) and one.quantization.weight
+    ]
+    weights = {id(one.weight): one.weight for one in rounded}
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
 def disabled(*models: nn.Module) -> During:

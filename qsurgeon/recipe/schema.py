@@ -24,7 +24,7 @@ from qsurgeon.errors import FormatError
 from qsurgeon.formats import CATALOG, Format
 from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
-from qsurgeon.formats.scale import SCALES, ScaleRule
+from qsurgeon.formats.scale import RULES, SCALES
 from qsurgeon.recipe.select import check_pattern
 from qsurgeon.recipe.text import Path
 from qsurgeon.recipe.words import unknown_format
@@ -36,6 +36,15 @@ _NAME = re.compile(r"[A-Za-z][\w.+-]*")
 
 def _field(description: str, **hint: Any) -> Any:
     """Return a field of a format that need not be said; ``hint`` tells editors what it may be."""
+    return Field(default=None, description=description, json_schema_extra=hint)
+
+
+def _one_of(description: str, registry: Mapping[str, Any], *others: str) -> Any:
+    """Return such a field that takes the words of ``registry``, which may grow, and ``others``."""
+
+    def hint(schema: dict[str, Any]) -> None:
+        schema["enum"] = [*registry, *others]
+
     return Field(default=None, description=description, json_schema_extra=hint)
 
 
@@ -53,13 +62,13 @@ class FormatSpec(Section):
     """A format of the recipe's own: a known one with some fields replaced."""
 
     like: str = Field(description="The format to start from: a catalogue name, or one above this one.")
-    element: Any = _field("The scalar number format.", enum=[*ELEMENTS])
+    element: Any = _one_of("The scalar number format.", ELEMENTS)
     block: Any = _field(
         "How many values share a scale; [rows, columns] for a weight; none: the tensor scale is the only one.",
         anyOf=[_SIZE, {"type": "array", "items": _SIZE, "minItems": 2, "maxItems": 2}, _NONE],
     )
-    scale: Any = _field("The number format of a block's scale.", enum=[*SCALES, NONE])
-    scale_rule: Any = _field("How a block's scale is found.", enum=[*get_args(ScaleRule), NONE])
+    scale: Any = _one_of("The number format of a block's scale.", SCALES, NONE)
+    scale_rule: Any = _one_of("How a block's scale is found.", RULES, NONE)
     tensor_scale: Any = _field("What shares the FP32 scale above the blocks'.", enum=[*get_args(TensorScale)])
     static_scale: Any = _field(
         "The one number of a static tensor scale, where it is not found by calibration.",

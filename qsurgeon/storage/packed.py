@@ -13,6 +13,7 @@ from torch import Tensor
 from qsurgeon.errors import ShapeError
 from qsurgeon.formats.block import Format, Quantized
 from qsurgeon.formats.packing import packed_length
+from qsurgeon.formats.tensor_scale import bytes_of, bytes_shape, of_bytes
 from qsurgeon.storage.encoding import Encoding, Slot, register
 
 WEIGHT, SCALE, TENSOR_SCALE = "weight", "weight_scale", "weight_tensor_scale"
@@ -27,7 +28,7 @@ def stored_shapes(format: Format, rows: int, columns: int) -> Shapes:
         height, width = format.block_shape
         shapes[SCALE] = (-(-rows // height), -(-columns // width) * format.scale.dtype.itemsize)
     if format.tensor_scale != "none":
-        shapes[TENSOR_SCALE] = (rows if format.has_row_scales else 1, torch.float32.itemsize)
+        shapes[TENSOR_SCALE] = bytes_shape(rows, format)
     return shapes
 
 
@@ -42,7 +43,7 @@ def to_stored(weight: Quantized) -> dict[str, Tensor]:
     if weight.scale is not None:
         stored[SCALE] = weight.scale.view(torch.uint8)
     if weight.tensor_scale is not None:
-        stored[TENSOR_SCALE] = weight.tensor_scale.reshape(-1, 1).view(torch.uint8)
+        stored[TENSOR_SCALE] = bytes_of(weight.tensor_scale)
     return stored
 
 
@@ -59,8 +60,7 @@ def from_stored(stored: Mapping[str, Tensor], format: Format, columns: int, dtyp
     scale = None if format.scale is None else _as(stored[SCALE], format.scale.dtype)
     above = None
     if format.tensor_scale != "none":
-        above = _as(stored[TENSOR_SCALE], torch.float32).reshape(-1)
-        above = above if format.has_row_scales else above.reshape(())
+        above = of_bytes(_as(stored[TENSOR_SCALE], torch.float32), format)
     return Quantized(data, scale, above, format, dtype, columns)
 
 
