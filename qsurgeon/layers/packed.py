@@ -195,7 +195,7 @@ class PackedLinear(QuantLinear):
 
     def _as_codes(self, name: str, value: Any) -> Any:
         """Return ``value`` as Codes of this layer, if it is a tensor in the place of one of the weight's."""
-        if name not in stored_shapes(self.grid, 0, 0):
+        if not isinstance(value, Tensor) or name not in stored_shapes(self.grid, 0, 0):
             return value
         if type(value) in (Tensor, nn.Parameter):
             return Codes(value, value.requires_grad, self._label(name), values_dtype=self.compute_dtype)

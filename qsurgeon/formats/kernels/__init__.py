@@ -45,12 +45,22 @@ def kind_for(rows: Tensor, fields: Fields) -> Kind:
 
 def fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
     """Return ``rows`` (…, rows, columns) rounded, contiguous, in their own dtype."""
+    return _routed(rows, fields, _fake_quantize_op, arithmetic.fake_quantize, _fake_quantize)
+
+
+def _routed(
+    rows: Tensor,
+    fields: Fields,
+    operator: Callable[..., Tensor],
+    traced: Callable[[Tensor, Above, Fields], Tensor],
+    computed: Callable[[Tensor, Fields], Tensor],
+) -> Tensor:
+    """Return what is computed of ``rows``: by an operator where torch.compile may not look, else as it is traced."""
     if is_opaque(rows):
-        rounded: Tensor = _fake_quantize_op(rows, fields.name, fields.without_number.key, fields.static_scale)
-        return rounded
+        return operator(rows, fields.name, fields.without_number.key, fields.static_scale)
     if torch.compiler.is_compiling():
-        return arithmetic.fake_quantize(rows, arithmetic.tensor_scale(rows, fields), fields)
-    return _fake_quantize(rows, fields)
+        return traced(rows, arithmetic.tensor_scale(rows, fields), fields)
+    return computed(rows, fields)
 
 
 def _fake_quantize(rows: Tensor, fields: Fields) -> Tensor:
@@ -125,12 +135,7 @@ def _dequantize(
 
 def saturates(rows: Tensor, fields: Fields) -> Tensor:
     """Return where (bool) a value of ``rows`` (…, rows, columns) exceeds the largest that its block can hold."""
-    if is_opaque(rows):
-        marked: Tensor = _saturates_op(rows, fields.name, fields.without_number.key, fields.static_scale)
-        return marked
-    if torch.compiler.is_compiling():
-        return arithmetic.saturates(rows, arithmetic.tensor_scale(rows, fields), fields)
-    return _saturates(rows, fields)
+    return _routed(rows, fields, _saturates_op, arithmetic.saturates, _saturates)
 
 
 def _saturates(rows: Tensor, fields: Fields) -> Tensor:
