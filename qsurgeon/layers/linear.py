@@ -67,7 +67,7 @@ class QuantLinear(nn.Linear):
         rows, columns = weight.shape
         if rows < self.out_features or columns < self.in_features:
             refuse_part(self._described(), weight)
-        return quantized_linear(input, weight, self.bias, how)
+        return quantized_linear(input, weight, self.bias, how, name=self.name)
 
     def _described(self) -> Layer:
         return Layer(self.name or type(self).__name__, self.in_features, self.out_features, self.quantization)
