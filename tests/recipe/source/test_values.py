@@ -356,6 +356,14 @@ def test_a_name_of_the_catalogue_is_taken(complaint: Complain, like: str) -> Non
     )
 
 
+@pytest.mark.parametrize("name", ["4bit", "my format"])
+def test_a_format_needs_a_name_that_a_rule_can_say(complaint: Complain, name: str) -> None:
+    said = complaint(f"{PLAIN}formats:\n  '{name}': {{like: mxfp4}}\n")
+    assert said.startswith(
+        f"mine.yaml:6:{7 + len(name)}: '{name}' cannot name a format: a name begins with a letter and has no spaces\n"
+    )
+
+
 def test_a_format_cannot_be_named_as_tables_show_none(complaint: Complain) -> None:
     assert complaint(PLAIN + "formats:\n  '-': {like: mxfp4}\n").startswith("mine.yaml:6:")
 
