@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qsurgeon.layers.compiling import eagerly
+from qsurgeon.layers.kinds import kind_of
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -52,7 +53,8 @@ def _hook(
     name: str, see: Callable[[Seen[Layer]], None]
 ) -> Callable[[Layer, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
     def hook(layer: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        x = args[0] if args else kwargs["input"]
+        kind = kind_of(layer)
+        x = (*args, *kwargs.values())[0] if kind is None else kind.input(args, kwargs)
         if torch.compiler.is_compiling() or is_fake(x):
             return
         trains = torch.is_grad_enabled()

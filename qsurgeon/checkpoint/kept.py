@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from qsurgeon.errors import CheckpointError
-from qsurgeon.layers import packed_linears
+from qsurgeon.layers import packed_layers
 from qsurgeon.storage.packed import WEIGHT
 
 Transforms = Sequence[WeightTransform]
@@ -67,7 +67,7 @@ def _sorted(transforms: Transforms) -> tuple[list[WeightRenaming], list[WeightCo
 
 def packed_names(model: Any) -> list[str]:
     """Return the names of the tensors that the packed weights of ``model`` consist of."""
-    return [f"{name}.{key}" for name, layer in packed_linears(model).items() for key in layer.stored]
+    return [f"{name}.{key}" for name, layer in packed_layers(model).items() for key in layer.stored]
 
 
 def past(transforms: Transforms, kept: frozenset[str], prefix: str) -> list[WeightTransform]:

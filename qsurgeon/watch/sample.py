@@ -11,13 +11,14 @@ from torch import Tensor
 from qsurgeon.formats import Format
 from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.rotation import Rotation, rotated
+from qsurgeon.layers import QuantLayer, Weight
 
 _SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Some rows of a tensor, and how a QuantLinear rounds them.
+    """Some rows of a tensor, and how a wrapped layer rounds them.
 
     at: where they stand in it. format: None leaves them as they are, but for the rotation. above: the tensor scale of
     the whole tensor, or the static one. state: the tensor's place in memory, and autograd's count of writes to it.
@@ -73,6 +74,11 @@ def local(parameter: Tensor) -> Tensor:
     parameter = parameter.detach()
     shard: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return shard
+
+
+def rows_in(layer: QuantLayer, weight: Weight) -> Tensor:
+    """Return a view of a weight as (outputs, inputs); of a DTensor, of this process's shard."""
+    return weight.rows(local(getattr(layer, weight.name)))
 
 
 @lru_cache(256)

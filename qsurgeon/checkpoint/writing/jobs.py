@@ -14,7 +14,9 @@ from qsurgeon.checkpoint.reading.quantized import refuse_quantized_weight
 from qsurgeon.checkpoint.writing.layout import MAX_SHARD_SIZE, Job, Layout, copied, mirrored, packed, sharded
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
-from qsurgeon.storage.packed import WEIGHT, stored_shapes
+from qsurgeon.layers import Weight
+from qsurgeon.layers.layer import ONE
+from qsurgeon.storage.packed import stored_shapes
 from qsurgeon.surgery import Plan, Step
 
 WAS_SINGLE = "model-tied.safetensors"
@@ -33,11 +35,15 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Written:
-    """A wrapped weight to be written: the tensor that it is made of, the parts of that, and how it is packed."""
+    """A wrapped weight to be written: the tensor that it is made of, the parts of that, and how it is packed.
+
+    weight: what its kind says of it.
+    """
 
     tensor: Tensor
     parts: tuple[Tensor, ...]
     format: Format | None
+    weight: Weight = ONE
 
 
 def layout_of(
@@ -75,7 +81,9 @@ def _copied_files(source: Path, untied: Mapping[str, _Written]) -> Layout:
 
 def _job(weight: _Written, name: str) -> Job:
     tensor, format = weight.tensor, weight.format
-    return replace(copied(tensor, name) if format is None else packed(tensor, format, name), parts=weight.parts)
+    return replace(
+        copied(tensor, name) if format is None else packed(tensor, format, name, weight.weight), parts=weight.parts
+    )
 
 
 def _format(step: Step, plan: Plan) -> Format | None:
@@ -87,12 +95,12 @@ def _format(step: Step, plan: Plan) -> Format | None:
 
 def _kept(plan: Plan, model: Any) -> frozenset[str]:
     """Return the names of the weights that are stored under the names of their modules, packed and beside packed."""
-    formats = {step.module.name: (_format(step, plan), step.module.shape) for step in plan.wrapped}
     stored = [
-        f"{module}.{key}"
-        for module, (format, shape) in formats.items()
+        f"{step.module.module}.{key}"
+        for step in plan.wrapped
+        for format in [_format(step, plan)]
         if format is not None
-        for key in stored_shapes(format, *shape)
+        for key in stored_shapes(format, *step.module.row_shape)
     ]
     return kept_names(model, stored) if stored else frozenset()
 
@@ -117,8 +125,8 @@ def _wrapped_weights(plan: Plan, here: _Source, kept: frozenset[str]) -> tuple[d
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
                 f"config.json says {list(step.module.shape)}"
             )
-        own = f"{step.module.name}.{WEIGHT}"
-        weights[own if own in kept else name] = _Written(tensor, parts, format)
+        own = step.module.parameter
+        weights[own if own in kept else name] = _Written(tensor, parts, format, step.module.declared)
         split |= {part.name for part in parts}
     for name, conversion in here.names.converted.items():
         if name not in weights and not split.isdisjoint(conversion.tensors):
@@ -128,21 +136,21 @@ def _wrapped_weights(plan: Plan, here: _Source, kept: frozenset[str]) -> tuple[d
 
 def _weight(step: Step, here: _Source, *, packs: bool) -> tuple[str, Tensor, tuple[Tensor, ...]] | None:
     """Return a module's weight, what it is called, and the parts that it is made of; None for one that stays."""
-    name, names = f"{step.module.name}.{WEIGHT}", here.names
+    name, names = step.module.parameter, here.names
     if name in names.stored:
         return names.stored[name], here.tensors[names.stored[name]], ()
     if name in names.converted:
         return (name, *_converted(name, names.converted[name], here)) if packs else None
     refuse_quantized_weight(name, here.tensors)
-    owner = step.module.tied_to
-    if owner is None:
+    owned = step.module.tied_weight
+    if not owned:
         raise CheckpointError(f"no file has a tensor for {name}")
-    if f"{owner}.{WEIGHT}" not in names.stored:
+    if owned not in names.stored:
         raise CheckpointError(
-            f"no file has a tensor {owner}.{WEIGHT} to untie {name} from: its tensors go by other names than its "
-            f"modules. {_LIVE}"
+            f"no file has a tensor {owned} to untie {name} from: its tensors go by other names than its modules. "
+            f"{_LIVE}"
         )
-    return name, here.tensors[names.stored[f"{owner}.{WEIGHT}"]], ()
+    return name, here.tensors[names.stored[owned]], ()
 
 
 def _converted(name: str, conversion: Conversion, here: _Source) -> tuple[Tensor, tuple[Tensor, ...]]:

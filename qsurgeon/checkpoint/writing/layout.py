@@ -12,6 +12,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from qsurgeon.checkpoint.reading.headers import BITS, Tensor, read_header
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
+from qsurgeon.layers import Weight
+from qsurgeon.layers.layer import ONE
 from qsurgeon.storage.packed import WEIGHT, stored_shapes
 
 MAX_SHARD_SIZE = "5GB"
@@ -37,12 +39,14 @@ class Job:
     """A stored tensor to be read, and what is written of it: its own bytes, or its codes and scales in ``format``.
 
     parts: where its bytes are, one after the other, if ``source`` is made of several stored tensors or of rows of them.
+    weight: what the kind of its module says of it, if it is to be packed: in which dimension blocks run.
     """
 
     source: Tensor
     format: Format | None
     pieces: tuple[Piece, ...]
     parts: tuple[Tensor, ...] = ()
+    weight: Weight = ONE
 
     @property
     def name(self) -> str:
@@ -111,15 +115,18 @@ def copied(tensor: Tensor, name: str | None = None) -> Job:
     return Job(tensor, None, (Piece(name or tensor.name, tensor.dtype, tensor.shape, tensor.size),))
 
 
-def packed(tensor: Tensor, format: Format, name: str | None = None) -> Job:
-    """Return the job that writes the codes and scales of a weight, which is named ``….weight``."""
+def packed(tensor: Tensor, format: Format, name: str | None = None, weight: Weight = ONE) -> Job:
+    """Return the job that writes the codes and scales of a weight, which is named ``….weight``.
+
+    They are of the weight as (outputs, inputs); ``weight`` says how the tensor is laid out.
+    """
     stem = (name or tensor.name).removesuffix(WEIGHT)
-    rows, columns = tensor.shape
+    rows, columns = weight.row_shape(tensor.shape)
     pieces = (
         Piece(f"{stem}{part}", "U8", shape, shape[0] * shape[1])
         for part, shape in stored_shapes(format, rows, columns).items()
     )
-    return Job(tensor, format, tuple(pieces))
+    return Job(tensor, format, tuple(pieces), weight=weight)
 
 
 def mirrored(file: Path, name: str) -> Shard:

@@ -1,0 +1,6 @@
+"""The kinds of modules that can be wrapped."""
+
+from qsurgeon.layers.kinds.kind import DEFAULT, KINDS, Kind, in_order, kind_in, kind_of, listed, register
+from qsurgeon.layers.kinds.linear import LINEAR
+
+__all__ = ["DEFAULT", "KINDS", "LINEAR", "Kind", "in_order", "kind_in", "kind_of", "listed", "register"]
