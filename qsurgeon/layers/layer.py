@@ -178,9 +178,8 @@ class QuantProduct(QuantLayer):
         """Return what ``print(model)`` shows of the layer."""
         how = self.quantization
         phases = "" if how.phases == "both" else f", phases={how.phases}"
-        return (
-            f"{super().extra_repr()}, weight={how.weight_name}, input={how.input_name}, gradient={how.gradient}{phases}"
-        )
+        own = f"weight={how.weight_name}, input={how.input_name}, gradient={how.gradient}{phases}"
+        return ", ".join(filter(None, (super().extra_repr(), own)))
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:

@@ -334,7 +334,7 @@ def _nothing_to_take(pattern: str, types: Sequence[str], named: Sequence[Module]
     others = dict.fromkeys(one.type for one in named if one.type)
     start = f"'{pattern}' names no {listed(types)}, only {kinds}; "
     if others:
-        return f"{start}'{_types((), others)}' takes {listed(others, 'and')}"
+        return f"{start}say '{_types((), others)}' to take the {listed(others, 'and')} modules"
     return f"{start}only {_sources(types)} itself is wrapped"
 
 

@@ -1,7 +1,7 @@
 """What can be wrapped: a registry of kinds of modules, which the rest of qsurgeon asks instead of naming a class.
 
-A kind joins the class of a plain module with the classes of its wrapped layers. A new kind is one file beside this one
-that calls ``register``, and its import in ``__init__``.
+A kind joins the class of a plain module with the classes of its wrapped layers. A new kind is one file beside this one,
+and its name in the list in ``__init__``.
 """
 
 import inspect
