@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qsurgeon.layers import PackedLayer, QuantProduct
+from qsurgeon.layers import PackedLayer, QuantProduct, Weight
 from qsurgeon.watch.sample import Sample, as_it_is, local, places, rows_in, rows_of, sample
 from qsurgeon.watch.stack import Stack, alike, energy
 
@@ -22,6 +22,7 @@ class Call:
     def __init__(
         self,
         layer: QuantProduct,
+        declared: Weight,
         x: Tensor,
         output: Tensor,
         rows: int,
@@ -31,7 +32,7 @@ class Call:
         due: bool,
     ) -> None:
         self.trains, self.due = trains, due
-        how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), rows_in(layer, layer.weights[0])
+        how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), rows_in(layer, declared)
         height = how.weight.block_shape[0] if how.weight else 1
         outputs = rows_of(len(weight), rows, height)[: -(-OUTPUTS // height) * height]
         input, format = how.input and how.input.as_input, how.weight and how.weight.as_weight

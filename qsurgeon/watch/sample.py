@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsurgeon.formats import Format
 from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.rotation import Rotation, rotated
-from qsurgeon.layers import QuantLayer, Weight
+from qsurgeon.layers import PackedLayer, Quantization, QuantLayer, Weight
 
 _SEED = 0
 
@@ -76,9 +76,18 @@ def local(parameter: Tensor) -> Tensor:
     return shard
 
 
+def how_of(layer: nn.Module, weight: Weight) -> Quantization | None:
+    """Return how a weight computes; also of a layer that has become a plain one since, if its attributes are there."""
+    if isinstance(layer, QuantLayer):
+        return layer.quantizations.get(weight.name)
+    how: Quantization | None = vars(layer).get("quantization")
+    return how
+
+
 def rows_in(layer: QuantLayer, weight: Weight) -> Tensor:
-    """Return a view of a weight as (outputs, inputs); of a DTensor, of this process's shard."""
-    return weight.rows(local(getattr(layer, weight.name)))
+    """Return a view of a weight as (outputs, inputs), or its codes, (outputs, bytes); of a DTensor, of its shard."""
+    tensor = local(getattr(layer, weight.name))
+    return tensor if isinstance(layer, PackedLayer) else weight.rows(tensor)
 
 
 @lru_cache(256)

@@ -15,6 +15,7 @@ from qsurgeon.layers.kinds import kind_in
 from qsurgeon.layers.sharded import is_sharded
 from qsurgeon.observing import Seen, observed
 from qsurgeon.watch.calls import Call, Calls, by_kind
+from qsurgeon.watch.sample import how_of
 from qsurgeon.watch.weights import Weights, fetched
 
 Numbers = dict[str, float]
@@ -175,7 +176,8 @@ class Watch:
             f"{PREFIX}/called": len(calls) / len(self._layers),
             f"{PREFIX}/active": sum(active.values()) / len(self._layers),
         }
-        if any(layer.quantization.phases != "both" for layer in self._layers.values()):
+        hows = (how_of(layer, self._weights.declared(name)) for name, layer in self._layers.items())
+        if any(how is not None and how.phases != "both" for how in hows):
             numbers[f"{PREFIX}/in_phase"] = sum(call.due for call in calls.values()) / len(self._layers)
         return numbers, found
 
@@ -240,16 +242,22 @@ class _Window:
     def _see(self, seen: Seen[QuantProduct]) -> None:
         """Sample a call. Gradient checkpointing recomputes in a later one."""
         name, layer = seen.name, seen.layer
-        due = layer.quantization.phases in ("both", current_phase())
+        how = how_of(layer, self._weights.declared(name))
+        if how is None:
+            return
+        due = how.phases in ("both", current_phase())
         if not seen.output.numel() or not self._wants(name, due=due, trains=seen.trains):
             return
-        if is_sharded(getattr(layer, layer.weights[0].name)):  # FSDP has put it together by now
+        declared = self._weights.declared(name)
+        if is_sharded(getattr(layer, declared.name)):  # FSDP has put it together by now
             raise SurgeryError(
                 f"the weight of {name} is split by tensor parallelism, and Watch cannot tell from a part whether a "
                 "layer rounds; close it"
             )
         known = self._weights.known.get(name)
-        self.calls[name] = Call(layer, seen.input, seen.output, self._rows, known, trains=seen.trains, due=due)
+        self.calls[name] = Call(
+            layer, declared, seen.input, seen.output, self._rows, known, trains=seen.trains, due=due
+        )
 
     def _wants(self, name: str, *, due: bool, trains: bool) -> bool:
         """Return whether a call of the layer is to be looked at: the first in a phase of its rule, with gradients."""

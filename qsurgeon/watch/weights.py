@@ -7,9 +7,9 @@ from torch import Tensor
 
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.packing import unpack
-from qsurgeon.layers import PackedLayer, QuantLayer
+from qsurgeon.layers import PackedLayer, QuantLayer, Weight
 from qsurgeon.layers.kinds import kind_in
-from qsurgeon.watch.sample import Sample, rows_in, rows_of, sample
+from qsurgeon.watch.sample import Sample, how_of, rows_in, rows_of, sample
 from qsurgeon.watch.stack import Stack, alike
 
 Named = tuple[Sequence[str], Tensor]  # names, and a number for each, (names,)
@@ -52,6 +52,10 @@ class Weights:
         """Return how many values each weight has; of a sharded one, this process's shard."""
         return {name: rows_in(*self._weights[name]).numel() for name in self._formats}
 
+    def declared(self, name: str) -> Weight:
+        """Return what the kind of its layer says of a weight."""
+        return self._weights[name][1]
+
     def is_trained(self, name: str) -> bool:
         """Return whether a weight is trainable."""
         layer, weight = self._weights[name]
@@ -67,7 +71,7 @@ class Weights:
         """The formats of the weights that have one, by name."""
         found = {}
         for name, (layer, weight) in self._weights.items():
-            how = layer.quantizations.get(weight.name)
+            how = how_of(layer, weight)
             packed = isinstance(layer, PackedLayer)  # its codes are not trained, and what they lost is gone
             if how is not None and how.weight is not None and not packed and rows_in(layer, weight).numel():
                 found[name] = how.weight.as_weight
@@ -75,12 +79,11 @@ class Weights:
 
     def _sample(self, name: str) -> Sample:
         layer, weight = self._weights[name]
-        matrix, how = _matrix(rows_in(layer, weight)), layer.quantizations[weight.name]
-        format = how.weight and how.weight.as_weight
-        rows = rows_of(len(matrix), self._rows, format.block_shape[0] if format else 1)
+        matrix, format = _matrix(rows_in(layer, weight)), self._formats[name]
+        rows = rows_of(len(matrix), self._rows, format.block_shape[0])
         # An optimizer has written to what is trainable, and a fused one does not let autograd count that.
         known = None if self.is_trained(name) else self.known.get(name)
-        return sample(matrix, format, how.rotation, rows, known)
+        return sample(matrix, format, format.rotation, rows, known)
 
     def _flipped(self, samples: Mapping[str, Sample], now: Quantized) -> Named:
         """Return what can be compared, and the share of its codes that changed; remember the new ones."""

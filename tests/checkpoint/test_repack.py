@@ -200,6 +200,6 @@ def test_a_packed_weight_is_never_unwrapped(small_model: Maker) -> None:
     with pytest.raises(SurgeryError) as caught, qsurgeon.surgery.unwrapped(model):
         pass
     assert str(caught.value) == (
-        "the weight of model.layers.0.self_attn.q_proj is packed: it cannot become a Linear's again"
+        "the weight of model.layers.0.self_attn.q_proj is packed: it cannot become a plain layer's again"
     )
     assert all(isinstance(one, PackedLinear) for one in quant_layers(model).values())

@@ -179,7 +179,7 @@ def test_plan_prints_json(run: Run) -> None:
         "parameters": 4160,
         "bits": 4.25,
         "bytes": 16640,
-        "linear": True,
+        "type": "Linear",
         "called": None,
         "large": False,
         "bypassed": False,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import qsurgeon
 from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.hf.quantizer import QSurgeonConfig
-from qsurgeon.layers import pack, packed_layers
+from qsurgeon.layers import PackedLayer, pack, packed_layers
 from qsurgeon.recipe import Recipe
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
@@ -199,12 +199,12 @@ def test_packing_on_the_way_holds_one_weight_at_a_time(
     read: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    def counted(weight: Tensor, how: Any) -> dict[str, Tensor]:
+    def counted(layer: PackedLayer, weight: Tensor) -> dict[str, Tensor]:
         alive.append(sum(one() is not None for one in read))
         read.append(weakref.ref(weight))
-        return pack(weight, how)
+        return pack(weight, layer.quantization)
 
-    monkeypatch.setattr("qsurgeon.hf.quantizer.pack", counted)
+    monkeypatch.setattr(PackedLayer, "packed", counted)
     config = config_of(qsurgeon.load(folder))
     model = hf.AutoModelForCausalLM.from_pretrained(plain_folder, device_map="auto", quantization_config=config)
     assert different(model, qsurgeon.load(folder)) == []

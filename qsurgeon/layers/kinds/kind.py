@@ -56,8 +56,11 @@ class Kind:
         return found
 
     def holds(self, module: nn.Module) -> bool:
-        """Return whether ``module`` is of this kind, plain or wrapped; a subclass has a forward of its own."""
-        return type(module) in (self.source, self.layer, self.packed)
+        """Return whether ``module`` is of this kind, plain or wrapped.
+
+        A subclass of the plain class has a forward of its own. One of a wrapped class is what FSDP2 makes of a layer.
+        """
+        return type(module) is self.source or isinstance(module, self.layer)
 
     def check(self, module: nn.Module, hows: Mapping[str, Quantization], *, packs: bool) -> None:
         """Do nothing if ``module`` can be wrapped, so that its weights compute as ``hows`` say, by their names.
