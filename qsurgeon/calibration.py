@@ -1,4 +1,4 @@
-"""Static tensor scales: one number a module, found by running the model on examples, kept in its record."""
+"""Static tensor scales: one number per module, found by running the model on examples and kept in its record."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Methods of other libraries that do more once qsurgeon is there. All that is changed is changed by ``patch``."""
+"""Monkey-patches of third-party methods. Every patch goes through ``patch``."""
 
 from collections.abc import Callable
 from functools import wraps

@@ -1,4 +1,4 @@
-"""Where a model, a recipe or an output lies, in the words of whoever names it. Imports nothing heavy.
+"""Where a model, a recipe or an output is, in the words of the user. Imports nothing heavy.
 
 What a shell would have expanded, it does not if it stands in quotes, behind ``--model=`` or in a recipe: the ``~`` of a
 home folder is expanded here, and a variable is refused, so that no folder is ever called ``~`` or ``$HOME``.

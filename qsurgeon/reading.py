@@ -1,4 +1,4 @@
-"""Files that somebody else wrote, read so that none can hang the process, fill its memory or break its parser."""
+"""Reads files from other sources so that none can hang the process, fill its memory or crash its parser."""
 
 import errno
 import json

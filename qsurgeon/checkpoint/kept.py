@@ -1,4 +1,4 @@
-"""Packed weights keep the names of their modules where a checkpoint has another layout.
+"""Packed weights keep the names of their modules in checkpoints whose tensors transformers splits or joins.
 
 transformers saves a model as its checkpoint was: it joins the parameters that it split when it loaded them, permutes
 their rows and renames them. Codes and scales are bytes of a layout of their own, so that none of that may be done to

@@ -1,4 +1,4 @@
-"""From a folder to a folder: the only place that changes stored tensors.
+"""Rewrite one folder into another: the only place that changes stored tensors.
 
 With ``storage: master`` no weight changes: config.json gets the record and the files are copied. They are not hard
 links, because safetensors writes files in place: saving a trained model over a link would change the source. With
@@ -292,7 +292,7 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
         _untie(config)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        **record_of(plan, __version__, work.origin).model_dump(mode="json"),
+        **record_of(plan, __version__, work.origin).to_dict(),
     }
     write_json(folder / "qsurgeon-plan.json", _plan_json(plan, work.origin))
     (folder / "recipe.yaml").write_text(plan.recipe.text, "utf-8")

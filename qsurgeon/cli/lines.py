@@ -1,4 +1,4 @@
-"""A command line, read before it is parsed: what is a habit of other tools, in another order, or said twice.
+"""Checks of a command line before it is parsed: habits of other tools, wrong order, repeated options.
 
 Each answer is one message with the whole line as it should be. Knows our commands and options from what parses them;
 a line without such a mistake is left alone.

@@ -1,4 +1,4 @@
-"""A command line as it is typed: the command, its words, its options, and those that it has not."""
+"""A command line as it was typed: the command, its words, its options, and those that do not exist."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What PreTrainedModel does more once qsurgeon is imported: it opens, saves and resizes what is wrapped as what it is.
+"""What PreTrainedModel does in addition once qsurgeon is imported: it opens, saves and resizes wrapped layers.
 
 Importing this module changes the methods; ``qsurgeon/__init__.py`` imports it right after
 ``transformers.modeling_utils``.

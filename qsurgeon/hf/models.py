@@ -1,4 +1,4 @@
-"""A recipe and a Hugging Face model: plan, apply, load, and what the model's config says of it."""
+"""A recipe and a Hugging Face model: plan, apply, load, and the record in the model's config."""
 
 import warnings
 from collections.abc import Mapping

@@ -40,7 +40,7 @@ class QSurgeonConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps."""
-        return {"quant_method": QUANT_METHOD, **self.record.model_dump(mode="json")}
+        return {"quant_method": QUANT_METHOD, **self.record.to_dict()}
 
 
 class QSurgeonQuantizer(HfQuantizer):
@@ -161,7 +161,7 @@ class QSurgeonQuantizer(HfQuantizer):
         self._slots, self._found = {}, set()
         record = current_record(model)
         if record is not None:
-            model.config.quantization_config = QSurgeonConfig(**record.model_dump())
+            model.config.quantization_config = QSurgeonConfig(**record.to_dict())
         if self.is_packed:
             return model
         # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
@@ -236,7 +236,7 @@ def note(model: Any) -> None:
     record = current_record(model)
     if record is None:
         return
-    config = QSurgeonConfig(**record.model_dump())
+    config = QSurgeonConfig(**record.to_dict())
     vars(model.config)["quantization_config"] = config
     _assign_is_quantized(model)  # type: ignore[no-untyped-call]
     vars(model).update(hf_quantizer=None, is_quantized=False)

@@ -1,4 +1,4 @@
-"""What generates is in the phase ``rollout``: every ``generate`` of a module, and continuous batching.
+"""Generation runs in the phase ``rollout``: every ``generate`` of a module, and continuous batching.
 
 Changed are methods of classes (``patching.py``), and only once a model has a rule that asks for the phase.
 """
@@ -29,7 +29,7 @@ def follow_rollouts(model: nn.Module, quantizations: Iterable[Quantization]) -> 
     That is ``generate`` of each class of modules that is there by now (a model's own, a wrapper's, that of code which
     came with a checkpoint), and of the modules of ``model`` where an object has its own.
     """
-    if all(how.phases == "both" for how in quantizations):
+    if all(how.behavior.phases == "both" for how in quantizations):
         return
     for owner in {transformers.GenerationMixin, *_classes(nn.Module)}:
         for name in GENERATING:

@@ -1,4 +1,4 @@
-"""Codes: the parameters of a packed weight. Their bytes can be moved; computing with them is an error.
+"""The parameters of a packed weight. Their bytes can be moved, but computing with them is an error.
 
 A packed weight is a uint8 Parameter, and torch computes with uint8 as readily as with floats: an average of two codes
 is a code of another value. So what is called on Codes decides: what moves, copies or describes bytes works and returns

@@ -1,4 +1,4 @@
-"""What torch.compile puts into a model, and how to do without it for a while.
+"""What torch.compile adds to a model, and how to run without it.
 
 ``torch.compile(module)`` returns another module that holds the first as ``_orig_mod`` (torch 2.13), which may stand
 anywhere in a model: around it, in the place of a part, of each block (accelerate's ``compile_regions``), of one layer.

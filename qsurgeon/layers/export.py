@@ -1,4 +1,4 @@
-"""What a wrapped layer can be exported as: a torch.export program, and nothing that would lose what it computes."""
+"""What a wrapped layer can be exported as: a torch.export program, and nothing that would change its results."""
 
 import torch
 

@@ -124,7 +124,7 @@ class QuantLayer(nn.Module):
     @property
     def rounds(self) -> bool:
         """Whether it rounds when it is called now: the phase is one of a rule's, and it is not disabled."""
-        return any(is_active(self, how.phases) for how in self.quantizations.values())
+        return any(is_active(self, how.behavior.phases) for how in self.quantizations.values())
 
     # torch.jit.script (seen in torch 2.13) asks each module for what stands for it in a script.
     def __prepare_scriptable__(self) -> None:
@@ -177,8 +177,8 @@ class QuantProduct(QuantLayer):
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
         how = self.quantization
-        phases = "" if how.phases == "both" else f", phases={how.phases}"
-        own = f"weight={how.weight_name}, input={how.input_name}, gradient={how.gradient}{phases}"
+        said = {"weight": how.weight_name, "input": how.input_name, **how.behavior.columns, **how.behavior.differing}
+        own = ", ".join(f"{name}={value}" for name, value in said.items())
         return ", ".join(filter(None, (super().extra_repr(), own)))
 
 

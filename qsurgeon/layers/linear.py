@@ -35,7 +35,7 @@ class QuantLinear(QuantProduct, nn.Linear):
         how, weight = self.quantization, self.weight
         # Of another type: a DTensor, or what a hook or a parametrization computed.
         is_split = type(weight) is not Parameter and is_sharded(weight)
-        if not is_active(self, how.phases):
+        if not is_active(self, how.behavior.phases):
             return nn.functional.linear(on_mesh(input, weight) if is_split else input, weight, self.bias)
         refuse_export(self.training)
         if is_split:

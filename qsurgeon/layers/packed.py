@@ -19,6 +19,7 @@ from qsurgeon.layers.product import packed_format, packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.words import Behavior
 
 
 class PackedLayer(QuantProduct):
@@ -60,8 +61,8 @@ class PackedLayer(QuantProduct):
                 f"format '{grid.name}' has a static tensor scale and no number for it: a weight that is packed cannot "
                 "wait for one"
             )
-        if quantization.phases != "both":
-            raise SurgeryError(f"a packed weight is rounded in every phase, not {quantization.when}")
+        if refused := refused_by_packing(quantization.behavior):
+            raise SurgeryError(refused[1])
         if hasattr(weight, "device_mesh"):
             raise SurgeryError("its weight is sharded; pack the model before fully_shard")
         if weight.is_meta and getattr(linear, "_hf_hook", None) is not None:
@@ -219,6 +220,13 @@ class PackedLayer(QuantProduct):
 
 class PackedLinear(PackedLayer, QuantLinear):
     """A QuantLinear whose weight is packed."""
+
+
+def refused_by_packing(behavior: Behavior) -> tuple[str, str] | None:
+    """Return the field of ``behavior`` that a packed weight cannot obey, and why; None if it can obey all."""
+    if behavior.phases != "both":
+        return "phases", f"a packed weight is rounded in every phase, not in {behavior.phases} only"
+    return None
 
 
 def pack(weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:

@@ -83,14 +83,15 @@ class _Wanted:
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization) -> "_Wanted":
-        for_input = x.requires_grad and (how.input is None or how.gradient != "none")
-        for_weight = weight.requires_grad and (how.weight is None or how.gradient != "none")
-        clips = how.gradient == "clipped"
+        gradient = how.behavior.gradient
+        for_input = x.requires_grad and (how.input is None or gradient != "none")
+        for_weight = weight.requires_grad and (how.weight is None or gradient != "none")
+        clips = gradient == "clipped"
         return cls(
             for_input,
             for_weight,
             bias is not None and bias.requires_grad,
-            for_weight and how.input is not None and how.saved_inputs == "packed",
+            for_weight and how.input is not None and how.behavior.saved_inputs == "packed",
             for_input and clips and how.input is not None,
             for_weight and clips and how.weight is not None,
         )

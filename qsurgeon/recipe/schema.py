@@ -1,4 +1,4 @@
-"""What a recipe may say: frozen values whose fields are the recipe's keys. Unknown keys are errors."""
+"""The schema of a recipe: frozen values whose fields are the recipe's keys. Unknown keys are errors."""
 
 import json
 import re
@@ -29,7 +29,7 @@ from qsurgeon.layers.kinds import DEFAULT, KINDS
 from qsurgeon.recipe.select import check_pattern
 from qsurgeon.recipe.text import Path
 from qsurgeon.recipe.words import unknown_format
-from qsurgeon.words import Gradient, Phases, SavedInputs, Storage
+from qsurgeon.words import Behavior, Common, Storage
 
 _NAME = re.compile(r"[A-Za-z][\w.+-]*")
 
@@ -93,8 +93,8 @@ def _list_types(schema: dict[str, Any]) -> None:
 TypeName = Annotated[str, AfterValidator(_check_type), Field(json_schema_extra=_list_types)]
 
 
-class Rule(Section):
-    """Give formats to the modules of ``types`` that ``target`` names and ``exclude`` does not."""
+class _Choice(Section):
+    """Which modules a rule takes, and the formats that it gives them."""
 
     name: Annotated[str, Field(min_length=1, description="What plan and inspect call the rule.")] | None = None
     target: tuple[PatternText, ...] = Field(min_length=1, description="Patterns of the modules to take.")
@@ -104,14 +104,6 @@ class Rule(Section):
     )
     weight: str | None = Field(None, description="Format of the weight; without it the weight stays as it is.")
     input: str | None = Field(None, description="Format of the input; without it the input stays as it is.")
-    gradient: Gradient = Field("ste", description="How the gradient passes the rounding.")
-    phases: Phases = Field("both", description="When modules round: in training, in rollouts, or in both.")
-
-    @model_validator(mode="after")
-    def _decides_something(self) -> "Rule":
-        if self.weight is None and self.input is None:
-            raise ValueError("a rule needs a format for weight, for input, or for both")
-        return self
 
 
 def _check_version(value: Any) -> Any:
@@ -120,8 +112,8 @@ def _check_version(value: Any) -> Any:
     return value
 
 
-class Recipe(Section):
-    """Rules in order of precedence: a module takes the first that names it."""
+class _Head(Section):
+    """What a recipe says beside its formats and rules."""
 
     version: Annotated[Literal[1], BeforeValidator(_check_version)] = Field(description="The version of this schema.")
     extends: str | None = Field(
@@ -134,9 +126,21 @@ class Recipe(Section):
         description="master: full-precision weights stay, rounded at every forward. packed: their codes and scales "
         "replace them; for adapters, and inference.",
     )
-    saved_inputs: SavedInputs = Field(
-        "packed", description="What a backward pass keeps of an input: packed codes, or full values; gradients agree."
-    )
+
+
+class Rule(Behavior, _Choice):
+    """Give formats to the modules of ``types`` that ``target`` names and ``exclude`` does not."""
+
+    @model_validator(mode="after")
+    def _decides_something(self) -> "Rule":
+        if self.weight is None and self.input is None:
+            raise ValueError("a rule needs a format for weight, for input, or for both")
+        return self
+
+
+class Recipe(Common, _Head):
+    """Rules in order of precedence: a module takes the first that names it."""
+
     untie: StrictBool = Field(False, description="Give a tied weight that a rule reaches a copy of its own.")
     formats: dict[str, FormatSpec] = Field({}, description="Formats of the recipe's own, by name.")
     rules: tuple[Rule, ...] = Field((), description="In order; a module takes the first rule that names it.")
@@ -186,6 +190,10 @@ class Recipe(Section):
             return self._marks[path]
         text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
         return text.removeprefix("."), ""
+
+    def behavior(self, place: int) -> Behavior:
+        """Return how the rule at ``place`` uses its formats; what it does not say itself, the recipe may."""
+        return Behavior.of(self.rules[place], self)
 
     def rule_name(self, place: int) -> str:
         """Return the name of the rule at ``place``, counted from 0; one without a name is called by its place."""

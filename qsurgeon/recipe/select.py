@@ -1,4 +1,4 @@
-"""The pattern language: which modules a dotted glob names. A pure function of names.
+"""The pattern language: which modules a dotted glob matches. A pure function of names.
 
 A pattern is a dotted run of component globs. It names a module when it equals consecutive whole components
 anywhere in the module's full name, and with it everything beneath: ``layers.1`` is never ``layers.10``, ``gate`` is

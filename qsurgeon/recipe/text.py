@@ -1,4 +1,4 @@
-"""YAML text to plain data, with the place of everything in it.
+"""YAML text to plain data, with the position of everything in it.
 
 Only the data part of YAML is read: no tags, no merge keys, and no more nodes or levels than a recipe needs, so
 that aliases cannot expand without end.

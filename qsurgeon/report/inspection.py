@@ -1,4 +1,4 @@
-"""Ask a model, or a folder, what it computes with."""
+"""Ask a model or a folder what it computes with."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -86,8 +86,9 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
     resting = {
         step.module.name
         for step in steps
-        for how in [step.quantization]
-        if how is not None and step.module.path not in packed and not is_active(layers[step.module.path], how.phases)
+        for how, layer in [(step.quantization, layers.get(step.module.path))]
+        if how is not None and layer is not None and step.module.path not in packed
+        if not is_active(layer, how.behavior.phases)
     }
     report = _report(steps, storage, "", called, bypassed(model), misread(model))
     rows = (replace(row, rounds=row.module not in resting) if row.module in wrapped else row for row in report.rows)
@@ -135,7 +136,7 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         module.shape,
         how.weight_name if how else AS_IT_IS,
         how.input_name if how else AS_IT_IS,
-        how.gradient if how else AS_IT_IS,
+        how.behavior if how else None,
         "; ".join(remarks),
         module.parameters,
         how.weight.bits if how and how.weight else stored,
@@ -144,7 +145,6 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         was_called,
         bypassed=module.path in past,
         misread=module.path in wrong,
-        when=how.when if how else "",
         adapter=module.adapter,
         tower=module.tower,
     )

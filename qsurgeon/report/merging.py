@@ -1,4 +1,4 @@
-"""What a merge changed, as a table."""
+"""The result of a merge as a table."""
 
 from qsurgeon.merging import Change, Merged, total
 from qsurgeon.report.tables import Column, left_out, narrowed, table_text, wrapped

@@ -1,4 +1,4 @@
-"""Which adapters of peft compute past the layer they sit on, and which take a packed weight's codes for its values.
+"""Which peft adapters compute past their layer, and which use a packed weight's codes as values.
 
 peft has no way to ask, so that this is what was measured of peft 0.21; tests/test_peft.py measures it again.
 """

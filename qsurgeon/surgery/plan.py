@@ -1,4 +1,4 @@
-"""What a recipe does to one model, module by module, decided before any tensor is read. Pure."""
+"""What a recipe does to each module of one model, decided before any tensor is read. Pure."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,6 +8,7 @@ from qsurgeon.errors import FormatError, Mistake, PlanError
 from qsurgeon.formats import Format
 from qsurgeon.layers import Quantization, packed_format
 from qsurgeon.layers.kinds import DEFAULT, KINDS, listed
+from qsurgeon.layers.packed import refused_by_packing
 from qsurgeon.recipe import Recipe
 from qsurgeon.recipe.select import OUTPUT_HEAD, Match, Namespace, parse_pattern
 from qsurgeon.storage.packed import stored_bytes
@@ -61,8 +62,8 @@ class Step:
     def why(self) -> str:
         """Return the reason in words; nothing for a module that only holds others."""
         match self.fate:
-            case Quantization(rule=rule, when=when):
-                return f"rule '{rule}'" + (f", {when}" if when else "") + (f"; {self.remark}" if self.remark else "")
+            case Quantization(why=why):
+                return why + (f"; {self.remark}" if self.remark else "")
             case Excluded(rule, pattern):
                 return f"excluded by '{pattern}' of rule '{rule}'"
         if self.module.adapter and self.module.parameters:
@@ -224,10 +225,8 @@ class _Planner:
             return Quantization(
                 formats["weight"],
                 formats["input"],
-                rule.gradient,
+                self.recipe.behavior(place),
                 self.recipe.rule_name(place),
-                rule.phases,
-                self.recipe.saved_inputs,
             )
         except FormatError as error:
             self.report(f"rule '{self.recipe.rule_name(place)}': {error}", "rules", place)
@@ -235,14 +234,14 @@ class _Planner:
 
     def _check_packing(self, place: int, weight: Format) -> None:
         """Report what a rule asks of a weight that a packed one cannot do."""
-        rule, name = self.recipe.rules[place], self.recipe.rule_name(place)
-        if rule.phases != "both":
+        name = self.recipe.rule_name(place)
+        if refused := refused_by_packing(self.recipe.behavior(place)):
+            field, why = refused
             self.report(
-                f"rule '{name}' rounds in {rule.phases} only: a packed weight is rounded in every phase; say "
-                "'storage: master', or leave the weight out of the rule",
+                f"rule '{name}': {why}; say 'storage: master', or leave the weight out of the rule",
                 "rules",
                 place,
-                "phases",
+                field,
             )
         if weight.tensor_scale == "static" and weight.static_scale is None:
             self.report(

@@ -1,4 +1,4 @@
-"""What a config says of a quantization that its model has already."""
+"""What a config says about a model that another tool has quantized."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What code that takes a weight itself gets of it, where the weight is rounded in its Linear or packed."""
+"""What code that reads a weight itself gets, if the weight is rounded in its layer or packed."""
 
 from dataclasses import dataclass
 from functools import cache

@@ -1,4 +1,4 @@
-"""Which code takes the weight of a layer itself, instead of calling the layer."""
+"""Which code reads the weight of a layer itself instead of calling the layer."""
 
 import ast
 import operator

@@ -1,4 +1,4 @@
-"""What a module's own code does with the weights of the modules that it holds, found by reading that code.
+"""What a module's code does with the weights of its submodules, found by reading its source.
 
 A Linear that is called rounds; one whose ``weight`` its parent takes and multiplies with itself does not. No hook sees
 that, and which inputs would show it is different for each model. So the source of ``forward`` is followed, and of what

@@ -1,4 +1,4 @@
-"""A sample of a tensor: whole rows of a weight, tokens of an input, and what says how they are rounded."""
+"""A sample of a tensor: whole rows of a weight, or tokens of an input, and how they are rounded."""
 
 import random
 from collections.abc import Hashable

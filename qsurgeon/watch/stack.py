@@ -1,4 +1,4 @@
-"""Samples of one kind, stacked, so that an operation is called once for all layers that they are of."""
+"""Stacked samples of one kind, so that one operation handles all layers of that kind."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""Watch: do the quantizers act, do the weights' codes move, how much is lost; of a sample, at little cost."""
+"""Watch: do the quantizers act, do the codes of weights change, how much is lost; by samples, at little cost."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -177,7 +177,7 @@ class Watch:
             f"{PREFIX}/active": sum(active.values()) / len(self._layers),
         }
         hows = (how_of(layer, self._weights.declared(name)) for name, layer in self._layers.items())
-        if any(how is not None and how.phases != "both" for how in hows):
+        if any(how is not None and how.behavior.phases != "both" for how in hows):
             numbers[f"{PREFIX}/in_phase"] = sum(call.due for call in calls.values()) / len(self._layers)
         return numbers, found
 
@@ -245,7 +245,7 @@ class _Window:
         how = how_of(layer, self._weights.declared(name))
         if how is None:
             return
-        due = how.phases in ("both", current_phase())
+        due = how.behavior.phases in ("both", current_phase())
         if not seen.output.numel() or not self._wants(name, due=due, trains=seen.trains):
             return
         declared = self._weights.declared(name)

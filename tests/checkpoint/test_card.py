@@ -73,7 +73,7 @@ pass, so that they can be trained (`storage: master`). All other modules are in 
 | mxfp4 | e2m1 | 32 | e8m0, floor | none | 4.25 |
 | nvfp4 | e2m1 | 16 | e4m3, nearest | by_role | 4.5 |
 
-Bits are per value, block scales counted. Gradient: how it passes the rounding; `ste`, straight through.
+Bits are per value, block scales counted. Gradient: how the gradient passes the rounding.
 
 To load it:
 

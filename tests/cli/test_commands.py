@@ -175,6 +175,8 @@ def test_plan_prints_json(run: Run) -> None:
         "weight": "mxfp4",
         "input": "-",
         "gradient": "ste",
+        "phases": "both",
+        "saved_inputs": "packed",
         "why": "rule 'rule 1'",
         "parameters": 4160,
         "bits": 4.25,

@@ -35,5 +35,5 @@ def check(how: Quantization, inputs: int, outputs: int) -> None:
             for one, other in ((x, twin), (linear.weight, plain.weight), (linear.bias, plain.bias)):
                 # Nothing was rounded, and what is missing is zero: the two agree wherever there is a gradient.
                 assert one.grad is None or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
-            if how.gradient != "none":
+            if how.behavior.gradient != "none":
                 assert x.grad is not None

@@ -175,7 +175,7 @@ def test_a_layer_whose_forward_was_replaced_is_not_wrapped() -> None:
     assert str(caught.value) == "its forward was replaced on the instance, so that wrapping would have no effect"
 
 
-def test_quant_linears_names_them_in_the_models_order() -> None:
+def test_quant_layers_names_them_in_the_models_order() -> None:
     model = nn.Sequential(make(), nn.ReLU(), make(48, 48), make(48, 48))
     QuantLinear.wrap(model[2], Quantization(MXFP4, MXFP4))
     QuantLinear.wrap(model[0], Quantization(MXFP4, MXFP4))

@@ -572,7 +572,7 @@ class Block(nn.Module):
         self.linear = make(phases)
 
     def forward(self, x: Tensor) -> Tensor:
-        acts = is_active(self.linear, self.linear.quantization.phases)
+        acts = is_active(self.linear, self.linear.quantization.behavior.phases)
         return x + (1 if acts else 0) * self.linear.bias
 
 

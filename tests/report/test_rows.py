@@ -103,7 +103,7 @@ def test_everybody_says_the_same_headline(tiny_folder: Path, tmp_path: Path) -> 
 
 
 def row(module: str, parameters: int, kind: str = "Expert") -> Row:
-    return Row(module, kind, (1, parameters), "-", "-", "-", "not a Linear", parameters, 16, 2 * parameters, "")
+    return Row(module, kind, (1, parameters), "-", "-", None, "not a Linear", parameters, 16, 2 * parameters, "")
 
 
 def test_small_modules_that_are_large_together_are_pointed_out() -> None:

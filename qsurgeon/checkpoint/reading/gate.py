@@ -1,4 +1,4 @@
-"""What is asked of a checkpoint's folder before any library opens it: the same before rewriting it and before loading.
+"""The checks of a checkpoint folder before any library opens it, the same for rewriting and loading.
 
 Whoever loads a folder runs parsers that trust it: a pipe makes them wait, a broken file raises what it happens to
 raise, and a tensor of another name leaves a parameter random. Everything here is read from headers and config.json.

@@ -1,4 +1,4 @@
-"""What a safetensors file says of itself: eight bytes of length, a JSON header, and the tensors' data without gaps.
+"""The header of a safetensors file: eight bytes of length, JSON, and the tensors' data without gaps.
 
 The header is parsed here, and more strictly than safetensors does it, from ordinary reads: a mapped file that is cut
 short, or a disk that fails, would kill the process instead of raising an error.

@@ -1,4 +1,4 @@
-"""Weights that something else quantized, told from their dtype and the tensors beside them."""
+"""Weights that another tool quantized, recognized by their dtype and the tensors beside them."""
 
 from collections.abc import Mapping
 

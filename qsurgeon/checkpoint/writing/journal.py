@@ -1,4 +1,4 @@
-"""What of an unfinished output is done, and of what run: so that the same run can go on after anything stopped it.
+"""The journal of an unfinished output: what is done, and for which run, so that the same run can resume.
 
 Beside the unfinished output lies ``run.json``, which says what is being made of what, and each process adds a line to
 a journal of its own for every job that it has written, with a checksum of the bytes. What a crash of the machine tore

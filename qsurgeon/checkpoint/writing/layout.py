@@ -1,4 +1,4 @@
-"""What will be written, decided before any value is read: files, their headers, and the place of every tensor."""
+"""The layout of the output, decided before any value is read: files, headers, and the place of every tensor."""
 
 import json
 import re

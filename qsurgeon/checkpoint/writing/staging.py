@@ -1,4 +1,4 @@
-"""Output appears whole or not at all: it is made in a folder beside its place, and moved there in the end."""
+"""Output appears completely or not at all: it is written to a folder beside its place and renamed at the end."""
 
 import contextlib
 import shutil

@@ -1,4 +1,4 @@
-"""Do the jobs of a layout: read a slab, round it where it is to be, write it where it belongs; several at a time.
+"""Carry out the jobs of a layout: read a slab, round it if needed, write it; several slabs at a time.
 
 A tensor passes through in slabs of whole rows, so that the memory a run takes depends on no tensor's size. Files are
 read and written at given places by ordinary calls: what fails is an error, where a mapped file would kill the process.

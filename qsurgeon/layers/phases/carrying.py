@@ -1,4 +1,4 @@
-"""The state of a piece of work goes where the work goes, where Python does not see to it itself.
+"""The state of a piece of work follows it into threads and pools, where Python does not carry it itself.
 
 Changed is, for all who run in a state (``state.py``):
 

@@ -1,4 +1,4 @@
-"""In which state a piece of work runs: the phase that was named for it, and the models that do not round in it.
+"""The state in which code runs: its phase, and the models that do not round in it.
 
 The state stands in a ``contextvars.ContextVar``: asyncio hands it to tasks, to callbacks and to ``asyncio.to_thread``,
 and two coroutines of one thread do not see each other's. What Python hands on to nobody is in ``carrying.py``.
