@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def exact(completions: list[str], answer: list[str], **_: object) -> list[float]:
+def exact(completions: list[str], answer: list[str], **_: object) -> list[float | None]:
     """1 for a completion that ends in exactly the right answer, else 0."""
     return [float(answer_in(text) == right) for text, right in zip(completions, answer, strict=True)]
 
@@ -47,8 +47,10 @@ def exact(completions: list[str], answer: list[str], **_: object) -> list[float]
 class Progress(TrainerCallback):
     """A line for each entry of the log, in place of all that the trainer knows."""
 
-    def on_log(self, args: object, state: TrainerState, control: object, logs: dict[str, float], **_: object) -> None:
-        if "reward" in logs:
+    def on_log(
+        self, args: object, state: TrainerState, control: object, logs: dict[str, float] | None = None, **_: object
+    ) -> None:
+        if logs is not None and "reward" in logs:
             print(f"step {state.global_step:4d}  reward of the rollouts {logs['reward']:.3f}", flush=True)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from qsurgeon.layers.kinds import kind_in
 from qsurgeon.observing import Seen, observed, undisturbed
 from qsurgeon.surgery import plain_model
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Module:
+
+def calibrate(model: Model, batches: Iterable[Mapping[str, Any]]) -> Model:
     """Give every static tensor scale of a wrapped model its number, and return the model.
 
     The number lets the largest magnitude that a module's input took in ``batches`` (each is what the model is called

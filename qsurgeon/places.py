@@ -167,7 +167,7 @@ def _content(folder: Path) -> str | None:
         )
     if folder.name.endswith(PARTIAL) and (folder / folder.name.removesuffix(PARTIAL)).is_dir():
         final = folder.with_name(folder.name.removesuffix(PARTIAL))
-        return f"is an unfinished {final}: the same apply that began it goes on with it, and then {final} is there"
+        return f"is an unfinished {final}: run the same apply again to resume it and create {final}"
     if (folder / "model_index.json").is_file():
         parts = sorted(one.parent.name for one in folder.glob(f"*/{CONFIG}"))
         has = f", of which {', '.join(parts)} have a {CONFIG}" if parts else ""

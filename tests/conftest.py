@@ -5,12 +5,33 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+SEED = int(os.environ.get("QSURGEON_SEED", "0"))  # another one tries the tests on other numbers
+
+
+def _seed() -> None:
+    """Begin from the same random numbers, whatever ran in this process before."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Let what a fixture draws depend on no other."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Let what a test draws depend on no other, nor on which fixtures were there already."""
+    _seed()
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +61,7 @@ def make_qwen2(qwen2_config: Callable[..., Any]) -> Callable[..., Any]:
     """Return a maker of tiny Qwen2 models, always with the same weights; its keywords replace config fields."""
     from transformers import Qwen2ForCausalLM
 
-    def make(**fields: Any) -> Qwen2ForCausalLM:
+    def make(**fields: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return Qwen2ForCausalLM(qwen2_config(**fields)).eval()

@@ -87,7 +87,8 @@ def mean_gradients(model: Any, tokens: torch.Tensor, worker: Any) -> Tensors:
     for rows in tokens.chunk(PROCESSES):
         (model(input_ids=rows, labels=rows).loss / PROCESSES).backward()
     torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=worker.LEARNING_RATE).step()
-    return worker.gradients(model)
+    gradients: Tensors = worker.gradients(model)
+    return gradients
 
 
 @pytest.fixture(scope="module")

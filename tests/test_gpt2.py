@@ -210,7 +210,7 @@ def adapted(base: Path, to: Path) -> Any:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(to)
+    model.save_pretrained(str(to))
     return model.eval()
 
 
@@ -244,7 +244,7 @@ def test_a_merged_adapter_is_what_a_linear_with_it_becomes(
     # The same with Linears: W + ΔW, or q(W) + ΔW, is rounded where peft does not transpose.
     reference = qsurgeon.apply(recipe(how, storage, ("Linear",)), with_linears(folder))
     with_adapter = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")
-    layer = with_adapter.base_model.model.transformer.h[0].attn.c_attn
+    layer: Any = with_adapter.get_submodule("base_model.model.transformer.h.0.attn.c_attn")
     merged = qsurgeon.load(tmp_path / "merged").transformer.h[0].attn.c_attn
     delta = layer.get_delta_weight("default")
     if storage == "master":

@@ -25,6 +25,9 @@ FP8 = Recipe(version=1, formats=STATIC, rules=[Rule(target=["**"], weight="e4m3-
 class Noisy(nn.Module):
     """A model with all that a run can change: dropout, running statistics, a buffer that grows, and random numbers."""
 
+    longest: Tensor
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm, self.drop = nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout(0.5)
@@ -33,7 +36,7 @@ class Noisy(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.fails = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         self.longest = torch.maximum(self.longest, torch.tensor(float(len(x))))
         self.calls += 1
         y = self.drop(self.norm(self.first(x))) + torch.rand(32)
@@ -130,7 +133,7 @@ def test_what_looks_records_no_gradient() -> None:
 def test_a_call_without_values_is_not_seen() -> None:
     with FakeTensorMode():
         model = nn.Linear(4, 4)
-        calls: list[Seen[nn.Module]] = []
+        calls: list[Seen[nn.Linear]] = []
         with observed({"it": model}, calls.append):
             model(torch.randn(1, 4))
     assert calls == []
@@ -139,7 +142,7 @@ def test_a_call_without_values_is_not_seen() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo of torch 2.13 does
 def test_a_compiled_model_is_seen_too() -> None:
     plain = qsurgeon.apply(MXFP4, nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)))
-    model = torch.compile(plain, backend="eager")
+    model: Any = torch.compile(plain, backend="eager")
     model(torch.randn(1, 32))
     calls: list[Seen[Any]] = []
     with observed(quant_layers(model), calls.append), undisturbed(model):

@@ -23,14 +23,14 @@ IDS = torch.arange(1, 9).reshape(1, 8)
 
 
 def recipe(phases: str, **fields: Any) -> Recipe:
-    rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)  # type: ignore[arg-type]
+    rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)
     return Recipe(version=1, rules=(rule,), **fields)
 
 
 def by_layer(*phases: str) -> Recipe:
     """Return a recipe with a rule for each layer."""
     rules = tuple(
-        Rule(name=f"rule {number}", target=(f"layers.{number}",), weight="mxfp4", input="mxfp4", phases=one)  # type: ignore[arg-type]
+        Rule(name=f"rule {number}", target=(f"layers.{number}",), weight="mxfp4", input="mxfp4", phases=one)
         for number, one in enumerate(phases)
     )
     return Recipe(version=1, rules=rules)

@@ -7,7 +7,8 @@ ever. What of transformers is not public here was seen in 5.23.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,7 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from qsurgeon.errors import CheckpointError
-from qsurgeon.layers import packed_layers
+from qsurgeon.layers import packed_layers, quant_layers
 from qsurgeon.storage.packed import WEIGHT
 
 Transforms = Sequence[WeightTransform]
@@ -128,13 +129,34 @@ class _Converter(WeightConverter):
         return super().rename_source_key(source_key)
 
 
+@contextmanager
+def _as_it_is(model: Any) -> Iterator[None]:
+    """Let a wrapped model be saved inside the block as it is, and not as the quantized one that it was loaded from.
+
+    transformers saves what it dequantized under the names of what was quantized: it keeps the conversions of the
+    quantizer that read the checkpoint, and does them backwards. Without them it has those of the model's type.
+    """
+    before = getattr(model, "_weight_conversions", None)
+    operations = [one for transform in before or () for one in getattr(transform, "operations", ())]
+    quantizer = getattr(model, "hf_quantizer", None)
+    if all(getattr(one, "hf_quantizer", quantizer) is quantizer for one in operations) or not quant_layers(model):
+        yield
+        return
+    model._weight_conversions = None
+    try:
+        yield
+    finally:
+        model._weight_conversions = before
+
+
 def keeping(revert: Callable[[Any, State], State]) -> Callable[[Any, State], State]:
     """Return a ``revert_weight_conversion``, which save_pretrained calls, that leaves codes and scales alone."""
 
     def revert_weight_conversion(model: Any, state_dict: State) -> State:
         packed = packed_names(model)
         kept = kept_names(model, packed) if packed else frozenset()
-        done = revert(model, {name: one for name, one in state_dict.items() if name not in kept})
+        with _as_it_is(model):
+            done = revert(model, {name: one for name, one in state_dict.items() if name not in kept})
         own = {name: one for name, one in state_dict.items() if name in kept}
         if twice := own.keys() & done.keys():
             raise CheckpointError(

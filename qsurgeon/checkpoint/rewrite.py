@@ -326,4 +326,4 @@ def _plan_json(plan: Plan, origin: str) -> dict[str, Any]:
 def _kept(destination: Path) -> str:
     """Return the end of an error message: that another run need not do everything again."""
     partial = partial_of(destination)
-    return f"; what is done is kept in {partial}, and the same command goes on with it" if partial.is_dir() else ""
+    return f"; finished work is kept in {partial}, and the same command resumes it" if partial.is_dir() else ""

@@ -79,7 +79,7 @@ def _option(line: Line, word: str, rest: list[str]) -> Line:
 
 def _next(own: str, rest: list[str], verb: Verb) -> str:
     if rest and rest[0].partition("=")[0] in verb.options:
-        raise UsageError(f"{own} needs a value, and {rest[0]} stands in its place")
+        raise UsageError(f"{own} needs a value but is followed by {rest[0]}")
     if not rest:
         raise UsageError(f"{own} needs a value")
     return rest.pop(0)

@@ -215,7 +215,7 @@ def _has_tangent(x: Tensor) -> bool:
     # A private name of torch 2.13: asking each tensor takes longer, and outside of a level none has a tangent.
     if forward_ad._current_level < 0:
         return False
-    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _at_least_rows(x: Tensor) -> Tensor:

@@ -36,11 +36,21 @@ class QSurgeonConfig(QuantizationConfigMixin):
 
     def __init__(self, **fields: Any) -> None:
         self.record = read_record(fields, "config.json")
+        self._data = self.record.to_dict()
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the hint says enum, a str is taken
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QSurgeonConfig":
+        """Return a copy with the same record, which nothing changes.
+
+        Encoder-decoder models copy their config in forward, and dynamo cannot trace pydantic.
+        """
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps."""
-        return {"quant_method": QUANT_METHOD, **self.record.to_dict()}
+        return {"quant_method": QUANT_METHOD, **self._data}
 
 
 class QSurgeonQuantizer(HfQuantizer):
@@ -57,6 +67,7 @@ class QSurgeonQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._slots: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # what the packed layers are to be filled with
         self._found: set[str] = set()
+        self._computing: dict[str, torch.dtype] = {}
         self._kept: frozenset[str] = frozenset()  # names that a checkpoint has as the modules have them
         self._to_save: Any = None
 
@@ -134,6 +145,9 @@ class QSurgeonQuantizer(HfQuantizer):
             if not fits:
                 wanted = "floating point" if kind.is_floating_point else "U8"
                 raise CheckpointError(f"{name} is {found.dtype}; the packed layer takes {wanted}")
+            layer, _, key = name.rpartition(".")
+            if key == WEIGHT and dtype is not None and dtype.is_floating_point:
+                self._computing[layer] = dtype  # the model's class keeps it in another dtype than the rest
         new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return new
 
@@ -158,7 +172,9 @@ class QSurgeonQuantizer(HfQuantizer):
                 is_named = not self.pre_quantized or f"{name}.{key}" not in self._slots.keys() - self._found
                 if not (is_read and is_named):
                     raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
-        self._slots, self._found = {}, set()
+        for name, dtype in self._computing.items():
+            model.get_submodule(name).compute_in(dtype)
+        self._slots, self._found, self._computing = {}, set(), {}
         record = current_record(model)
         if record is not None:
             model.config.quantization_config = QSurgeonConfig(**record.to_dict())
@@ -200,6 +216,7 @@ class _Pack(ConversionOps):
             expected = layer.weights[0].row_shape(layer.features)
             if tuple(weight.shape) != expected:
                 raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
+            layer.compute_in(weight.dtype)
             done |= {f"{path}.{key}": tensor for key, tensor in layer.packed(weight).items()}
         return done
 
@@ -238,7 +255,7 @@ def note(model: Any) -> None:
         return
     config = QSurgeonConfig(**record.to_dict())
     vars(model.config)["quantization_config"] = config
-    _assign_is_quantized(model)  # type: ignore[no-untyped-call]
+    _assign_is_quantized(model)
     vars(model).update(hf_quantizer=None, is_quantized=False)
     if record.storage == "packed":
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)

@@ -3,7 +3,7 @@
 A packed weight is a uint8 Parameter, and torch computes with uint8 as readily as with floats: an average of two codes
 is a code of another value. So what is called on Codes decides: what moves, copies or describes bytes works and returns
 Codes; all else raises CodesError, which names the layer. The list names what is allowed, so that a function that
-nobody thought of is refused.
+nobody thought of is refused. Who asks for the dtype in order to compute in it is told that of the values (``asking``).
 """
 
 import threading
@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from qsurgeon.errors import CodesError
+from qsurgeon.layers.asking import asks_of_model, asks_of_values
 from qsurgeon.patching import Method, patch
 
 # What returns the bytes, all or some of them, in some order, in new memory or in the same.
@@ -41,6 +42,9 @@ _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
 _CASTS = {"to", "type", "view", "_to_copy"}
 _COMPARES = {"eq", "ne", "equal", "__eq__", "__ne__"}
 _COPIES = {"copy_", "_foreach_copy_", "__setitem__"}
+# What makes something in the dtype of a tensor.
+_NEW = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
+_ASKS = {"dtype", "is_floating_point", "to", "type_as", *_NEW}
 _SETTABLE = {"data", "grad", "requires_grad", "names", "_backward_hooks"}
 # Operators that only move bytes: ours, and those of collective communication.
 _NAMESPACES = {"qsurgeon", "fsdp", "c10d", "_c10d_functional"}
@@ -49,9 +53,14 @@ _disabled: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFun
 
 
 class Codes(nn.Parameter):
-    """A Parameter whose bytes are codes or scales. ``label`` names it in errors: the layer's name and its own."""
+    """A Parameter whose bytes are codes or scales.
+
+    label: names it in errors: the layer's name and its own. values_dtype: what the values are that its layer computes
+    with; None for bytes that were taken out of a parameter, such as a state dict's.
+    """
 
     label: str
+    values_dtype: torch.dtype | None = None
 
     def __new__(cls, data: Tensor, requires_grad: bool = False, label: str = "", **attributes: Any) -> "Codes":
         """Return Codes that share the memory of ``data``, uint8. ``attributes`` are kept, as accelerate passes them.
@@ -76,6 +85,8 @@ class Codes(nn.Parameter):
         kwargs = kwargs or {}
         with _disabled():
             name = _name(func)
+            if name in _ASKS and (asked := _of_values(func, name, args, kwargs)) is not None:
+                return asked
             operands = list(_tensors((*args, *kwargs.values())))
             label = next((one.label for one in operands if isinstance(one, Codes)), "")
             if _asks_for_gradient(func, name, args, kwargs):
@@ -85,7 +96,11 @@ class Codes(nn.Parameter):
                     return _average(func, args, kwargs)
                 raise CodesError(_no(label, name))
             found = func(*args, **kwargs)
-            return _marked(found, label, operands) if name in _MOVES else found
+            if name in _MOVES:
+                found = _marked(found, label, operands)
+                if name == "data" and isinstance(found, Codes):
+                    found.values_dtype = args[0].values_dtype
+            return found
 
     def plain(self) -> nn.Parameter:
         """Return an ordinary Parameter that shares the memory."""
@@ -106,7 +121,7 @@ class Codes(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as an ordinary tensor, which ``torch.load`` reads without this package; layers mark it again."""
         plain = self.plain()
-        return (plain if getattr(self, "_is_param", False) else plain.data).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return (plain if getattr(self, "_is_param", False) else plain.data).__reduce_ex__(protocol)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -152,6 +167,26 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def _of_values(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Return what is asked of codes, if it is answered for the values that they stand for; None if it is not."""
+    codes = next((one for one in (*args, *kwargs.values()) if isinstance(one, Codes)), None)
+    dtype = None if codes is None else codes.values_dtype
+    if codes is None or dtype is None or isinstance(func, torch._ops.OpOverload):
+        return None
+    above = 2  # that is where __torch_function__ was called
+    if name == "is_floating_point":
+        return dtype.is_floating_point if asks_of_model(above) else None
+    if not asks_of_values(above):
+        return None
+    if name == "dtype":
+        return dtype
+    if name not in _NEW and args[0] is codes:
+        return None
+    like = torch.empty(0, dtype=dtype, device=codes.device)
+    replaced = {key: like if one is codes else one for key, one in kwargs.items()}
+    return func(*(like if one is codes else one for one in args), **replaced)
+
+
 def _allows(func: Any, name: str, operands: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Return whether ``func`` leaves codes what they are."""
     access = getattr(func, "__name__", "")
@@ -171,6 +206,8 @@ def _allows(func: Any, name: str, operands: list[Tensor], args: Sequence[Any], k
         return not _changes_dtype(args, kwargs)
     if name in _JOINS:
         return are_bytes
+    if name == "numpy":  # accelerate keeps weights on a disk so
+        return not asks_of_values(2)
     return name in _MOVES | _DESCRIBES or (name.startswith(("is_", "_is_")) and name != "is_nonzero")
 
 

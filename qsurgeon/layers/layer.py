@@ -55,6 +55,10 @@ class QuantLayer(nn.Module):
 
     source: ClassVar[type[nn.Module]]
     weights: ClassVar[tuple[Weight, ...]]
+    # Of a layer that has one weight; see ``quantizations`` for others.
+    quantization: Quantization
+    weight: Any
+    bias: Any
     name: str = ""  # in the plain model, for errors; empty where it is not known
 
     @classmethod
@@ -136,8 +140,6 @@ class QuantProduct(QuantLayer):
     """A wrapped layer that is one product: of its input and of its one weight, q(x) · q(W)ᵀ + b."""
 
     weights = (ONE,)
-    quantization: Quantization
-    bias: Any  # a Parameter, or None
 
     @classmethod
     def wrap(cls, module: nn.Module, quantization: Quantization, name: str = "") -> None:

@@ -34,7 +34,7 @@ class PackedLayer(QuantProduct):
     Its tensors are ``Codes``, with which nothing can compute by mistake; what is put in their place becomes Codes too.
 
     compute_dtype: what the weight was before it was packed, which follows ``.to(dtype)``. peft makes its adapters'
-    parameters in it.
+    parameters in it, and other code that asks the weight for its dtype is told it.
     """
 
     compute_dtype: torch.dtype
@@ -165,8 +165,15 @@ class PackedLayer(QuantProduct):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        vars(self)["compute_dtype"] = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
+        self.compute_in(fn(torch.empty(1, dtype=self.compute_dtype)).dtype)
         return self
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Let ``dtype`` be what the weight's values are, as if it had been that before it was packed."""
+        vars(self)["compute_dtype"] = dtype
+        for tensor in self.stored.values():
+            if isinstance(tensor, Codes):
+                tensor.values_dtype = dtype
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a tensor of the weight, which becomes Codes, or the bias.
@@ -203,11 +210,14 @@ class PackedLayer(QuantProduct):
         return f"{self.name or type(self).__name__}.{name}"
 
     def _as_codes(self, name: str, value: Any) -> Any:
-        """Return ``value`` as Codes, if it is a plain tensor in the place of one of the weight's."""
-        is_plain = type(value) in (Tensor, nn.Parameter)
-        if not is_plain or name not in stored_shapes(self.grid, 0, 0):
+        """Return ``value`` as Codes of this layer, if it is a tensor in the place of one of the weight's."""
+        if name not in stored_shapes(self.grid, 0, 0):
             return value
-        return Codes(value, value.requires_grad, self._label(name))
+        if type(value) in (Tensor, nn.Parameter):
+            return Codes(value, value.requires_grad, self._label(name), values_dtype=self.compute_dtype)
+        if isinstance(value, Codes):
+            value.values_dtype = self.compute_dtype
+        return value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuse tensors that torch would cast: a value that is rounded to a byte is no code."""

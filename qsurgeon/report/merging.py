@@ -33,7 +33,7 @@ def _numbers(one: Change) -> tuple[str, str, str]:
 
 def _totals(merged: Merged) -> str:
     rounded = [one for one in merged.changes if one.codes]
-    lines = [f"{len(merged.changes)} modules are merged, {len(rounded)} of them rounded anew"]
+    lines = [f"{len(merged.changes)} modules are merged, {len(rounded)} of them rounded again"]
     if rounded:
         relative, share, sqnr = _numbers(total(rounded))
         lines[0] += f": ΔW/W {relative or '-'}, {share} of their codes changed, {sqnr} dB"

@@ -16,15 +16,12 @@ from qsurgeon.layers.compiling import HELD
 _HELD = ".base_layer"
 # Their forward reads the weight and multiplies with it itself, changed or not, and never calls the layer.
 _READ_THE_WEIGHT = {"frod", "glora", "hra", "shira", "supertuning", "trainable_tokens"}
-# Those compute with the weight's values beside the layer that they call,
+# Those compute with the weight's values beside the layer that they call.
 _COMPUTE_WITH_THE_WEIGHT = {"hira", "loha", "lokr", "peanut"}
-# and those make tensors of their own in its dtype.
-_TAKE_ITS_DTYPE = {"unilora"}
-# Fields of a LoraConfig that make LoRA do one or the other.
+# Fields of a LoraConfig that make LoRA do so.
 _ON_VALUES = {
     "use_dora": "DoRA",
     "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
     "target_parameters": "LoRA with target_parameters",
 }
 
@@ -81,7 +78,7 @@ def objection(config: Any, *, is_packed: bool) -> str | None:
     is_dora = method == "lora" and config.use_dora
     if is_packed:
         found = [name for field, name in _ON_VALUES.items() if method == "lora" and getattr(config, field, None)]
-        if found or method in _COMPUTE_WITH_THE_WEIGHT | _TAKE_ITS_DTYPE:
+        if found or method in _COMPUTE_WITH_THE_WEIGHT:
             return f"{found[0] if found else method} computes with the weight of what it sits on, which is packed"
     if is_dora and config.lora_dropout and not config.inference_mode:
         return f"DoRA with lora_dropout {past} while it trains; set lora_dropout=0"
@@ -113,9 +110,6 @@ def _into_what_it_holds(layer: Any) -> str | None:
     if methods & _COMPUTE_WITH_THE_WEIGHT:
         method = min(methods & _COMPUTE_WITH_THE_WEIGHT)
         return f"the adapter on it ({kind} of peft's {method}) computes with its weight, which is packed"
-    if methods & _TAKE_ITS_DTYPE:
-        method = min(methods & _TAKE_ITS_DTYPE)
-        return f"the adapter on it ({kind} of peft's {method}) takes the dtype of its weight, which is packed"
     if "lora" in methods and kind == "ParamWrapper":
         return "the adapter on it (LoRA's target_parameters) adds to its weight, which is packed"
     if "lora" in methods and variants is not None:
@@ -124,8 +118,6 @@ def _into_what_it_holds(layer: Any) -> str | None:
                 return "the adapter on it (DoRA) computes with its weight, which is packed"
             if isinstance(variant, variants.KasaLinearVariant):
                 return "the adapter on it (KaSA) replaces its weight, which is packed"
-            if isinstance(variant, variants.VeloraLinearVariant):
-                return "the adapter on it (VeLoRA) takes the dtype of its weight, which is packed"
     return None
 
 

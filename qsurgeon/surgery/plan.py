@@ -53,10 +53,8 @@ class Step:
     @property
     def remark(self) -> str:
         """Say which code may compute past the module, if any; what is sure to is refused when a plan is made."""
-        past = [one.where for one in self.module.readers if one.takes_values]
-        if not past or self.quantization is None:
-            return ""
-        return f"{past[0]} takes its weight itself in some calls, unrounded"
+        past = [one for one in self.module.readers if one.takes_values]
+        return past[0].remark if past and self.quantization is not None else ""
 
     @property
     def why(self) -> str:

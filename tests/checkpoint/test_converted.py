@@ -198,13 +198,14 @@ def test_a_tensor_that_is_missing_is_an_error_where_others_are_split(
 
 def _mappings() -> dict[str, Any]:
     conversion_mapping.get_checkpoint_conversion_mapping("legacy")  # makes it
-    found: dict[str, Any] = conversion_mapping._checkpoint_conversion_mapping_cache
+    found: Any = conversion_mapping._checkpoint_conversion_mapping_cache
+    assert isinstance(found, dict)
     return found
 
 
 def converting() -> Iterator[str]:
     """Yield the model types that have a mapping with a conversion of something else than experts."""
-    types = {}
+    types: dict[str, None] = {}
     for name, mapping in _mappings().items():
         own = [one for one in mapping if isinstance(one, WeightConverter)]
         if any("expert" not in pattern for one in own for pattern in one.target_patterns):

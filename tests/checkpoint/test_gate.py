@@ -31,7 +31,7 @@ def maker(kind: str) -> Any:
     """Return a tiny model with biases, a head, and more than one kind of tensor."""
     import transformers as hf
 
-    tiny = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
+    tiny: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
     torch.manual_seed(0)
     match kind:
         case "qwen2":
@@ -161,7 +161,7 @@ def test_a_pipe_by_any_name_is_refused(copy: Callable[[str], Path], tmp_path: Pa
 def adapter(folders: dict[str, Path], tmp_path: Path) -> Path:
     model = qsurgeon.load(folders["qwen2-master"])
     config = peft.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
     data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     data["base_model_name_or_path"] = str(folders["qwen2-master"])
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(data))

@@ -456,7 +456,7 @@ def test_an_output_beneath_a_file_is_a_mistake(run: Run) -> None:
 
 
 def test_an_output_inside_the_source_is_a_mistake(run: Run) -> None:
-    assert apply(run, output="tiny/out") == "error: tiny/out lies inside the source tiny; write somewhere else\n"
+    assert apply(run, output="tiny/out") == "error: tiny/out is inside the source tiny; write somewhere else\n"
 
 
 def test_public_without_a_repository_is_a_mistake(run: Run) -> None:
@@ -543,7 +543,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(run: Run) -> None:
     done = interrupted(after=20)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.splitlines()[-1] == (
-        "interrupted; what is done is kept in done.partial, and the same command goes on with it"
+        "interrupted; finished work is kept in done.partial, and the same command resumes it"
     )
     assert "Traceback" not in done.stderr
     assert run("apply", "mine.yaml", "--model", "tiny", "--output", "done", "--resume").code == 0

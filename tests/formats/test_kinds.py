@@ -114,10 +114,10 @@ def assert_alike(kind: str, act: str, fmt: Format, x: Tensor, monkeypatch: pytes
     for one in (kind, "eager"):
         monkeypatch.setenv(kernels.VARIABLE, one)
         found[one] = acts(monkeypatch)[act](fmt, x)
-    for one, other in zip(found[kind], found["eager"], strict=True):
-        assert (one.shape, one.dtype) == (other.shape, other.dtype), (act, x.shape)
-        differ = (bits(one) != bits(other)).sum().item()
-        assert not differ, f"{kind} {act} of {tuple(x.shape)}: {differ} of {one.numel()} differ"
+    for ours, other in zip(found[kind], found["eager"], strict=True):
+        assert (ours.shape, ours.dtype) == (other.shape, other.dtype), (act, x.shape)
+        differ = (bits(ours) != bits(other)).sum().item()
+        assert not differ, f"{kind} {act} of {tuple(x.shape)}: {differ} of {ours.numel()} differ"
 
 
 def check(kind: str, act: str, fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

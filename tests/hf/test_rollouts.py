@@ -23,7 +23,7 @@ from qsurgeon.recipe import Recipe, Rule
 TOKENIZER = Path(__file__).parents[2] / "examples" / "models" / "tiny-math"
 IDS = torch.arange(1, 9).reshape(1, 8)
 GREEDY = hf.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=95, pad_token_id=0)
-SMALL = {"num_blocks": 8, "max_batch_tokens": 32}  # as much of the memory as it can get is the default
+SMALL: dict[str, Any] = {"num_blocks": 8, "max_batch_tokens": 32}  # as much of the memory as it can get is the default
 BATCHED: dict[str, Any] = {
     "generation_config": GREEDY, "continuous_batching_config": hf.ContinuousBatchingConfig(**SMALL),
 }  # fmt: skip
@@ -31,7 +31,7 @@ Seen = set[str]
 
 
 def recipe(phases: str) -> Recipe:
-    rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)  # type: ignore[arg-type]
+    rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)
     return Recipe(version=1, rules=(rule,))
 
 
@@ -58,7 +58,7 @@ class OwnLoop(hf.Qwen2ForCausalLM):
     """Generates by itself, as many of transformers' models do, and what comes with a checkpoint."""
 
     @torch.no_grad()
-    def generate(self, ids: Tensor) -> Tensor:
+    def generate(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         for _ in range(2):
             ids = torch.cat([ids, self(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
         return ids

@@ -43,15 +43,18 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x).relu_())
+        added: Tensor = self.down(self.up(x).relu_())
+        return x + added
 
 
 def blocks(kind: type[QuantLinear] | None, how: Callable[[int], Quantization]) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(*(Block() for _ in range(LAYERS)))
     for number, block in enumerate(model):
-        for layer in (block.up, block.down) if kind is not None else ():
-            kind.wrap(layer, how(number))
+        assert isinstance(block, Block)
+        for layer in (block.up, block.down):
+            if kind is not None:
+                kind.wrap(layer, how(number))
     return model
 
 
@@ -146,8 +149,8 @@ def test_models_with_other_static_scales_are_compiled_one_after_the_other(order:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     for number, word in enumerate(order.split(", ")):
         how = Quantization(NVFP4, static(NVFP4, number) if word == "static" else NVFP4)
-        model, expected = (blocks(QuantLinear, lambda _, how=how: how)[:1] for _ in range(2))
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        model, expected = (blocks(QuantLinear, dict.fromkeys(range(LAYERS), how).__getitem__)[:1] for _ in range(2))
+        compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert same(step(compiled, x), step(expected, x))
 
 
@@ -173,7 +176,7 @@ def test_generate_compiles_with_a_static_cache(storage: str, small_model: Make) 
     options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(TOKENS, disable_compile=True, **options)
     counters.clear()
-    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    config: Any = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)  # type: ignore[arg-type]
     config._compile_all_devices = True  # a CPU too
     assert torch.equal(model.generate(TOKENS, compile_config=config, **options), expected)
     assert counters["stats"]["unique_graphs"] > 0

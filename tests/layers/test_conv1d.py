@@ -24,7 +24,7 @@ OWN = {
 }
 FORMATS = {**CATALOG, **OWN}
 INPUTS, OUTPUTS = 80, 48  # neither is a whole number of all blocks
-STORAGES = {"master": (QuantConv1D, QuantLinear), "packed": (PackedConv1D, PackedLinear)}
+STORAGES: dict[str, tuple[Any, Any]] = {"master": (QuantConv1D, QuantLinear), "packed": (PackedConv1D, PackedLinear)}
 
 
 def pair(how: Quantization, storage: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -139,15 +139,17 @@ def test_a_copy_computes_the_same(storage: str, copied: Any) -> None:
 def test_it_is_compiled_without_a_break(storage: str) -> None:
     conv, _ = pair(Quantization(MX, MX), storage)
     x = torch.randn(2, INPUTS)
-    assert torch.equal(torch.compile(conv, fullgraph=True, backend="aot_eager")(x), conv(x))
+    compiled: Any = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), conv(x))
 
 
 def test_a_subclass_is_not_wrapped() -> None:
     class Own(Conv1D):
         pass
 
+    own: Any = Own
     with pytest.raises(SurgeryError) as caught:
-        QuantConv1D.wrap(Own(4, 4), Quantization(MX, None))
+        QuantConv1D.wrap(own(4, 4), Quantization(MX, None))
     assert str(caught.value).endswith("Own, not Conv1D itself")
 
 

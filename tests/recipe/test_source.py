@@ -207,7 +207,7 @@ def test_a_format_of_its_own_must_say_what_it_is_like() -> None:
 
 def test_a_key_may_stand_only_once() -> None:
     assert complaint(PLAIN + "    weight: nvfp4\n") == (
-        "mine.yaml:5:5: key 'weight' stands twice; first on line 4\n        weight: nvfp4\n        ^^^^^^"
+        "mine.yaml:5:5: key 'weight' appears twice; first on line 4\n        weight: nvfp4\n        ^^^^^^"
     )
 
 

@@ -36,7 +36,7 @@ class Named(nn.Module):
 def model(name: str) -> Any:
     configs: dict[str, Any] = {
         "dense": hf.Qwen2Config(num_hidden_layers=2),
-        "moe": hf.Qwen3MoeConfig(num_hidden_layers=2, num_experts=8, head_dim=64),
+        "moe": hf.Qwen3MoeConfig(num_hidden_layers=2, num_experts=8, head_dim=64),  # type: ignore[call-arg]
         "vision": hf.Gemma3Config(),
     }
     classes: dict[str, Any] = {

@@ -45,7 +45,8 @@ class QuantPair(QuantLayer, Pair):
         inner = inner.relu()
         if "down" in hows:
             return quantized_linear(inner, self.down, self.bias, hows["down"])
-        return inner @ self.down.mT + self.bias
+        plain: Tensor = inner @ self.down.mT + self.bias
+        return plain
 
 
 class Toy(hf.PreTrainedModel):
@@ -57,7 +58,7 @@ class Toy(hf.PreTrainedModel):
         self.embed = nn.Embedding(32, 64)
         self.blocks = nn.ModuleList([Pair(), Pair()])
         self.head = nn.Linear(64, 32)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
@@ -65,6 +66,11 @@ class Toy(hf.PreTrainedModel):
             x = x + block(x)
         head: Tensor = self.head(x)
         return head
+
+
+def toy(config: Any) -> Any:
+    made: Any = Toy(config)
+    return made.eval()
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +83,7 @@ def known() -> Iterator[Kind]:
 @pytest.fixture
 def model() -> Any:
     torch.manual_seed(0)
-    return Toy(hf.LlamaConfig(tie_word_embeddings=False)).eval()
+    return toy(hf.LlamaConfig(tie_word_embeddings=False))
 
 
 def rule(*target: str, **fields: Any) -> Rule:
@@ -207,7 +213,7 @@ def test_it_computes_with_the_weights_that_the_plan_names(model: Any) -> None:
 
 
 def test_the_record_names_each_weight_and_wraps_another_model_alike(model: Any) -> None:
-    plain = Toy(model.config).eval()
+    plain = toy(model.config)
     plain.load_state_dict(model.state_dict())
     data = qsurgeon.apply(both(), model).config.quantization_config.to_dict()
     (written,) = data["rules"]
@@ -219,7 +225,8 @@ def test_the_record_names_each_weight_and_wraps_another_model_alike(model: Any) 
 
 def test_it_is_saved_and_opened_again(model: Any, tmp_path: Path) -> None:
     qsurgeon.apply(both(), model).save_pretrained(tmp_path)
-    again = Toy.from_pretrained(tmp_path).eval()
+    again: Any = Toy.from_pretrained(tmp_path)
+    again.eval()
     assert torch.equal(again(IDS), model(IDS))
     assert qsurgeon.inspect(again).to_dict() == qsurgeon.inspect(model).to_dict()
 

@@ -19,7 +19,7 @@ Numbers = dict[str, float]
 def apply(model: Any, *phases: str) -> Any:
     """Return the model with a rule for each of its layers."""
     rules = tuple(
-        Rule(name=f"rule {number}", target=(f"layers.{number}",), weight="mxfp4", input="mxfp4", phases=one)  # type: ignore[arg-type]
+        Rule(name=f"rule {number}", target=(f"layers.{number}",), weight="mxfp4", input="mxfp4", phases=one)
         for number, one in enumerate(phases)
     )
     return qsurgeon.apply(Recipe(version=1, rules=rules), model)
@@ -93,7 +93,7 @@ def test_a_layer_that_does_other_than_its_rule_says_is_not_active(
     model = apply(plain, "rollout", "rollout")
     for name, layer in quant_layers(model).items():
         if "layers.0" in name:
-            layer.forward = broken(layer)  # type: ignore[method-assign]
+            layer.forward = broken(layer)
     with block():
         numbers = watched(model, train)
     assert numbers == {"called": 1.0, "active": 0.5, "in_phase": in_phase}

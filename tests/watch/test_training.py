@@ -104,7 +104,7 @@ def test_gradient_checkpointing_changes_no_number(model: Any, options: dict[str,
     for layer in model.model.layers:
         forward = layer.mlp.forward
 
-        def counted(x: Tensor, forward: Any = forward) -> Tensor:
+        def counted(x: Tensor, forward: Any = forward) -> Any:
             forwards.append(x)
             return forward(x)
 
@@ -224,7 +224,8 @@ def test_a_weight_that_is_not_there_is_refused(model: Any) -> None:
 
 @pytest.mark.parametrize("what", ["every", "rows"])
 def test_counts_under_one_are_refused(what: str, model: Any) -> None:
-    for make in (lambda **options: qsurgeon.Watch(model, **options), qsurgeon.WatchCallback):
+    options: dict[str, Any] = {what: 0}
+    for make in (partial(qsurgeon.Watch, model), qsurgeon.WatchCallback):
         with pytest.raises(UsageError) as caught:
-            make(**{what: 0})
+            make(**options)
         assert str(caught.value) == f"{what} is 0; expected at least 1"

@@ -46,17 +46,17 @@ class Journal:
 
 
 def begin(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Say in ``folder`` of what ``run`` it is; return whether an earlier process said so already.
+    """Write into ``folder`` to which ``run`` it belongs. Return whether an earlier process already did.
 
-    Raises: CheckpointError, telling what differs, if it is of another run.
+    Raises: CheckpointError, which names the difference, if it belongs to a different run.
     """
     file = folder / RUN
     if file.is_file():
         difference = _difference(read_json(file), json.loads(json.dumps(run)))
         if difference:
             raise CheckpointError(
-                f"{folder} is an unfinished run that this one cannot go on with: {difference}. "
-                "Remove it to begin anew, or repeat the run that began it"
+                f"{folder} was started by a run that this one cannot resume: {difference}. "
+                "Delete it to start over, or repeat the original run"
             )
         return True
     whole = file.with_suffix(".new")
@@ -96,7 +96,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: Sequenc
         elif old != new:
             what = " ".join((*path, key))
             if max(len(_shown(old)), len(_shown(new))) > MOST_SHOWN:
-                return f"{what} is another"
+                return f"{what} differs"
             return f"{what} was {_shown(old)}, now it is {_shown(new)}"
     return ""
 
