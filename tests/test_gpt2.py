@@ -18,7 +18,7 @@ from qsurgeon.errors import PlanError
 from qsurgeon.layers import PackedLinear, QuantLinear, quant_layers
 from qsurgeon.layers.kinds.conv1d import PackedConv1D, QuantConv1D
 from qsurgeon.merging import merge
-from qsurgeon.recipe import FormatSpec, Recipe, Rule
+from qsurgeon.recipe import FormatSpec, Recipe, Rule, shipped_recipes
 
 IDS = torch.arange(24).view(2, 12)
 FORMATS = {
@@ -154,6 +154,23 @@ def test_the_bytes_that_a_plan_foretells_are_those_of_the_packed_model(folder: P
     plan = qsurgeon.plan(recipe(storage="packed"), model)
     before = qsurgeon.inspect(model).bytes
     assert qsurgeon.inspect(qsurgeon.apply(recipe(storage="packed"), model)).bytes == before + plan.growth
+
+
+# --- shipped recipes
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if not name.startswith("e13/")])
+def test_a_shipped_recipe_takes_every_layer_but_the_head(folder: Path, name: str) -> None:
+    assert ", in 8 of 9 Linear and Conv1D modules (" in qsurgeon.plan(name, str(folder)).summary
+
+
+@pytest.mark.parametrize(
+    "config", [hf.OpenAIGPTConfig, hf.ImageGPTConfig, hf.DecisionTransformerConfig], ids=lambda one: one.model_type
+)
+def test_other_models_have_them_too(config: Any) -> None:
+    plan = qsurgeon.plan("w4a4-mxfp4", config(n_layer=2))
+    taken = [step for step in plan.wrapped if step.module.type == "Conv1D"]
+    assert len(taken) == len([step for step in plan.steps if step.module.kind == "Conv1D"]) == 8
 
 
 # --- a rule's types
