@@ -14,6 +14,7 @@ from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_layers, quant_layers
 from qsurgeon.observing import observed, undisturbed
 from qsurgeon.report.rows import Report, Row, mark_large
+from qsurgeon.storage import MASTER
 from qsurgeon.surgery import (
     Excluded,
     Plan,
@@ -70,8 +71,11 @@ def inspect(
         fates |= record.exclusions()
         fates |= record.quantizations()
     steps = [Step(module, fates.get(module.name)) for module in inventory(skeleton(config, trust_remote_code))]
-    if record is not None and record.storage == "packed":
-        steps = [replace(step, module=replace(step.module, bytes=step.packed_bytes)) for step in steps]
+    if record is not None and record.encoding is not None:
+        sizes = [step.packed_bytes(record.encoding) for step in steps]
+        steps = [
+            replace(step, module=replace(step.module, bytes=size)) for step, size in zip(steps, sizes, strict=True)
+        ]
     return _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")
 
 
@@ -82,7 +86,7 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
     steps = [Step(module, wrapped.get(module.name) or excluded.get(module.name)) for module in inventory(model)]
     called = None if example is None else _called(model, example)
     packed = packed_layers(model)
-    storage = "packed" if packed else "master" if layers else ""
+    storage = next((one.encoding.name for one in packed.values()), MASTER if layers else "")
     resting = {
         step.module.name
         for step in steps

@@ -12,6 +12,7 @@ from torch import nn
 
 from qsurgeon.errors import SurgeryError
 from qsurgeon.layers import PackedLayer, quant_layers
+from qsurgeon.storage import MASTER
 from qsurgeon.surgery.inventory import inventory, plain_model, quantizations
 from qsurgeon.surgery.plan import Excluded
 from qsurgeon.surgery.record import Header, Record, make_record
@@ -74,18 +75,24 @@ def current_record(model: nn.Module) -> Record | None:
 
 def _storage(root: nn.Module) -> Storage:
     layers = quant_layers(root)
-    packed = [path for path, layer in layers.items() if isinstance(layer, PackedLayer)]
+    packed = {path: layer for path, layer in layers.items() if isinstance(layer, PackedLayer)}
     if not packed:
-        return "master"
+        return MASTER
     master = [
         path
         for path, layer in layers.items()
         if path not in packed and any(how.weight is not None for how in layer.quantizations.values())
     ]
     if master:
-        names = {module.path: module.module for module in inventory(root)}
+        named = {module.path: module.module for module in inventory(root)}
         raise SurgeryError(
-            f"the weight of {names[packed[0]]} is packed and that of {names[master[0]]} is not; a checkpoint has "
-            "one storage: apply recipes with the same storage to both"
+            f"the weight of {named[next(iter(packed))]} is packed and that of {named[master[0]]} is not; a checkpoint "
+            "has one storage: apply recipes with the same storage to both"
         )
-    return "packed"
+    names = list(dict.fromkeys(layer.encoding.name for layer in packed.values()))
+    if names[1:]:
+        raise SurgeryError(
+            f"some weights are stored as {names[0]} and some as {names[1]}; a checkpoint has one storage: apply "
+            "recipes with the same storage"
+        )
+    return names[0]

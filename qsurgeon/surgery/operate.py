@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qsurgeon.errors import FormatError, ShapeError, SurgeryError
 from qsurgeon.layers import Quantization, quant_layers
 from qsurgeon.layers.kinds import KINDS, Kind, listed
+from qsurgeon.storage import MASTER, PACKED, encoding_of
 from qsurgeon.surgery.adapters import bypass, misreading
 from qsurgeon.surgery.interrupts import uninterrupted
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
@@ -53,6 +54,10 @@ def operate(
     packed = sorted((one for one in targets if one.packs), key=lambda one: one.size, reverse=True)
     with uninterrupted():
         _pack_all(packed)
+        encoding = encoding_of(storage)
+        for target in packed if encoding not in (None, PACKED) else ():
+            layer: Any = target.module
+            layer.encode_as(encoding)
         for target in targets:
             if not target.packs:
                 target.wrap()
@@ -164,7 +169,7 @@ def _pack_all(targets: Sequence[_Target]) -> None:
 
 
 def _is_packed(how: Quantization, storage: Storage) -> bool:
-    return storage == "packed" and how.weight is not None
+    return storage != MASTER and how.weight is not None
 
 
 def _is_tied(module: Module, owned: Collection[str]) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qsurgeon.layers.codes import Codes
 from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.kinds.kind import Kind
 from qsurgeon.layers.layer import QuantProduct, Weight
@@ -61,7 +62,7 @@ class PackedConv1D(PackedLayer, QuantConv1D):
 
     def _as_codes(self, name: str, value: Any) -> Any:
         codes = super()._as_codes(name, value)
-        if name == WEIGHT and codes is not None:
+        if name == WEIGHT and isinstance(codes, Codes):
             # peft (0.21) takes the features of a Conv1D from the shape of its weight, or from this where it has it:
             # DeepSpeed leaves the shape of what it partitions here.
             codes.ds_shape = self.nx, self.nf
