@@ -212,9 +212,9 @@ def _describe(
     if isinstance(module, PackedLayer):
         (key,) = keys
         shapes[key] = module.weights[0].row_shape(module.features)
-        counts[key] += prod(module.features) - sum(one.numel() for one in module.stored.values())
+        counts[key] = counts.get(key, 0) + prod(module.features) - sum(one.numel() for one in module.stored.values())
     for at, key in enumerate(keys):
-        taken = set(own) - set(keys[1:]) if at == 0 else {key} & set(own)
+        taken = counts.keys() - set(keys[1:]) if at == 0 else {key} & counts.keys()
         owner, owned = owners[id(own[key])] if key in own else (name, key)
         yield Module(
             name if kind is None else kind.entry(name, key),
@@ -223,7 +223,7 @@ def _describe(
             kind,
             shapes[key],
             sum(counts[one] for one in taken),
-            sum(sizes[one] for one in taken),
+            sum(sizes.get(one, 0) for one in taken),
             f"{owner}.{owned}" if owner != name else "",
             adapter,
             tuple(f"{name}.{one}" for one in own if one in taken and owners[id(own[one])][0] != name),

@@ -65,7 +65,7 @@ class PackedConv1D(PackedLayer, QuantConv1D):
         if name == WEIGHT and isinstance(codes, Codes):
             # peft (0.21) takes the features of a Conv1D from the shape of its weight, or from this where it has it:
             # DeepSpeed leaves the shape of what it partitions here.
-            codes.ds_shape = self.nx, self.nf
+            vars(codes)["ds_shape"] = self.nx, self.nf
         return codes
 
 
