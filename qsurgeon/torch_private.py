@@ -29,6 +29,22 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
+def is_stand_in(x: Tensor) -> bool:
+    """Return whether something stands between ``x`` and its memory, or it is lazily negative.
+
+    That is a mode that watches operations, a tracer of torch.jit, a transform of torch.func, or forward-mode autograd.
+    What has no memory at all (functional and zero tensors) shows where its memory is asked for. A layer asks this at
+    each call, so that it asks the least that there is.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or forward_ad._current_level >= 0
+        or x.is_neg()
+    )
+
+
 def is_fake(x: object) -> bool:
     """Return whether ``x`` is a tensor without values, as torch.compile and FakeTensorMode trace with."""
     return bool(fake_tensor.is_fake(x))

@@ -274,6 +274,17 @@ def test_a_merged_adapter_is_what_a_linear_with_it_becomes(
         assert torch.equal(tensor, merged.state_dict()[key])
 
 
+# --- generating
+
+
+def test_a_generation_keeps_its_rounded_weights_and_has_the_tokens_of_the_model_with_linears(folder: Path) -> None:
+    tokens = []
+    for types, make in (("Conv1D", opened), ("Linear", with_linears)):
+        model = qsurgeon.apply(recipe(types=(types,)), make(folder))
+        tokens.append(model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0))
+    assert torch.equal(*tokens)
+
+
 # --- looking
 
 

@@ -1,6 +1,6 @@
-"""Generation runs in the phase ``rollout``: every ``generate`` of a module, and continuous batching.
+"""Generation runs in the phase ``rollout``, and rounds each weight once: ``generate`` and continuous batching.
 
-Changed are methods of classes (``patching.py``), and only once a model has a rule that asks for the phase.
+Changed are methods of classes (``patching.py``), and only once a model has a layer that rounds.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from qsurgeon.errors import UsageError
-from qsurgeon.layers import Quantization, quant_layers, rollout_unless_told
+from qsurgeon.layers import Quantization, generation, quant_layers, rollout_unless_told
 from qsurgeon.layers.phases.around import around
 from qsurgeon.layers.phases.state import State, current, inside
 from qsurgeon.patching import Method, patch
@@ -24,12 +24,12 @@ _started: WeakKeyDictionary[Any, State] = WeakKeyDictionary()  # managers of con
 
 
 def follow_rollouts(model: nn.Module, quantizations: Iterable[Quantization]) -> None:
-    """Let what generates be in the phase ``rollout``, as soon as a model has a layer that asks for the phase.
+    """Let what generates be in the phase ``rollout``, and keep rounded weights, once a model has a layer that rounds.
 
     That is ``generate`` of each class of modules that is there by now or is defined later (a model's own, a wrapper's,
     that of code which comes with a checkpoint), and of the modules of ``model`` where an object has its own.
     """
-    if all(how.behavior.phases == "both" for how in quantizations):
+    if not any(quantizations):
         return
     for owner in {transformers.GenerationMixin, *_classes(nn.Module)}:
         _follow(owner)
@@ -80,7 +80,7 @@ def _classes(base: type) -> Iterator[type]:
 
 
 def _in_rollout(generate: Method) -> Method:
-    return around(generate, rollout_unless_told)
+    return around(generate, generation)
 
 
 def _starting(start: Method) -> Method:

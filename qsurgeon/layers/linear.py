@@ -43,4 +43,4 @@ class QuantLinear(QuantProduct, nn.Linear):
         rows, columns = weight.shape
         if rows < self.out_features or columns < self.in_features:
             refuse_part(self._described(), weight)
-        return quantized_linear(input, weight, self.bias, how)
+        return quantized_linear(input, weight, self.bias, how, name=self.name)

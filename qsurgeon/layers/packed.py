@@ -11,15 +11,17 @@ from qsurgeon.errors import CheckpointError, CodesError, FormatError, NothingWra
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.layers.codes import Codes, plain
+from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.layer import QuantProduct, quant_layers
 from qsurgeon.layers.linear import QuantLinear
 from qsurgeon.layers.phases import During, without
-from qsurgeon.layers.product import packed_format, packed_linear
+from qsurgeon.layers.product import packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage import PACKED, Encoding
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.torch_private import without_subclass
 from qsurgeon.words import Behavior
 
 
@@ -173,7 +175,7 @@ class PackedLayer(QuantProduct):
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.features[1]}")
         refuse_export(self.training)
         stored: dict[str, Any] = self.stored if self.encoding is PACKED else self._as_packed()
-        with torch._C.DisableTorchFunctionSubclass():  # of Codes
+        with without_subclass():  # of Codes
             if is_sharded(stored[WEIGHT]):
                 return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
             return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)
@@ -286,6 +288,21 @@ def uncounted(model: nn.Module) -> int:
     """Return how many values more than bytes, which ``numel`` counts, the packed weights of ``model`` have."""
     layers = packed_layers(model).values()
     return sum(prod(layer.features) - sum(one.numel() for one in layer.stored.values()) for layer in layers)
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Return how many bytes the rounded weights of ``model`` take that a generation keeps, if ``keep_at_most`` lets it.
+
+    They are the weights that are rounded at each call: of a packed weight none are kept, and tied ones count once.
+    """
+    rounded: list[Tensor] = [
+        getattr(layer, weight)
+        for layer in quant_layers(model).values()
+        for weight, how in layer.quantizations.items()
+        if not isinstance(layer, PackedLayer) and how.weight
+    ]
+    weights = {id(one): one for one in rounded}
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
 def disabled(*models: nn.Module) -> During:

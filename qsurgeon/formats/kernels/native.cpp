@@ -287,7 +287,7 @@ static void run(Job job, int threads, Act&& act) {
 #pragma omp parallel num_threads(threads)
 #endif
     {
-        Buffers buffers;
+        static thread_local Buffers buffers;  // a call on few values costs less than making them
         std::fenv_t own;
         std::fegetenv(&own);
         std::fesetenv(&caller);
@@ -305,11 +305,11 @@ static void run(Job job, int threads, Act&& act) {
     }
 }
 
-template <bool PACK>
-static void round_all(const Job& job, int threads) {
+static void round_all(const Job& job, int threads) {  // into values, codes or both
     run(job, threads, [](const Job& j, const Tile& t, Buffers& buffers) {
         find_scales(j, t, buffers);
-        round_tile<PACK>(j, t, buffers);
+        if (j.out) round_tile<false>(j, t, buffers);
+        if (j.data) round_tile<true>(j, t, buffers);
     });
 }
 
@@ -318,13 +318,13 @@ extern "C" {
 void fake_quantize(const T* x, T* out, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,
                    u32 seed, int threads) {
     const Job job{x, out, nullptr, nullptr, matrices, rows, columns, above, above_step, seed, 0, 0};
-    round_all<false>(job, threads);
+    round_all(job, threads);
 }
 
 void quantize(const T* x, u8* data, S* scale, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,
               u32 seed, int threads) {
     const Job job{x, nullptr, data, scale, matrices, rows, columns, above, above_step, seed, 0, 0};
-    round_all<true>(job, threads);
+    round_all(job, threads);
 }
 
 void saturates(const T* x, u8* marks, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qsurgeon.errors import FormatError, ShapeError
 from qsurgeon.formats.element import Element, FloatElement, IntegerElement
-from qsurgeon.formats.fields import Fields
+from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE, Fields
 from qsurgeon.formats.kernels.backend import Above, Backend, Operation
 from qsurgeon.formats.kernels.pieces import empty_codes, matrices
 from qsurgeon.formats.kernels.private import NotPrivateError, private_folder, read_private
@@ -37,12 +37,13 @@ from qsurgeon.formats.tensor_scale import per_row
 from qsurgeon.telling import say
 
 SMALL = 1 << 15  # values below which a second thread costs more than it gives
-_SOURCE = Path(__file__).with_name("native.cpp")
-_HEADER = Path(__file__).with_name("native_numbers.h")
+_SOURCE = Path(__file__).with_name("product.cpp")
+_INCLUDED = [Path(__file__).with_name(name) for name in ("operand.cpp", "native.cpp", "native_numbers.h")]
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 # Tried in turn: not every compiler knows how to tune for this machine, or has OpenMP.
 _TUNINGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 _COMPILE_SECONDS = 120
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _lock = Lock()
 _libraries: dict[tuple[str, torch.dtype], "Library | None"] = {}
 
@@ -52,6 +53,15 @@ class Library:
 
     def __init__(self, file: Path) -> None:
         self._functions = ctypes.CDLL(str(file))
+        self.operand = self._functions.operand  # see operand.cpp; told at each call, so that its types are declared
+        self.operand.argtypes = (*[_POINTER] * 5, *[_SIZE] * 3, _INT, ctypes.c_float, ctypes.c_uint32, _INT)
+        self.has_product = bool(self._functions.has_product())
+        self.product = self._functions.product
+        self.read = self._functions.dequantize
+        self.read.argtypes = (*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _SIZE, _INT)
+        self.read.restype = None
+        self.product.argtypes = (*[_POINTER] * 4, _SIZE, *[_POINTER] * 2, *[_SIZE] * 3, _INT)
+        self.operand.restype = self.product.restype = None
 
     def fake_quantize(self, rows: Tensor, out: Tensor, above: Tensor | None, seed: int) -> None:
         """Write ``rows`` (matrices, rows, columns) rounded into ``out``, both contiguous.
@@ -132,7 +142,7 @@ def _load(fields: Fields, dtype: torch.dtype) -> Library | None:
     if command is None:
         return None
     defines = [f"-D{key}={value}" for key, value in constants(fields, dtype).items()]
-    text = [file.read_text("utf-8") for file in (_SOURCE, _HEADER)]
+    text = [file.read_text("utf-8") for file in (_SOURCE, *_INCLUDED)]
     made_from = "\0".join([*text, name, *command, *defines, processor()])
     what = f"the CPU kernel of {fields.name}, {str(dtype).removeprefix('torch.')}"
     file = f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
@@ -278,6 +288,8 @@ def constants(fields: Fields, dtype: torch.dtype) -> dict[str, str]:
         "STOCHASTIC": _ROUNDINGS[fields.rounding],
         "FOUR_OVER_SIX": str(int(fields.four_over_six)),
         "FOUR": _float(fields.element.magnitudes[-2]),
+        "TOP": _float(fields.top),
+        "SMALLEST_ABOVE": _float(SMALLEST_TENSOR_SCALE),
     }
 
 

@@ -12,6 +12,7 @@
 //   SCALE_*               SMALLEST, LARGEST; of a power of two also EMAX (of the element) and CARRY (see PowerRule in
 //                         scale.py); of an element scale also what ELEMENT_* says of the element
 //   STOCHASTIC, FOUR_OVER_SIX, FOUR
+//   TOP                   what the largest value under a tensor scale takes; SMALLEST_ABOVE: the least tensor scale
 
 #pragma once
 

@@ -43,7 +43,7 @@ class QuantConv1D(QuantProduct, Conv1D):
             return sharded_linear(x, rows, self.bias, self._described())
         if rows.shape != self.features:
             refuse_part(self._described(), rows)
-        return quantized_linear(x, rows, self.bias, how)
+        return quantized_linear(x, rows, self.bias, how, name=self.name)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""

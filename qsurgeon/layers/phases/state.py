@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import torch
 
+from qsurgeon.layers.phases.keeping import Keeping
 from qsurgeon.torch_private import hand_on, hand_on_no_more, handed_on, is_handed_on
 from qsurgeon.words import Phase
 
@@ -30,13 +31,20 @@ _CONTEXT, _STATE = "context", "qsurgeon.state"
 class Block:
     """What one ``with`` asks for: a phase, or that some layers do not round (by their numbers, see ``marks.py``).
 
-    unless_told: the phase holds only where no block around has named one.
+    unless_told: the phase holds only where no block around has named one. keeping: where rounded weights are kept.
     """
 
-    __slots__ = ("named", "off", "states", "unless_told")
+    __slots__ = ("keeping", "named", "off", "states", "unless_told")
 
-    def __init__(self, named: Phase | None = None, off: tuple[int, ...] = (), *, unless_told: bool = False) -> None:
-        self.named, self.off, self.unless_told = named, off, unless_told
+    def __init__(
+        self,
+        named: Phase | None = None,
+        off: tuple[int, ...] = (),
+        *,
+        unless_told: bool = False,
+        keeping: Keeping | None = None,
+    ) -> None:
+        self.named, self.off, self.unless_told, self.keeping = named, off, unless_told, keeping
         self.states: WeakSet[State] = WeakSet()  # those that it is a part of
 
 
@@ -48,11 +56,12 @@ class State:
     model follows the state of whoever calls it, and compiles once for each value of what it has read.
     """
 
-    __slots__ = ("__weakref__", "blocks", "named", "off")
+    __slots__ = ("__weakref__", "blocks", "keeping", "named", "off")
 
     blocks: tuple[Block, ...]
     named: Phase | None
     off: tuple[int, ...]
+    keeping: Keeping | None
     now = property(_current.get)  # the state here; where none was set, the object that was asked itself
 
     def __init__(self, blocks: tuple[Block, ...]) -> None:
@@ -90,6 +99,7 @@ class State:
                 named = block.named
         self.blocks, self.named = blocks, named
         self.off = tuple(sorted({number for block in blocks for number in block.off}))
+        self.keeping = next((block.keeping for block in reversed(blocks) if block.keeping is not None), None)
 
 
 NOTHING = State(())  # outside of all blocks
