@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import qsurgeon
 from qsurgeon.errors import SurgeryError
 from qsurgeon.hf import adapting
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.layers import Quantization, QuantLinear, quant_layers
 from qsurgeon.recipe import Recipe, Rule
 from qsurgeon.surgery import bypassed
 
@@ -245,7 +245,7 @@ def test_an_adapter_that_computes_past_its_layer_is_refused_by_surgery(model: Ma
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.apply("w4a4-mxfp4", adapted)
     assert str(caught.value) == f"{Q} cannot be wrapped: {how}"
-    assert quant_linears(adapted) == {}
+    assert quant_layers(adapted) == {}
 
 
 SAYS = {
@@ -325,7 +325,7 @@ def test_transformers_forgets_a_first_adapter_that_is_refused(model: Maker, name
 def test_it_may_sit_on_what_is_not_wrapped(model: Maker, name: str) -> None:
     rule = Rule(name="up", target=("up_proj",), weight="mxfp4", input="mxfp4")
     adapted = peft.get_peft_model(qsurgeon.apply(Recipe(version=1, rules=(rule,)), model()), past(name))
-    assert [path.rsplit(".", 1)[-1] for path in quant_linears(adapted)] == ["up_proj"]
+    assert [path.rsplit(".", 1)[-1] for path in quant_layers(adapted)] == ["up_proj"]
     on_it = [path for path, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
     assert {path.rsplit(".", 1)[-1] for path in on_it} >= set(TARGETS)
 
@@ -397,7 +397,7 @@ def test_a_norm_tuner_of_a_linear_trains_a_copy_and_is_refused_if_that_stays_in_
     )
     adapted = peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), config())
     assert bypassed(adapted) == {}
-    assert sorted(name.rsplit(".", 1)[1] for name in quant_linears(adapted) if "ln_tuning" in name) == ["default"] * 2
+    assert sorted(name.rsplit(".", 1)[1] for name in quant_layers(adapted) if "ln_tuning" in name) == ["default"] * 2
 
 
 def test_load_refuses_an_adapter_that_computes_past_its_base(model: Maker, tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def both_orders(model: Maker) -> tuple[Any, Any]:
 
 def test_lora_before_and_after_surgery_are_the_same_to_the_bit(model: Maker) -> None:
     first, second = both_orders(model)
-    assert list(quant_linears(first)) == list(quant_linears(second))
+    assert list(quant_layers(first)) == list(quant_layers(second))
     losses = [one(input_ids=TOKENS, labels=TOKENS).loss for one in (first, second)]
     assert torch.equal(*losses)
     for loss in losses:
@@ -446,7 +446,7 @@ def test_lora_before_and_after_surgery_are_the_same_to_the_bit(model: Maker) -> 
 
 def test_all_linear_takes_the_wrapped_layers_and_not_the_head(model: Maker) -> None:
     adapted: Any = peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), peft.LoraConfig(**EVERY))
-    assert len(list(layers_of(adapted))) == len(quant_linears(adapted)) == 7
+    assert len(list(layers_of(adapted))) == len(quant_layers(adapted)) == 7
     assert type(adapted.base_model.model.lm_head) is nn.Linear
 
 
@@ -460,7 +460,7 @@ def test_adapters_of_a_bf16_model_keep_their_dtype_and_learn(model: Maker, autoc
     assert logits.logits.dtype == torch.bfloat16
     logits.loss.backward()
     assert all(one.grad is not None and one.grad.norm() > 0 for one in adapters.values())
-    assert not [name for name in quant_linears(adapted) if "lora_" in name]
+    assert not [name for name in quant_layers(adapted) if "lora_" in name]
 
 
 def test_modules_to_save_of_a_wrapped_model_are_wrapped_copies(model: Maker) -> None:

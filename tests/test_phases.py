@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qsurgeon
 from qsurgeon.formats import kernels
 from qsurgeon.launch import VARIABLE
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.recipe import Recipe, Rule
 from qsurgeon.report.inspection import report_of
 from qsurgeon.words import Behavior
@@ -85,7 +85,7 @@ def test_a_checkpoint_keeps_the_phases_and_what_is_saved_of_inputs(
 ) -> None:
     qsurgeon.apply(recipe("training", saved_inputs="full"), make_qwen2()).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    hows = {layer.quantization for layer in quant_linears(model).values()}
+    hows = {layer.quantization for layer in quant_layers(model).values()}
     assert {how.behavior for how in hows} == {Behavior(phases="training", saved_inputs="full")}
     generate(model)
     assert roundings == []

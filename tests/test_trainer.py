@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
 
 import qsurgeon
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import QuantLinear, quant_layers
 from qsurgeon.recipe import load_recipe
 
 STEPS = 4
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_the_trainer_loads_wrapped(straight: Any) -> None:
     folder, model, _ = straight
     half, full = (qsurgeon.load(folder / f"checkpoint-{step}") for step in (STEPS // 2, STEPS))
     for again in (half, full):
-        assert len(quant_linears(again)) == LINEARS
+        assert len(quant_layers(again)) == LINEARS
         assert type(again.model.layers[1].mlp.down_proj) is QuantLinear
     assert different(parameters(model), parameters(full)) == []
     assert different(parameters(half), parameters(full)) != []

@@ -13,7 +13,7 @@ import transformers as hf
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import QuantLinear, quant_layers
 from qsurgeon.recipe import load_recipe
 
 trl = pytest.importorskip("trl")
@@ -59,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def owned(model: Any, owner: str) -> None:
-    for module in quant_linears(model).values():
+    for module in quant_layers(model).values():
         vars(module)["owner"] = owner
 
 
@@ -134,7 +134,7 @@ def test_what_should_move_does_and_what_computes_is_in_4_bits(
     trainer.save_model(str(tmp_path / "saved"))
     tokens = torch.arange(1, 13).reshape(2, 6)
     again = qsurgeon.load(tmp_path / "saved", dtype=torch.float32)
-    assert len(quant_linears(again)) == WRAPPED
+    assert len(quant_layers(again)) == WRAPPED
     assert torch.equal(again.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
@@ -185,7 +185,7 @@ def test_the_reference_is_in_full_precision_if_that_is_said(
         owned(trainer.model, "policy")
         before = states(trainer.ref_model)
         trainer.train()
-        assert quant_linears(trainer.ref_model) == {}
+        assert quant_layers(trainer.ref_model) == {}
         assert moved(trainer.ref_model, before) == set()
         assert set(calls) == {("policy", "gradient"), ("policy", "no gradient")}
 
@@ -195,7 +195,7 @@ def test_the_reference_of_a_live_model_is_the_wrapped_folder_that_is_named(
 ) -> None:
     model = qsurgeon.apply("w4a4-mxfp4", hf.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
     qsurgeon.reference(model, wrapped, wrapped=True)
-    assert len(quant_linears(grpo(model, tmp_path, beta=0.1).ref_model)) == WRAPPED
+    assert len(quant_layers(grpo(model, tmp_path, beta=0.1).ref_model)) == WRAPPED
 
 
 def preferences(model: Any, output: Path) -> Any:

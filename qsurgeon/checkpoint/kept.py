@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from qsurgeon.errors import CheckpointError
-from qsurgeon.layers import packed_linears, quant_linears
+from qsurgeon.layers import packed_layers, quant_layers
 
 Transforms = Sequence[WeightTransform]
 State = dict[str, Any]
@@ -64,7 +64,7 @@ def _sorted(transforms: Transforms) -> tuple[list[WeightRenaming], list[WeightCo
 
 def packed_names(model: Any) -> dict[str, tuple[str, ...]]:
     """Return of each packed layer of ``model`` what the tensors are called that its weight consists of."""
-    return {name: tuple(layer.stored) for name, layer in packed_linears(model).items()}
+    return {name: tuple(layer.stored) for name, layer in packed_layers(model).items()}
 
 
 def past(transforms: Transforms, kept: frozenset[str], prefix: str) -> list[WeightTransform]:
@@ -135,7 +135,7 @@ def _as_it_is(model: Any) -> Iterator[None]:
     before = getattr(model, "_weight_conversions", None)
     operations = [one for transform in before or () for one in getattr(transform, "operations", ())]
     quantizer = getattr(model, "hf_quantizer", None)
-    if all(getattr(one, "hf_quantizer", quantizer) is quantizer for one in operations) or not quant_linears(model):
+    if all(getattr(one, "hf_quantizer", quantizer) is quantizer for one in operations) or not quant_layers(model):
         yield
         return
     model._weight_conversions = None

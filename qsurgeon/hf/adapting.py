@@ -16,14 +16,14 @@ from torch import nn
 
 from qsurgeon.errors import CodesError, SurgeryError
 from qsurgeon.hf.references import refuse_an_adapter
-from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLayer, QuantLayer, packed_layers, quant_layers
 from qsurgeon.patching import Method, patch
 from qsurgeon.surgery import method_of, objection, refuse_adapters
 
 
 def _refusing(inject: Method) -> Method:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if not quant_linears(model):
+        if not quant_layers(model):
             inject(self, model, adapter_name, *args, **kwargs)
             return
         before, config = _State(model), self.peft_config[adapter_name]
@@ -37,7 +37,7 @@ def _refusing(inject: Method) -> Method:
             except BaseException as error:
                 before.restore()
                 _forget(self, model, adapter_name)
-                on_packed = bool(paths) and any(f"{one}.".startswith(f"{paths[-1]}.") for one in packed_linears(model))
+                on_packed = bool(paths) and any(f"{one}.".startswith(f"{paths[-1]}.") for one in packed_layers(model))
                 if not on_packed or isinstance(error, SurgeryError) or not isinstance(error, Exception):
                     raise
                 raise SurgeryError(f"{paths[-1]} cannot have this adapter: {_why(config, error)}") from error
@@ -102,7 +102,7 @@ def _check_saved(model: nn.Module, config: Any) -> None:
     For classifiers, peft itself adds the heads to ``modules_to_save``.
     """
     names = tuple(getattr(config, "modules_to_save", None) or ())
-    for path in packed_linears(model):
+    for path in packed_layers(model):
         parts = path.split(".")
         above = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
         if any(one.endswith(names) for one in above) and names:
@@ -120,21 +120,21 @@ def _check(tuner: Any, model: nn.Module, config: Any) -> None:
     if objection(config, is_packed=True) is None:
         return
     for path, layer in _targets(tuner, model, config):
-        how = objection(config, is_packed=isinstance(layer, PackedLinear))
+        how = objection(config, is_packed=isinstance(layer, PackedLayer))
         if how is not None:
             raise SurgeryError(f"{path} cannot have this adapter: {how}")
 
 
-def _targets(tuner: Any, model: nn.Module, config: Any) -> Iterator[tuple[str, QuantLinear]]:
+def _targets(tuner: Any, model: nn.Module, config: Any) -> Iterator[tuple[str, QuantLayer]]:
     """Yield the wrapped layers that peft would put adapters of ``config`` on, as it finds them itself."""
     parameters = tuple(getattr(config, "target_parameters", None) or ())
-    for path, layer in packed_linears(model).items() if parameters else ():
-        if f"{path}.weight".endswith(parameters):
+    for path, layer in packed_layers(model).items() if parameters else ():
+        if any(f"{path}.{weight.name}".endswith(parameters) for weight in layer.weights):
             yield path, layer
     filled = tuner._prepare_adapter_config(deepcopy(config), tuner.get_model_config(model))
     filled = _maybe_include_all_linear_layers(filled, model)
     for path, _, held in _holding(model):
-        if path and isinstance(held, QuantLinear) and tuner._check_target_module_exists(filled, path):
+        if path and isinstance(held, QuantLayer) and tuner._check_target_module_exists(filled, path):
             yield path, held
 
 
@@ -155,7 +155,7 @@ def _refusing_codes(check: Method) -> Method:
     def check_merge_allowed(self: Any) -> None:
         check(self)
         for path, layer, held in _holding(self.model):
-            if isinstance(held, PackedLinear) and isinstance(layer, BaseTunerLayer) and layer.active_adapters:
+            if isinstance(held, PackedLayer) and isinstance(layer, BaseTunerLayer) and layer.active_adapters:
                 raise SurgeryError(
                     f"the weight of {path}.base_layer is packed, and peft would add {layer.active_adapters[0]!r} to "
                     "its codes: save the adapter, and use qsurgeon merge ADAPTER --output FOLDER"

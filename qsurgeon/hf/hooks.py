@@ -16,7 +16,8 @@ from qsurgeon.checkpoint.kept import keeping
 from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.hf.opening import Stored, opened, opening
 from qsurgeon.hf.saving import saving, uploading
-from qsurgeon.layers import PackedLinear, QuantLinear, uncounted
+from qsurgeon.layers import PackedLayer, QuantLayer, QuantProduct, uncounted
+from qsurgeon.layers.kinds import kind_in
 from qsurgeon.patching import Method, patch
 from qsurgeon.surgery import inherit, is_ours
 
@@ -73,7 +74,7 @@ def _making(make: Method) -> Method:
 
 
 def _resizing(resize: Method) -> Method:
-    """Let an output head that is resized stay wrapped: transformers makes a new Linear of it."""
+    """Let an output head that is resized stay wrapped: transformers makes a new layer of it."""
     parameters = signature(resize)
 
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,17 +82,17 @@ def _resizing(resize: Method) -> Method:
         arguments = parameters.bind(self, *args, **kwargs).arguments
         size = arguments.get("new_num_tokens")
         stays = size is None or (
-            size == getattr(before, "out_features", None) and not arguments.get("pad_to_multiple_of")
+            isinstance(before, QuantProduct) and size == before.features[0] and not arguments.get("pad_to_multiple_of")
         )
-        if isinstance(before, PackedLinear) and not stays:
+        if isinstance(before, PackedLayer) and not stays:
             raise SurgeryError(
                 f"the output head of {type(self).__name__} is packed, and codes cannot be resized: resize the token "
                 "embeddings first, then apply the recipe"
             )
         done = resize(self, *args, **kwargs)
         after = self.get_output_embeddings()
-        if isinstance(before, QuantLinear) and after is not before and not isinstance(after, QuantLinear):
-            QuantLinear.wrap(after, before.quantization)
+        if isinstance(before, QuantLayer) and after is not before and not isinstance(after, QuantLayer):
+            kind_in(before).wrap(after, before.quantizations)
             inherit(after, before)
         return done
 
@@ -111,13 +112,13 @@ def _counting_values(count: Method) -> Method:
 
 
 def _staying_sharded(ask: Method) -> Method:
-    """Let a wrapped layer see that its weight is split: transformers (5.23) hands a Linear its part as a plain tensor.
+    """Let a wrapped layer see that its weight is split: transformers (5.23) hands a layer its part as a plain tensor.
 
     It does so where no gradient is computed, and a part alone does not say what the whole is rounded with.
     """
 
     def should_use_local_tensors(self: Any, module: Any) -> bool:
-        return not isinstance(module, QuantLinear) and bool(ask(self, module))
+        return not isinstance(module, QuantLayer) and bool(ask(self, module))
 
     return should_use_local_tensors
 

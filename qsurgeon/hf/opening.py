@@ -24,7 +24,6 @@ from qsurgeon.checkpoint import read_header
 from qsurgeon.checkpoint.reading.naming import Names, names_in
 from qsurgeon.errors import CheckpointError, NothingWrappedError
 from qsurgeon.reading import read_json
-from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import configs_in, inventory, is_ours, skeleton
 
 ADAPTER = "adapter_config.json"
@@ -197,6 +196,7 @@ def _places_by_tensors(
     saved, here = names_in(whole, tensors), names_in(model, tensors)
     _refuse_absent(type(whole).__name__, wrapped, {module.name for module in inventory(whole)})
     _refuse_missing_tensors(whole, saved)
+    weights, saved_weights = ({one.parameter: one.name for one in inventory(it)} for it in (model, whole))
     sources = _sources(saved)
     owners: dict[str, list[str]] = defaultdict(list)
     for parameter, keys in sources.items():
@@ -205,11 +205,10 @@ def _places_by_tensors(
     found = {}
     for parameter, keys in _sources(here).items():
         candidates = [owner for key in keys for owner in owners[key]]
-        module, _, name = parameter.rpartition(".")
-        if name == WEIGHT and candidates:
-            owner = max(candidates, key=lambda one: _in_common(one, parameter)).removesuffix(f".{WEIGHT}")
+        if parameter in weights and candidates:
+            owner = saved_weights.get(max(candidates, key=lambda one: _in_common(one, parameter)), "")
             if owner in known:
-                found[module] = owner
+                found[weights[parameter]] = owner
     if not _sources(here):
         raise NothingWrappedError(
             f"no tensor of {stored.source} belongs to a {kind}; it was saved as a {stored.saved_class}"

@@ -26,7 +26,7 @@ from qsurgeon.checkpoint.reading.headers import DTYPES
 from qsurgeon.errors import CheckpointError
 from qsurgeon.hf.opening import places
 from qsurgeon.hf.rollouts import follow_rollouts
-from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
+from qsurgeon.layers import PackedLayer, packed_layers, quant_layers
 from qsurgeon.patching import Method, patch
 from qsurgeon.storage import PACKED
 from qsurgeon.storage.packed import WEIGHT
@@ -127,7 +127,7 @@ class QSurgeonQuantizer(HfQuantizer):
             patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         self._slots = {
             f"{name}.{key}": (tuple(parameter.shape), parameter.dtype)
-            for name, module in packed_linears(model).items()
+            for name, module in packed_layers(model).items()
             for key, parameter in module.named_parameters(recurse=False)
         }
 
@@ -168,14 +168,14 @@ class QSurgeonQuantizer(HfQuantizer):
         if self.pre_quantized or key != WEIGHT:
             return False
         # Of what is split into several weights, transformers asks of the first alone.
-        return param_name in self._kept or isinstance(model.get_submodule(module), PackedLinear)
+        return param_name in self._kept or isinstance(model.get_submodule(module), PackedLayer)
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what packs a weight."""
         return _Pack()
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, module in quant_linears(model).items():
+        for name, module in quant_layers(model).items():
             for key, parameter in module.named_parameters(recurse=False):
                 # transformers marks what it read from the checkpoint; the rest it would leave random. What is still
                 # on the meta device was offloaded.
@@ -221,14 +221,14 @@ class _Pack(ConversionOps):
             weight = found[0] if isinstance(found, list) else found
             path = name.removesuffix(f".{WEIGHT}")
             layer = kwargs["model"].get_submodule(path)
-            if not isinstance(layer, PackedLinear):
+            if not isinstance(layer, PackedLayer):
                 done[name] = weight
                 continue
-            expected = layer.out_features, layer.in_features
+            expected = layer.weights[0].row_shape(layer.features)
             if tuple(weight.shape) != expected:
                 raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
             layer.compute_in(weight.dtype)
-            done |= {f"{path}.{key}": tensor for key, tensor in pack(weight, layer.quantization).items()}
+            done |= {f"{path}.{key}": tensor for key, tensor in layer.packed(weight).items()}
         return done
 
 

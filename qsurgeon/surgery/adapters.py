@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from qsurgeon.errors import SurgeryError
-from qsurgeon.layers import QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import QuantLayer, packed_layers, quant_layers
 from qsurgeon.layers.compiling import HELD
 
 _HELD = ".base_layer"
@@ -27,8 +27,8 @@ _ON_VALUES = {
 
 
 def bypassed(model: nn.Module) -> dict[str, str]:
-    """Return how adapters compute past the QuantLinears of ``model``, by the paths of those that they do that to."""
-    found = {path: bypass(model, path) for path in quant_linears(model)}
+    """Return how adapters compute past the wrapped layers of ``model``, by the paths of those that they do that to."""
+    found = {path: bypass(model, path) for path in quant_layers(model)}
     return {path: how for path, how in found.items() if how is not None}
 
 
@@ -39,7 +39,7 @@ def bypass(model: nn.Module, path: str) -> str | None:
 
 def misread(model: nn.Module) -> dict[str, str]:
     """Return how adapters take the codes of packed weights for values, by the paths of those that they do that to."""
-    found = {path: misreading(model, path) for path in packed_linears(model)}
+    found = {path: misreading(model, path) for path in packed_layers(model)}
     return {path: how for path, how in found.items() if how is not None}
 
 
@@ -49,7 +49,7 @@ def misreading(model: nn.Module, path: str) -> str | None:
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Do nothing if all adapters call the QuantLinears that they sit on. Raises: SurgeryError with the first others."""
+    """Do nothing if all adapters call the wrapped layers they sit on. Raises: SurgeryError with the first others."""
     for found, what in (
         (bypassed(model), "would have no effect"),
         (misread(model), "have codes that would be misread"),
@@ -131,7 +131,7 @@ def _past_what_it_holds(layer: Any) -> str | None:
         return f"the adapter on it ({kind}, init_weights='bat') multiplies with its weight itself and never calls it"
     if "ln_tuning" in methods:
         copies: nn.ModuleDict = layer.ln_tuning_layers
-        if not all(isinstance(one, QuantLinear) for one in copies.values()):
+        if not all(isinstance(one, QuantLayer) for one in copies.values()):
             return f"the adapter on it ({kind}) trains a copy of it in full precision, and calls that instead"
     if "lora" in methods and variants is not None:
         for adapter, variant in getattr(layer, "lora_variant", {}).items():

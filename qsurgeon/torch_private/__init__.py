@@ -104,6 +104,8 @@ PRIVATE_MOVES = frozenset({"_to_copy"})
 PRIVATE_DESCRIBES = frozenset({"_storage", "_typed_storage", "_has_compatible_shallow_copy_type"})
 PRIVATE_COPIES = frozenset({"_foreach_copy_"})
 PRIVATE_SETTABLE = frozenset({"_backward_hooks"})
+# The namespace of operators that collective communication consists of.
+PRIVATE_NAMESPACES = frozenset({"_c10d_functional"})
 
 
 # ---- threads: objects that torch hands on to the threads of a backward pass

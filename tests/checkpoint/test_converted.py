@@ -22,7 +22,7 @@ from qsurgeon.checkpoint.kept import keeping, kept_names, packed_names, past
 from qsurgeon.checkpoint.writing import stream
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import get_format
-from qsurgeon.layers import Quantization, packed_linears, quant_linears
+from qsurgeon.layers import Quantization, packed_layers, quant_layers
 from qsurgeon.recipe import Recipe
 from qsurgeon.surgery import operate
 
@@ -109,7 +109,7 @@ def test_what_is_saved_and_what_is_rewritten_opens_as_the_live_model(
     rewrite(made, folders(name), tmp_path / "written")
     again = qsurgeon.load(tmp_path / "written")
     assert same(again, live, name)
-    assert len(packed_linears(again)) == (len(quant_linears(live)) if storage == "packed" else 0)
+    assert len(packed_layers(again)) == (len(quant_layers(live)) if storage == "packed" else 0)
     again.save_pretrained(tmp_path / "again")
     assert same(qsurgeon.load(tmp_path / "again"), live, name)
 
@@ -139,7 +139,7 @@ def test_a_packed_checkpoint_opens_without_its_head(tmp_path: Path) -> None:
     live.save_pretrained(tmp_path)
     base = hf.NomicBertModel.from_pretrained(tmp_path)
     expected = live.nomic_bert.state_dict()
-    assert len(packed_linears(base)) > 0
+    assert len(packed_layers(base)) > 0
     assert all(torch.equal(one, expected[key]) for key, one in base.state_dict().items() if key in expected)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import qsurgeon
 from qsurgeon.errors import UsageError
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import QuantLinear, quant_layers
 from qsurgeon.recipe import Recipe, Rule
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "models" / "tiny-math"
@@ -277,7 +277,7 @@ def test_generate_of_a_model_that_is_loaded_is_a_rollout(
 ) -> None:
     qsurgeon.apply(recipe("training"), make_qwen2()).save_pretrained(tmp_path)
     model = OwnLoop.from_pretrained(tmp_path)
-    assert quant_linears(model)
+    assert quant_layers(model)
     seen.clear()
     model.generate(IDS)
     assert seen == {"full"}

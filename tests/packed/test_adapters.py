@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qsurgeon
 from qsurgeon.errors import SurgeryError
-from qsurgeon.layers import packed_linears, quant_linears
+from qsurgeon.layers import packed_layers, quant_layers
 from qsurgeon.recipe import Recipe
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -63,7 +63,7 @@ def test_an_adapter_reloads_on_its_packed_base_to_the_bit(
         qsurgeon.load(tmp_path),
         hf.AutoModelForCausalLM.from_pretrained(tmp_path),
     ):
-        assert len(packed_linears(again)) == 11
+        assert len(packed_layers(again)) == 11
         assert torch.equal(logits(again), logits(model))
 
 
@@ -144,7 +144,7 @@ def test_an_adapter_that_takes_codes_for_values_is_refused_by_surgery(
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.apply(recipe(), model)
     assert str(caught.value) == f"{Q} cannot be wrapped: the adapter on it ({how} its weight, which is packed"
-    assert quant_linears(model) == {}
+    assert quant_layers(model) == {}
 
 
 @pytest.mark.parametrize("name", REFUSED)

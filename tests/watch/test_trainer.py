@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import qsurgeon
 from qsurgeon.errors import NothingWrappedError, UsageError
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 
 Hooks = Callable[[nn.Module], int]
 
@@ -64,7 +64,7 @@ def test_an_evaluation_in_full_precision_shows(model: Any, tmp_path: Path) -> No
     class Sabotage(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if control.should_evaluate:
-                for layer in quant_linears(model).values():
+                for layer in quant_layers(model).values():
                     layer.__class__ = nn.Linear  # type: ignore[assignment]
 
     running = trainer(model, tmp_path, [Sabotage(), qsurgeon.WatchCallback(every=1)], max_steps=3)

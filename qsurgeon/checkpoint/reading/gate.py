@@ -17,7 +17,7 @@ from qsurgeon.checkpoint.reading.headers import DTYPES, Tensor, read_header
 from qsurgeon.checkpoint.reading.index import read_headers
 from qsurgeon.checkpoint.reading.naming import Names, names_in
 from qsurgeon.errors import CheckpointError, SurgeryError
-from qsurgeon.layers import packed_linears
+from qsurgeon.layers import packed_layers
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import operate, read_config, record_in, skeleton
 
@@ -99,7 +99,7 @@ def check_tensors(model: Any, tensors: Mapping[str, Tensor], names: Names, *, wh
     Raises: CheckpointError that names the file and the tensor.
     """
     state: dict[str, Values] = model.state_dict()
-    packed = packed_linears(model).keys()
+    packed = packed_layers(model).keys()
     for name, stored in names.stored.items():
         if name.rpartition(".")[0] in packed:
             _check_packed(name, tensors[stored], state[name])
