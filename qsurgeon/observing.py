@@ -11,10 +11,9 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils._python_dispatch import _disable_current_modes
 
 from qsurgeon.layers.compiling import eagerly
+from qsurgeon.torch_private import is_fake, own_buffers, without_tensor_modes
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -56,7 +55,7 @@ def _hook(
         if torch.compiler.is_compiling() or is_fake(x):
             return
         trains = torch.is_grad_enabled()
-        with torch.no_grad(), _disable_current_modes():
+        with torch.no_grad(), without_tensor_modes():
             see(Seen(name, layer, x, output, trains))
 
     return hook
@@ -100,7 +99,7 @@ def _with_its_buffers(model: nn.Module) -> Iterator[None]:
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in own_buffers(module).items()
         if buffer is not None and not buffer.is_meta
     ]
     try:
@@ -110,4 +109,4 @@ def _with_its_buffers(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, values in kept:
                 if not torch.equal(buffer, values):
                     buffer.copy_(values)
-                module._buffers[name] = buffer
+                own_buffers(module)[name] = buffer

@@ -14,7 +14,7 @@ Gradient = Literal["ste", "clipped", "none"]  # how a gradient passes the roundi
 Phase = Literal["training", "rollout"]  # what a model is being called for
 Phases = Literal["both", "training", "rollout"]  # in which of them a layer rounds
 SavedInputs = Literal["packed", "full"]  # what a backward pass keeps of an input: codes and scales, or their values
-Storage = Literal["master", "packed"]  # of a weight: full precision, rounded in each pass, or its codes and scales
+Storage = str  # of a weight: "master", full precision, rounded in each pass, or the name of an encoding of storage/
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,19 @@ import os
 # is imported, and inherited by what the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The hub of the tests runs on this machine, and answers late only where others work on it, too.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "300")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "300")
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 SEED = int(os.environ.get("QSURGEON_SEED", "0"))  # another one tries the tests on other numbers
 
@@ -118,3 +123,12 @@ def heard() -> Any:
             self.notes.append(text)
 
     return Heard()
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch leaves another there
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -131,7 +131,9 @@ def bfloat16(folder: Path, output: Path, tokens: torch.Tensor) -> None:
     seen = set()
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.register_forward_pre_hook(lambda layer, inputs: seen.add((layer.weight.dtype, inputs[0].dtype)))
+            module.register_forward_pre_hook(
+                lambda layer, inputs: seen.add((layer.weight.element_size(), inputs[0].dtype))
+            )
     found = model(input_ids=tokens, labels=tokens)
     found.loss.backward()
     result = {"seen": seen, "logits": found.logits.detach(), "gradients": gradients(model)}

@@ -6,8 +6,7 @@ them: they are saved under the names that their modules have, and loaded by thes
 ever. What of transformers is not public here was seen in 5.23.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,27 +23,24 @@ from transformers.core_model_loading import (
 
 from qsurgeon.errors import CheckpointError
 from qsurgeon.layers import packed_linears, quant_linears
-from qsurgeon.storage.packed import WEIGHT
 
 Transforms = Sequence[WeightTransform]
 State = dict[str, Any]
 
 
-def kept_names(model: Any, packed: Iterable[str]) -> frozenset[str]:
+def kept_names(model: Any, packed: Mapping[str, Sequence[str]]) -> frozenset[str]:
     """Return which tensors of ``model`` are stored under the names that its modules give them.
 
-    packed: the names of the tensors that packed weights consist of; the model itself may not be packed yet. Those of a
-    layer are renamed, all of them alike, if that is all that transformers does to them and if they are found again;
-    else they are kept, and with them what would have been joined with them.
+    packed: of each packed layer, what the tensors are called in it that its weight consists of; the model itself may
+    not be packed yet. Those of a layer are renamed, all of them alike, if that is all that transformers does to them
+    and if they are found again; else they are kept, and with them what would have been joined with them.
     """
-    layers: dict[str, list[str]] = defaultdict(list)
-    for name in packed:
-        layers[name.rpartition(f".{WEIGHT}")[0]].append(name)
     forward = get_model_conversion_mapping(model)
     # A prefix is added or dropped as the checkpoint had it; loading goes by either.
     backward = [one.reverse_transform() for one in reversed(forward) if not isinstance(one, PrefixChange)]
     renamings, converters = _sorted(backward)
-    targets = {name: apply_converters(name, converters) for names in layers.values() for name in names}
+    layers = {layer: {f"{layer}.{key}": key for key in keys} for layer, keys in packed.items()}
+    targets = {name: apply_converters(name, converters) for own in layers.values() for name in own}
     joined = {target for target, pattern in targets.values() if pattern is not None}
     names = model.state_dict().keys() | targets.keys()
     kept = {name for name in names if joined and apply_converters(name, converters)[0] in joined}
@@ -52,7 +48,7 @@ def kept_names(model: Any, packed: Iterable[str]) -> frozenset[str]:
     for own in layers.values():
         renamed = {name: apply_renamings(name, renamings) for name in own}
         back = [rename_source_key(one, *_sorted(forward), model.base_model_prefix, state) for one in renamed.values()]
-        apart = len({one.rpartition(f".{WEIGHT}")[0] for one in renamed.values()}) > 1  # a mapping of weights alone
+        apart = len({one.removesuffix(own[name]) for name, one in renamed.items()}) > 1  # a mapping of weights alone
         if apart or back != [(name, None) for name in own] or not kept.isdisjoint([*own, *renamed.values()]):
             kept.update(own)
     return frozenset(kept)
@@ -66,9 +62,9 @@ def _sorted(transforms: Transforms) -> tuple[list[WeightRenaming], list[WeightCo
     )
 
 
-def packed_names(model: Any) -> list[str]:
-    """Return the names of the tensors that the packed weights of ``model`` consist of."""
-    return [f"{name}.{key}" for name, layer in packed_linears(model).items() for key in layer.stored]
+def packed_names(model: Any) -> dict[str, tuple[str, ...]]:
+    """Return of each packed layer of ``model`` what the tensors are called that its weight consists of."""
+    return {name: tuple(layer.stored) for name, layer in packed_linears(model).items()}
 
 
 def past(transforms: Transforms, kept: frozenset[str], prefix: str) -> list[WeightTransform]:

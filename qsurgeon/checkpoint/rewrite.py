@@ -259,8 +259,7 @@ def _cores() -> int:
 
 
 def _memory(layout: Layout, workers: int) -> int:
-    whole = [job.source.size for job in layout.jobs.values() if job.format and job.format.rounding == "stochastic"]
-    return workers * (SLABS * SLAB + max(whole, default=0))
+    return workers * (SLABS * SLAB + max((job.held for job in layout.jobs.values()), default=0))
 
 
 def _check_space(work: _Work, folder: Path) -> None:
@@ -290,10 +289,9 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
     plan, config = work.plan, dict(work.config)
     if any(step.module.tied_to for step in plan.wrapped):
         _untie(config)
-    config["quantization_config"] = {
-        "quant_method": QUANT_METHOD,
-        **record_of(plan, __version__, work.origin).to_dict(),
-    }
+    record = {"quant_method": QUANT_METHOD, **record_of(plan, __version__, work.origin).to_dict()}
+    encoding = plan.recipe.encoding
+    config["quantization_config"] = record if encoding is None else encoding.section(record)
     write_json(folder / "qsurgeon-plan.json", _plan_json(plan, work.origin))
     (folder / "recipe.yaml").write_text(plan.recipe.text, "utf-8")
     (folder / CARD).write_text(work.card, "utf-8")

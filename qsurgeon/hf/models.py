@@ -89,7 +89,7 @@ def _following(planned: Plan, model: nn.Module) -> tuple[Plan, Record | None]:
 
     Raises: SurgeryError if the plan would change anything else.
     """
-    record = current_record(model) if planned.recipe.storage == "packed" else None
+    record = None if planned.recipe.encoding is None else current_record(model)
     if record is None:
         return planned, None
     try:

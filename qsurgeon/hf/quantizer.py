@@ -22,13 +22,16 @@ from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsurgeon.checkpoint.kept import kept_names, packed_names, past
+from qsurgeon.checkpoint.reading.headers import DTYPES
 from qsurgeon.errors import CheckpointError
 from qsurgeon.hf.opening import places
 from qsurgeon.hf.rollouts import follow_rollouts
 from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
 from qsurgeon.patching import Method, patch
+from qsurgeon.storage import PACKED
 from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
+from qsurgeon.torch_private import COMPILED_FROM
 
 
 class QSurgeonConfig(QuantizationConfigMixin):
@@ -75,7 +78,7 @@ class QSurgeonQuantizer(HfQuantizer):
     def is_packed(self) -> bool:
         """Whether weights are stored as codes and scales."""
         record: Record = self.quantization_config.record
-        return record.storage == "packed"
+        return record.encoding is not None
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -94,6 +97,12 @@ class QSurgeonQuantizer(HfQuantizer):
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Refuse to pack what would stay on a disk as it is. Raises: CheckpointError."""
         on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        encoding = self.quantization_config.record.encoding
+        if encoding not in (None, PACKED) and not self.pre_quantized:
+            raise CheckpointError(
+                f"storage: {encoding.name} is not packed while a plain checkpoint is loaded: write a checkpoint first "
+                "(qsurgeon apply), and load that"
+            )
         if self.is_packed and not self.pre_quantized and on_disk:
             raise CheckpointError(
                 "a weight that is offloaded to disk is not packed on the way: write a packed checkpoint "
@@ -141,9 +150,11 @@ class QSurgeonQuantizer(HfQuantizer):
             found = _Header(param)
             if found.shape != shape:
                 raise CheckpointError(f"{name} has shape {list(found.shape)}; the packed layer takes {list(shape)}")
-            fits = found.is_floating_point if kind.is_floating_point else found.dtype.lower() in ("u8", "uint8")
+            exact = DTYPES.get(kind, "")
+            names = (exact.lower(), str(kind).removeprefix("torch."))
+            fits = found.is_floating_point if kind.is_floating_point else found.dtype.lower() in names
             if not fits:
-                wanted = "floating point" if kind.is_floating_point else "U8"
+                wanted = "floating point" if kind.is_floating_point else exact
                 raise CheckpointError(f"{name} is {found.dtype}; the packed layer takes {wanted}")
             layer, _, key = name.rpartition(".")
             if key == WEIGHT and dtype is not None and dtype.is_floating_point:
@@ -257,10 +268,10 @@ def note(model: Any) -> None:
     vars(model.config)["quantization_config"] = config
     _assign_is_quantized(model)
     vars(model).update(hf_quantizer=None, is_quantized=False)
-    if record.storage == "packed":
+    if record.encoding is not None:
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         # accelerate's compile_regions returns a copy that remembers the original (1.15); trainers save that.
-        for one in filter(None, (model, vars(model).get("_orig_mod"))):
+        for one in filter(None, (model, vars(model).get(COMPILED_FROM))):
             vars(one)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
             vars(one).update(is_quantized=True, quantization_method=QUANT_METHOD)
 

@@ -26,15 +26,16 @@ _started: WeakKeyDictionary[Any, State] = WeakKeyDictionary()  # managers of con
 def follow_rollouts(model: nn.Module, quantizations: Iterable[Quantization]) -> None:
     """Let what generates be in the phase ``rollout``, and keep rounded weights, once a model has a layer that rounds.
 
-    That is ``generate`` of each class of modules that is there by now (a model's own, a wrapper's, that of code which
-    came with a checkpoint), and of the modules of ``model`` where an object has its own.
+    That is ``generate`` of each class of modules that is there by now or is defined later (a model's own, a wrapper's,
+    that of code which comes with a checkpoint), and of the modules of ``model`` where an object has its own.
     """
     if not any(quantizations):
         return
     for owner in {transformers.GenerationMixin, *_classes(nn.Module)}:
-        for name in GENERATING:
-            if isinstance(vars(owner).get(name), FunctionType | staticmethod | classmethod):
-                patch(owner, name, _in_rollout)
+        _follow(owner)
+    if "__init_subclass__" not in vars(nn.Module):  # torch 2.13 has object's, which is not written in Python
+        nn.Module.__init_subclass__ = classmethod(_inherited)  # type: ignore[assignment, arg-type]
+    patch(nn.Module, "__init_subclass__", _following)
     for module in model.modules():
         for name in GENERATING:
             own = vars(module).get(name)
@@ -46,6 +47,28 @@ def follow_rollouts(model: nn.Module, quantizations: Iterable[Quantization]) -> 
     patch(manager, "warmup", _in_rollout)
     patch(manager, "start", _starting)
     patch(manager, "add_request", _adding)
+
+
+def _follow(owner: type) -> None:
+    for name in GENERATING:
+        if isinstance(vars(owner).get(name), FunctionType | staticmethod | classmethod):
+            patch(owner, name, _in_rollout)
+
+
+def _following(initialize: Method) -> Method:
+    """Let the classes that are defined from now on be followed too, with those that they inherit from."""
+
+    def initialize_and_follow(cls: type, **kwargs: Any) -> None:
+        initialize(cls, **kwargs)
+        for owner in cls.__mro__:
+            _follow(owner)
+
+    return initialize_and_follow
+
+
+def _inherited(cls: Any, **kwargs: Any) -> None:
+    """Do what nn.Module does for a new class: what the classes behind it do."""
+    super(nn.Module, cls).__init_subclass__(**kwargs)
 
 
 def _classes(base: type) -> Iterator[type]:

@@ -29,6 +29,7 @@ from qsurgeon.layers.rounding import (
     rounded,
     saturated,
 )
+from qsurgeon.torch_private import is_transformed, is_view, unsafe_view
 
 
 def quantized_linear(
@@ -106,7 +107,7 @@ def _refuse_transforms(*operands: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     for one in operands:
-        if torch._C._functorch.is_functorch_wrapped_tensor(one):
+        if is_transformed(one):
             raise GradientError(
                 "a QuantLinear cannot be transformed by torch.func (grad, vmap, jvp, jacrev): rounding has only the "
                 "gradient of its backward pass; call backward() or torch.autograd.grad"
@@ -307,10 +308,9 @@ def _of_its_own(output: Tensor) -> Tensor:
     linear computes some products as a matrix, and returns a view of that. Autograd refuses to change the view that a
     Function returns in place, which it allows of what nn.Linear returns.
     """
-    if not torch.compiler.is_compiling() and not output._is_view():
+    if not torch.compiler.is_compiling() and not is_view(output):
         return output
-    own: Tensor = torch.ops.aten._unsafe_view(output, output.shape)  # as in torch 2.13
-    return own
+    return unsafe_view(output, output.shape)
 
 
 def _matrix(rows: Tensor) -> Tensor:

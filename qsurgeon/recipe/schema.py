@@ -24,17 +24,27 @@ from qsurgeon.errors import FormatError
 from qsurgeon.formats import CATALOG, Format
 from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
-from qsurgeon.formats.scale import SCALES, ScaleRule
+from qsurgeon.formats.scale import RULES, SCALES
 from qsurgeon.recipe.select import check_pattern
 from qsurgeon.recipe.text import Path
 from qsurgeon.recipe.words import unknown_format
-from qsurgeon.words import Behavior, Common, Storage
+from qsurgeon.storage import MASTER, Encoding, StorageName, encoding_of
+from qsurgeon.words import Behavior, Common
 
 _NAME = re.compile(r"[A-Za-z][\w.+-]*")
 
 
 def _field(description: str, **hint: Any) -> Any:
     """Return a field of a format that need not be said; ``hint`` tells editors what it may be."""
+    return Field(default=None, description=description, json_schema_extra=hint)
+
+
+def _one_of(description: str, registry: Mapping[str, Any], *others: str) -> Any:
+    """Return such a field that takes the words of ``registry``, which may grow, and ``others``."""
+
+    def hint(schema: dict[str, Any]) -> None:
+        schema["enum"] = [*registry, *others]
+
     return Field(default=None, description=description, json_schema_extra=hint)
 
 
@@ -52,13 +62,13 @@ class FormatSpec(Section):
     """A format of the recipe's own: a known one with some fields replaced."""
 
     like: str = Field(description="The format to start from: a catalogue name, or one above this one.")
-    element: Any = _field("The scalar number format.", enum=[*ELEMENTS])
+    element: Any = _one_of("The scalar number format.", ELEMENTS)
     block: Any = _field(
         "How many values share a scale; [rows, columns] for a weight; none: the tensor scale is the only one.",
         anyOf=[_SIZE, {"type": "array", "items": _SIZE, "minItems": 2, "maxItems": 2}, _NONE],
     )
-    scale: Any = _field("The number format of a block's scale.", enum=[*SCALES, NONE])
-    scale_rule: Any = _field("How a block's scale is found.", enum=[*get_args(ScaleRule), NONE])
+    scale: Any = _one_of("The number format of a block's scale.", SCALES, NONE)
+    scale_rule: Any = _one_of("How a block's scale is found.", RULES, NONE)
     tensor_scale: Any = _field("What shares the FP32 scale above the blocks'.", enum=[*get_args(TensorScale)])
     static_scale: Any = _field(
         "The one number of a static tensor scale, where it is not found by calibration.",
@@ -107,8 +117,8 @@ class _Head(Section):
     )
     model: str | None = Field(None, description="Folder or hub id to operate on; --model wins.")
     output: str | None = Field(None, description="Folder to write; --output wins.")
-    storage: Storage = Field(
-        "master",
+    storage: StorageName = Field(
+        MASTER,
         description="master: full-precision weights stay, rounded at every forward. packed: their codes and scales "
         "replace them; for adapters, and inference.",
     )
@@ -176,6 +186,11 @@ class Recipe(Common, _Head):
             return self._marks[path]
         text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
         return text.removeprefix("."), ""
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How weights are stored that have a format; None where they stay in full precision."""
+        return encoding_of(self.storage)
 
     def behavior(self, place: int) -> Behavior:
         """Return how the rule at ``place`` uses its formats; what it does not say itself, the recipe may."""

@@ -14,6 +14,7 @@ from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_linears, quant_linears
 from qsurgeon.observing import observed, undisturbed
 from qsurgeon.report.rows import Report, Row, mark_large
+from qsurgeon.storage import MASTER
 from qsurgeon.surgery import (
     Excluded,
     Plan,
@@ -69,8 +70,11 @@ def inspect(
         fates |= record.exclusions()
         fates |= record.quantizations()
     steps = [Step(module, fates.get(module.name)) for module in inventory(skeleton(config, trust_remote_code))]
-    if record is not None and record.storage == "packed":
-        steps = [replace(step, module=replace(step.module, bytes=step.packed_bytes)) for step in steps]
+    if record is not None and record.encoding is not None:
+        sizes = [step.packed_bytes(record.encoding) for step in steps]
+        steps = [
+            replace(step, module=replace(step.module, bytes=size)) for step, size in zip(steps, sizes, strict=True)
+        ]
     return _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")
 
 
@@ -81,7 +85,7 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
     steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
     called = None if example is None else _called(model, example)
     packed = packed_linears(model)
-    storage = "packed" if packed else "master" if layers else ""
+    storage = next((one.encoding.name for one in packed.values()), MASTER if layers else "")
     resting = {
         path
         for path, one in layers.items()

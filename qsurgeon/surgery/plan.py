@@ -10,7 +10,7 @@ from qsurgeon.layers import Quantization, packed_format
 from qsurgeon.layers.packed import refused_by_packing
 from qsurgeon.recipe import Recipe
 from qsurgeon.recipe.select import OUTPUT_HEAD, Match, Namespace, parse_pattern
-from qsurgeon.storage.packed import stored_bytes
+from qsurgeon.storage import Encoding
 from qsurgeon.surgery.headline import Part, headline
 from qsurgeon.surgery.inventory import Module
 from qsurgeon.surgery.reader import Reader
@@ -38,14 +38,13 @@ class Step:
         """How the module computes; None if it stays as it is."""
         return self.fate if isinstance(self.fate, Quantization) else None
 
-    @property
-    def packed_bytes(self) -> int:
-        """What the module takes once its weight is packed, which is not tied to another's then."""
+    def packed_bytes(self, encoding: Encoding) -> int:
+        """Return what the module takes once its weight is packed, which is not tied to another's then."""
         how = self.quantization
         if how is None or how.weight is None or len(self.module.shape) != 2:  # a record may name anything
             return self.module.bytes
         own = 0 if self.module.tied_to is not None else self.module.weight_bytes
-        return self.module.bytes - own + stored_bytes(packed_format(how), *self.module.shape)
+        return self.module.bytes - own + encoding.bytes(packed_format(how), *self.module.shape)
 
     @property
     def remark(self) -> str:
@@ -97,8 +96,9 @@ class Plan:
         for step in self.wrapped:
             how, module = step.quantization, step.module
             stays = module.weight_bytes if module.name in owners else 0  # with those that are tied to it
-            if self.recipe.storage == "packed" and how is not None and how.weight is not None:
-                grown += step.packed_bytes - module.bytes + stays
+            encoding = self.recipe.encoding
+            if encoding is not None and how is not None and how.weight is not None:
+                grown += step.packed_bytes(encoding) - module.bytes + stays
             elif module.tied_to is not None:
                 grown += module.weight_bytes  # a copy of its own
             else:
@@ -212,7 +212,7 @@ class _Planner:
             except FormatError as error:
                 self.report(str(error), "rules", place, role)
                 return None
-        if self.recipe.storage == "packed" and formats["weight"] is not None:
+        if self.recipe.encoding is not None and formats["weight"] is not None:
             self._check_packing(place, formats["weight"])
         try:
             return Quantization(
@@ -261,7 +261,7 @@ class _Planner:
 
     def _check_readers(self, how: Quantization, names: list[str], place: int) -> None:
         """Report modules whose weight is taken by code that would compute past them, or misread what is packed."""
-        packs = self.recipe.storage == "packed" and how.weight is not None
+        packs = self.recipe.encoding is not None and how.weight is not None
         found: dict[tuple[str, str], dict[str, Reader]] = {}
         for one in names:
             for reader in self.modules[one].readers:

@@ -12,6 +12,7 @@ from torch import nn
 from qsurgeon.surgery.inventory import Module, inventory
 from qsurgeon.surgery.reader import Reader
 from qsurgeon.surgery.source import ANY, CALLED, FIRST, Path, Test, Use, uses_in
+from qsurgeon.torch_private import children
 
 _MOST_DEEP = 4  # methods of held modules that call such methods
 # What transformers sets on the config of each model that has a quantizer, ours too.
@@ -88,7 +89,7 @@ def _owners(module: nn.Module, use: Use) -> Iterator[nn.Module]:
 def _at(module: nn.Module, path: Path) -> Iterator[nn.Module]:
     """Yield the modules that a path leads to; a layer of peft's is passed over for the layer that it holds."""
     if not path:
-        held = module._modules.get("base_layer")
+        held = children(module).get("base_layer")
         yield module if held is None else held
         return
     for name, held in module.named_children():

@@ -5,18 +5,20 @@ Globs are never run again: a model is rebuilt from this record alone.
 
 from collections import defaultdict
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain, count
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from qsurgeon.errors import CheckpointError, FormatError, nearest
 from qsurgeon.formats import CATALOG, Format
+from qsurgeon.formats.fields import FIELDS
 from qsurgeon.layers import Quantization
+from qsurgeon.storage import Encoding, StorageName, encoding_of
 from qsurgeon.surgery import versions
 from qsurgeon.surgery.plan import Excluded, Plan
-from qsurgeon.words import Behavior, Storage
+from qsurgeon.words import Behavior
 
 QUANT_METHOD = "qsurgeon"
 Role = Literal["weight", "input"]
@@ -28,24 +30,23 @@ class _Part(BaseModel):
 
 def _compact(part: _Part, always: Set[str]) -> dict[str, Any]:
     """Return the keys that are written ``always``, and of the newer ones those that are not at their default."""
-    fields = type(part).model_fields
-    new = {key for key, field in fields.items() if key not in always and getattr(part, key) == field.default}
+    keys = type(part).model_fields
+    new = {key for key, field in keys.items() if key not in always and getattr(part, key) == field.default}
     return part.model_dump(mode="json", exclude=new)
 
 
-class FormatRecord(_Part):
-    """Every field of a format: what a name means must not depend on the catalogue of the day."""
+def _format_keys() -> dict[str, Any]:
+    """Return each field of a format; of those that 0.1.0 did not have, with the value that all had then."""
+    one = next(iter(CATALOG.values()))
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(one)}
+    return {
+        key: (Any, ... if key in versions.FORMAT else replace(one, **{key: defaults[key]}).to_dict()[key])
+        for key in FIELDS
+    }
 
-    element: str
-    block: int | tuple[int, int] | str
-    scale: str
-    scale_rule: str
-    tensor_scale: str
-    static_scale: float | str
-    rounding: str
-    hadamard: int | str
-    four_over_six: bool
-    seed: int
+
+class FormatRecord(create_model("_Format", __base__=_Part, **_format_keys())):  # type: ignore[misc]  # seen when it runs
+    """Every field of a format: what a name means must not depend on the catalogue of the day."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps."""
@@ -75,7 +76,7 @@ class Record(_Part):
 
     version: int
     qsurgeon_version: str
-    storage: Storage
+    storage: StorageName
     formats: dict[str, FormatRecord]
     rules: tuple[RuleRecord, ...]
     # Where the model came from: `owner/name@commit` on the hub, or a folder's name; and the recipe's text in full. The
@@ -87,9 +88,8 @@ class Record(_Part):
 
     def quantizations(self) -> dict[str, Quantization]:
         """Return how each wrapped module computes, by its name. Raises: CheckpointError for a broken format."""
-        any_format = next(iter(CATALOG.values()))
         try:
-            formats = {name: any_format.with_fields(name, **vars(one)) for name, one in self.formats.items()}
+            formats = {name: Format.from_dict(name, dict(vars(one))) for name, one in self.formats.items()}
             return {
                 module: Quantization(
                     _named(rule.weight, formats, scales.get("weight")),
@@ -104,6 +104,11 @@ class Record(_Part):
         except FormatError as error:
             by = versions.written_by(self.qsurgeon_version)
             raise CheckpointError(f"quantization_config: {error}{by}") from error
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How weights are stored that have a format; None where they stay in full precision."""
+        return encoding_of(self.storage)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps, in the oldest version of a record that can say it."""
@@ -144,7 +149,7 @@ class Header:
     """What a record says of the model as a whole: the fields of ``Record`` with the same names."""
 
     version: str
-    storage: Storage
+    storage: str
     source: str
     recipe: str
 
@@ -235,9 +240,9 @@ def read_record(data: dict[str, Any], source: str) -> Record:
 
     Raises: CheckpointError, naming ``source``, if it is not one of ours, or says what this version does not know.
     """
-    fields = {key: value for key, value in data.items() if key != "quant_method"}
+    own = {key: value for key, value in data.items() if key != "quant_method"}
     try:
-        return Record.model_validate(versions.raised(fields))
+        return Record.model_validate(versions.raised(own))
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, ("quantization_config", *first["loc"])))

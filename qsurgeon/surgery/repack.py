@@ -26,9 +26,9 @@ def repacked(plan: Plan, record: Record, name: str) -> Plan:
     Raises: CheckpointError, calling the model ``name``, if its weights are packed already, or if the plan would change
     anything but the storage.
     """
-    if record.storage == "packed":
+    if record.encoding is not None:
         raise CheckpointError(f"{name} was rewritten by qsurgeon already; apply the recipe to the model it came from")
-    if plan.recipe.storage != "packed":
+    if plan.recipe.encoding is None:
         raise CheckpointError(
             f"{name} was rewritten by qsurgeon already; apply the recipe to the model it came from. If it was trained "
             "since: a recipe that says the same and 'storage: packed' packs its weights as they are now, and without "

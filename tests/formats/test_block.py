@@ -1024,7 +1024,7 @@ def test_a_rule_for_powers_of_two_does_not_go_with_a_float_scale() -> None:
 
 def test_a_misspelt_rule_is_answered_with_the_nearest_that_goes_with_the_scale() -> None:
     with pytest.raises(FormatError) as caught:
-        Format("mine", E2M1, 32, E8M0, "flor")  # type: ignore[arg-type]
+        Format("mine", E2M1, 32, E8M0, "flor")
     assert str(caught.value) == "scale rule 'flor' does not go with scale e8m0; did you mean 'floor'?"
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsurgeon.formats import Format, Quantized, get_format, kernels
-from qsurgeon.formats.kernels import native
+from qsurgeon.formats import Format, Quantized, get_format
+from qsurgeon.formats.kernels import choosing, native
 from qsurgeon.formats.kernels.product import FEWEST_VALUES, MOST_ROWS, few_rows
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, rounding
 
@@ -138,7 +138,7 @@ def test_what_is_unusual_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> 
     assert few_rows(x, strided, None) is None
     wide = weight_of(get_format("mxfp8"), 300, 1000, torch.float32)
     assert few_rows(x, wide, None) is None
-    monkeypatch.setenv(kernels.VARIABLE, "eager")
+    monkeypatch.setenv(choosing.VARIABLE, "eager")
     assert few_rows(x, weight, None) is None
 
 

@@ -214,6 +214,64 @@ def test_what_generates_is_in_a_rollout_unless_told_otherwise(
         seen.clear()
 
 
+class Mixin:
+    """No module, and defined before a recipe is applied; a class that is defined later takes its method."""
+
+    model: Any
+
+    def generate(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).logits  # type: ignore[no-any-return]
+
+
+def _later_wrapper() -> type[Wrapper]:
+    class Later(Wrapper):
+        def generate(self, ids: Tensor) -> Tensor:
+            return self.model(input_ids=ids).logits  # type: ignore[no-any-return]
+
+    return Later
+
+
+def _later_mixin() -> type[Any]:
+    class Later(Mixin, nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+    return Later
+
+
+def _later_made() -> type[Any]:
+    class Named:
+        """What a class keeps of its keywords, as nn.Module lets it."""
+
+        name = ""
+
+        def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
+            super().__init_subclass__(**kwargs)
+            cls.name = name
+
+    class Later(Wrapper, Named, name="later"):
+        generate_batch = Mixin.generate
+
+    assert Later.name == "later"
+    return type("Made", (Later,), {"generate": lambda self, ids: self.generate_batch(ids)})
+
+
+@pytest.mark.parametrize("define", [_later_wrapper, _later_mixin, _later_made])
+@pytest.mark.parametrize(("phases", "expected"), [("training", {"full"}), ("rollout", {"rounded"})])
+def test_generate_of_a_class_that_is_defined_later_is_a_rollout(
+    tiny_qwen2: Any, seen: Seen, define: Callable[[], Any], phases: str, expected: set[str]
+) -> None:
+    model = qsurgeon.apply(recipe(phases), tiny_qwen2)
+    later = define()(model)
+    later.generate(IDS)
+    assert seen == expected
+    seen.clear()
+    with qsurgeon.phase("training"):
+        later.generate(IDS)
+    assert seen == {"full", "rounded"} - expected
+
+
 def test_generate_of_a_model_that_is_loaded_is_a_rollout(
     make_qwen2: Callable[..., Any], tmp_path: Path, seen: Seen
 ) -> None:

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import qsurgeon
-from qsurgeon.formats import Format, get_format, kernels
+from qsurgeon.formats import Format, get_format
+from qsurgeon.formats.kernels import operations
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear
 from qsurgeon.recipe import load_recipe
 
@@ -114,7 +115,7 @@ def test_alike_blocks_share_a_graph_as_those_of_nn_linear_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["clipped", "static"])
 def test_so_they_do_where_a_gpu_sees_the_operations_of_a_format(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "is_opaque", lambda rows: False)
+    monkeypatch.setattr(operations, "is_opaque", lambda rows: False)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     expected, model = step(blocks(QuantLinear, WAYS[name]), x), blocks(QuantLinear, WAYS[name])
     backend = compiled_each(model, "eager")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsurgeon.errors import GradientError
-from qsurgeon.formats import CATALOG, Format, get_format, kernels
+from qsurgeon.formats import CATALOG, Format, get_format
+from qsurgeon.formats.kernels import operations
 from qsurgeon.layers import Quantization, QuantLinear
 
 MXFP4, NVFP4 = get_format("mxfp4"), get_format("nvfp4")
@@ -219,7 +220,7 @@ def test_compiled_layers_keep_the_codes_of_their_input_once_and_no_rounded_weigh
     format: Format, gradient: str, count: int, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if seen == "operations":
-        monkeypatch.setattr(kernels, "is_opaque", lambda rows: False)
+        monkeypatch.setattr(operations, "is_opaque", lambda rows: False)
     x = rand(64, 1024, dtype=torch.bfloat16).requires_grad_()
     how = Quantization(format, format, gradient)  # type: ignore[arg-type]
     layers = nn.ModuleList([make(how, 1024, 512, torch.bfloat16) for _ in range(count)])

@@ -2,14 +2,12 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -125,15 +123,8 @@ def test_peft_adapters_train_over_frozen_layers_that_act(model: Any, train: Trai
     assert not [key for key in numbers if "flip_rate" in key or "base_layer" in key]
 
 
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # so does nn.Linear
-@pytest.mark.usefixtures("process_group")
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("each_layer", [False, True])
 def test_a_sharded_weight_is_watched_by_its_shard(
     make_qwen2: Callable[..., Any], each_layer: bool, train: Train, recipe: MakeRecipe

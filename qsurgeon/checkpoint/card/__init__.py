@@ -19,14 +19,8 @@ from qsurgeon.surgery.fold import folded
 from qsurgeon.words import FIELDS, Behavior
 
 SECTION, NOTICE = "qsurgeon", "qsurgeon: notice"  # the marks around what is ours, and is replaced when it is said again
-_STORED = {
-    "master": "stored in full precision and rounded in every forward pass, so that they can be trained",
-    "packed": "stored as the codes and scales of their formats",
-}
-_WITHOUT = {
-    "master": "transformers warns and computes in full precision",
-    "packed": "transformers cannot load it",
-}
+_TRAINED = "stored in full precision and rounded in every forward pass, so that they can be trained"
+_WARNED = "transformers warns and computes in full precision"
 
 
 def with_record(card: str, record: Record, summary: str) -> str:
@@ -121,7 +115,9 @@ def _notice(record: Record, summary: str) -> str:
 def _section(record: Record, summary: str) -> str:
     formats = _formats(record)
     rounded = any(how.weight for how in record.quantizations().values())
-    stored = _STORED[record.storage] if rounded else "in full precision"
+    encoding = record.encoding
+    stored = (_TRAINED if encoding is None else encoding.stored) if rounded else "in full precision"
+    elsewhere = _WARNED if encoding is None else encoding.elsewhere
     return "\n".join(
         [
             "## Number formats",
@@ -143,7 +139,7 @@ def _section(record: Record, summary: str) -> str:
             'model = qsurgeon.load("folder or hub id of this model")',
             "```",
             "",
-            f"After `import qsurgeon` a plain `from_pretrained` does the same; without it {_WITHOUT[record.storage]}.",
+            f"After `import qsurgeon` a plain `from_pretrained` does the same; without it {elsewhere}.",
             "",
             *_recipe(record.recipe),
         ]

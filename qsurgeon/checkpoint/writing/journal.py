@@ -22,9 +22,9 @@ MOST_SHOWN = 40  # letters of what differs: a recipe and a hash tell nothing at 
 
 @dataclass(frozen=True)
 class Entry:
-    """A job that is done: the CRC-32 of each piece, and whether all of what was read is finite."""
+    """A job that is done: the CRC-32 of each piece, by its name, and whether all of what was read is finite."""
 
-    crcs: tuple[int, ...]
+    crcs: dict[str, int]
     finite: bool
 
 
@@ -80,7 +80,7 @@ def entries(folder: Path) -> dict[str, Entry]:
 def _entry(line: bytes) -> tuple[str, Entry] | None:
     try:
         data = json.loads(line)
-        return str(data["job"]), Entry(tuple(data["crcs"]), bool(data["finite"]))
+        return str(data["job"]), Entry(dict(data["crcs"]), bool(data["finite"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from qsurgeon.formats.fields import Fields
-from qsurgeon.formats.kernels import native
+from qsurgeon.formats.kernels import choosing, native
 from qsurgeon.formats.packing import packed_length
+from qsurgeon.torch_private import is_watched
 
-VARIABLE = "QSURGEON_KERNELS"
 # os.environ.get takes longer than all other questions here; this is the mapping below it (CPython, on Linux and macOS).
 _environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environb if os.supports_bytes_environ else {})
-_CHOICE = VARIABLE.encode() if os.supports_bytes_environ else VARIABLE
+_CHOICE = choosing.VARIABLE.encode() if os.supports_bytes_environ else choosing.VARIABLE
 _NATIVE = (None, b"", b"native", "", "native")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NONE, _WHOLE, _ROWS, _GIVEN, _GIVEN_ROWS = range(5)  # as operand.cpp numbers them
@@ -54,21 +53,9 @@ def is_usual(x: Tensor) -> bool:
         and type(x) in _PLAIN
         and x.is_cpu
         and x.layout is torch.strided
-        and not _is_stand_in(x)
+        and choosing.BACKENDS[0] is native.NATIVE
+        and not is_watched(x)
         and _environment.get(_CHOICE) in _NATIVE
-    )
-
-
-def _is_stand_in(x: Tensor) -> bool:
-    # Private names of torch 2.13, as in kernels/__init__.py, whose question this is: a mode that watches operations, a
-    # tracer of torch.jit or a transform of torch.func stands between ``x`` and its memory, or ``x`` is lazily negative.
-    # What has no memory at all (functional and zero tensors) says so where it is read.
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or forward_ad._current_level >= 0
-        or x.is_neg()
     )
 
 

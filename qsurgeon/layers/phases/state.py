@@ -16,13 +16,14 @@ from weakref import WeakSet
 import torch
 
 from qsurgeon.layers.phases.keeping import Keeping
+from qsurgeon.torch_private import hand_on, hand_on_no_more, handed_on, is_handed_on
 from qsurgeon.words import Phase
 
 _current: ContextVar["State"] = ContextVar("qsurgeon.state")
 _changing = threading.RLock()  # not a Lock: the garbage collector may close a generator, and leave its block, anywhere
 
 # torch hands what lies under these keys on to the threads of a GPU that run a backward pass, where the context is
-# empty. The first is its own (2.13): a copy of the caller's context, until the first backward pass ends that lies
+# empty. The first is its own: a copy of the caller's context, until the first backward pass ends that lies
 # inside of this one. The second is ours, and there as long as a block is open.
 _CONTEXT, _STATE = "context", "qsurgeon.state"
 
@@ -113,19 +114,19 @@ def current() -> State:
 
 def _handed_on() -> State:
     """Return the state of a thread that Python did not start: in a backward pass, that of whoever called it."""
-    if torch._C._is_key_in_tls(_CONTEXT):
-        context: Context = torch._C._get_obj_in_tls(_CONTEXT)
+    if is_handed_on(_CONTEXT):
+        context: Context = handed_on(_CONTEXT)
         if _current in context:
             return context[_current]
-    found: State = torch._C._get_obj_in_tls(_STATE) if torch._C._is_key_in_tls(_STATE) else NOTHING
+    found: State = handed_on(_STATE) if is_handed_on(_STATE) else NOTHING
     return found
 
 
 def _hand_on(state: State) -> None:
     if state.blocks:
-        torch._C._stash_obj_in_tls(_STATE, state)
-    elif torch._C._is_key_in_tls(_STATE):
-        torch._C._remove_obj_from_tls(_STATE)  # a thread that ended with an object there would hang
+        hand_on(_STATE, state)
+    elif is_handed_on(_STATE):
+        hand_on_no_more(_STATE)  # a thread that ended with an object there would hang
 
 
 @contextmanager
