@@ -26,7 +26,7 @@ SHAPES = [(300, 1000), (1024, 80), (70, 1024), (1000, 77), (257, 256)]
 
 def has_product(format: Format, dtype: torch.dtype = torch.bfloat16) -> bool:
     library = native.library(format, dtype)
-    return library is not None and library.has_product
+    return library is not None and library.direct.has_product
 
 
 pytestmark = pytest.mark.skipif(not has_product(FORMATS["mxfp4"]), reason="this processor has no product of codes")

@@ -156,4 +156,6 @@ def _decided(fields: Fields, dtype: torch.dtype) -> Call | None:
     if library is None:
         return None
     kinds = {"none": _NONE, "tensor": _WHOLE, "row": _ROWS, "static": _GIVEN_ROWS if fields.has_row_scales else _GIVEN}
-    return Call(library.operand, library.read, kinds[fields.tensor_scale], number or 0.0, fields.seed)
+    return Call(
+        library.direct.operand, library.direct.dequantize, kinds[fields.tensor_scale], number or 0.0, fields.seed
+    )
