@@ -29,12 +29,12 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
-def is_watched(x: Tensor) -> bool:
-    """Return whether anything stands between ``x`` and its memory, or is to see what is done with it.
+def is_stand_in(x: Tensor) -> bool:
+    """Return whether something stands between ``x`` and its memory, or it is lazily negative.
 
-    A mode that watches operations, a tracer of torch.jit, a transform of torch.func, a level of forward-mode autograd,
-    or a sign that is still to be applied. It is asked at each call of a layer; what has no memory (see ``is_traced``)
-    says so where its memory is read.
+    That is a mode that watches operations, a tracer of torch.jit, a transform of torch.func, or forward-mode autograd.
+    What has no memory at all (functional and zero tensors) shows where its memory is asked for. A layer asks this at
+    each call, so that it asks the least that there is.
     """
     return (
         torch._C._len_torch_dispatch_stack() > 0

@@ -19,6 +19,7 @@ from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage import PACKED, Encoding
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.torch_private import without_subclass
 from qsurgeon.words import Behavior
 
 
@@ -158,7 +159,7 @@ class PackedLinear(QuantLinear):
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
         refuse_export(self.training)
         stored: dict[str, Any] = self.stored if self.encoding is PACKED else self._as_packed()
-        with torch._C.DisableTorchFunctionSubclass():  # of Codes
+        with without_subclass():  # of Codes
             if is_sharded(stored[WEIGHT]):
                 return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
             return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)

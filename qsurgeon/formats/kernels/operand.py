@@ -17,7 +17,7 @@ from torch import Tensor
 from qsurgeon.formats.fields import Fields
 from qsurgeon.formats.kernels import choosing, native
 from qsurgeon.formats.packing import packed_length
-from qsurgeon.torch_private import is_watched
+from qsurgeon.torch_private import is_stand_in
 
 # os.environ.get takes longer than all other questions here; this is the mapping below it (CPython, on Linux and macOS).
 _environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environb if os.supports_bytes_environ else {})
@@ -54,7 +54,7 @@ def is_usual(x: Tensor) -> bool:
         and x.is_cpu
         and x.layout is torch.strided
         and choosing.BACKENDS[0] is native.NATIVE
-        and not is_watched(x)
+        and not is_stand_in(x)
         and _environment.get(_CHOICE) in _NATIVE
     )
 
@@ -150,12 +150,11 @@ def _call(fields: Fields, dtype: torch.dtype) -> Call | None:
 
 def _decided(fields: Fields, dtype: torch.dtype) -> Call | None:
     number = fields.static_scale
-    if dtype not in native.DTYPES or fields.depends_on_role or (fields.tensor_scale == "static" and number is None):
-        return None
-    library = native.library(fields, dtype)
-    if library is None:
+    if fields.depends_on_role or (fields.tensor_scale == "static" and number is None):
         return None
     kinds = {"none": _NONE, "tensor": _WHOLE, "row": _ROWS, "static": _GIVEN_ROWS if fields.has_row_scales else _GIVEN}
-    return Call(
-        library.direct.operand, library.direct.dequantize, kinds[fields.tensor_scale], number or 0.0, fields.seed
-    )
+    kind = kinds.get(fields.tensor_scale)  # one that operand.cpp does not find goes the other way
+    library = None if kind is None else native.library(fields, dtype)
+    if library is None or kind is None:
+        return None
+    return Call(library.direct.operand, library.direct.dequantize, kind, number or 0.0, fields.seed)
