@@ -68,9 +68,10 @@ def is_view(x: Tensor) -> bool:
     return x._is_view()
 
 
-def owner_of(x: Tensor) -> Tensor:
-    """Return the tensor that ``x`` is a view of; itself if it is none."""
-    return x._base if x._is_view() and x._base is not None else x
+def base_of(x: Tensor) -> Tensor:
+    """Return the tensor that autograd knows ``x`` as a view of; itself where it is none."""
+    base: Tensor | None = x._base if x._is_view() else None
+    return x if base is None else base
 
 
 def unsafe_view(x: Tensor, shape: torch.Size) -> Tensor:
