@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qsurgeon.telling import say
 
 import qsurgeon
 from qsurgeon.cli import main
 from qsurgeon.cli.printing import tamed_messages
 from qsurgeon.errors import Mistake, QSurgeonError, RecipeError, in_words
 from qsurgeon.recipe import Recipe
+from qsurgeon.telling import say
 from qsurgeon.visible import one_line, visible
 
 Says = Callable[..., tuple[int, str]]

@@ -3,29 +3,31 @@
 transformers saves a model as its checkpoint was: it joins the parameters that it split when it loaded them, permutes
 their rows and renames them. Codes and scales are bytes of a layout of their own, so that none of that may be done to
 them: they are saved under the names that their modules have, and loaded by these. What is not packed is converted as
-ever. What of transformers is not public here was seen in 5.23.
+ever.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
-
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    apply_converters,
-    apply_renamings,
-    rename_source_key,
-)
 
 from qsurgeon.errors import CheckpointError
 from qsurgeon.layers import packed_linears
 from qsurgeon.storage.packed import WEIGHT
+from qsurgeon.transformers_private import (
+    Transforms,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    copy_of_converter,
+    fill_renaming,
+    get_model_conversion_mapping,
+    joined_name,
+    loaded_name,
+    renamed_name,
+    reversed_transforms,
+    sorted_transforms,
+)
 
-Transforms = Sequence[WeightTransform]
 State = dict[str, Any]
 
 
@@ -40,29 +42,19 @@ def kept_names(model: Any, packed: Iterable[str]) -> frozenset[str]:
     for name in packed:
         layers[name.rpartition(f".{WEIGHT}")[0]].append(name)
     forward = get_model_conversion_mapping(model)
-    # A prefix is added or dropped as the checkpoint had it; loading goes by either.
-    backward = [one.reverse_transform() for one in reversed(forward) if not isinstance(one, PrefixChange)]
-    renamings, converters = _sorted(backward)
-    targets = {name: apply_converters(name, converters) for names in layers.values() for name in names}
+    backward, transforms = sorted_transforms(reversed_transforms(forward)), sorted_transforms(forward)
+    targets = {name: joined_name(name, backward) for names in layers.values() for name in names}
     joined = {target for target, pattern in targets.values() if pattern is not None}
     names = model.state_dict().keys() | targets.keys()
-    kept = {name for name in names if joined and apply_converters(name, converters)[0] in joined}
+    kept = {name for name in names if joined and joined_name(name, backward)[0] in joined}
     state = dict.fromkeys(names, True)
     for own in layers.values():
-        renamed = {name: apply_renamings(name, renamings) for name in own}
-        back = [rename_source_key(one, *_sorted(forward), model.base_model_prefix, state) for one in renamed.values()]
+        renamed = {name: renamed_name(name, backward[0]) for name in own}
+        back = [loaded_name(one, transforms, model.base_model_prefix, state) for one in renamed.values()]
         apart = len({one.rpartition(f".{WEIGHT}")[0] for one in renamed.values()}) > 1  # a mapping of weights alone
         if apart or back != [(name, None) for name in own] or not kept.isdisjoint([*own, *renamed.values()]):
             kept.update(own)
     return frozenset(kept)
-
-
-def _sorted(transforms: Transforms) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """Return the renamings and the converters of ``transforms``, each in their order."""
-    return (
-        [one for one in transforms if isinstance(one, WeightRenaming)],
-        [one for one in transforms if isinstance(one, WeightConverter)],
-    )
 
 
 def packed_names(model: Any) -> list[str]:
@@ -87,8 +79,7 @@ class _Renaming(WeightRenaming):
     __slots__ = ("inner", "kept")
 
     def __init__(self, inner: WeightRenaming, kept: frozenset[str]) -> None:
-        for name in WeightTransform.__slots__:
-            object.__setattr__(self, name, getattr(inner, name))
+        fill_renaming(self, inner)
         self.inner, self.kept = inner, kept
 
     def __repr__(self) -> str:
@@ -117,9 +108,8 @@ class _Converter(WeightConverter):
 
     @classmethod
     def of(cls, one: WeightConverter, kept: frozenset[str]) -> "_Converter":
-        patterns = list(one._original_source_patterns), list(one._original_target_patterns)
-        new = cls(*patterns, one.operations, one.force_cpu, kept=kept)
-        new.scope_prefix, new.base_model_prefix = one.scope_prefix, one.base_model_prefix
+        new: _Converter = copy_of_converter(one, cls)
+        new.kept = kept
         return new
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from qsurgeon.attributes import READ
 from qsurgeon.errors import CheckpointError, CodesError, FormatError, NothingWrappedError, ShapeError, SurgeryError
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
@@ -77,7 +78,7 @@ class PackedLinear(QuantLinear):
         packed = empty(packed_format(quantization), *weight.shape) if weight.is_meta else pack(weight, quantization)
         super().wrap(linear, quantization, name)
         vars(linear)["compute_dtype"] = weight.dtype
-        vars(linear)["_is_hf_initialized"] = True  # transformers would draw new codes as if they were a weight
+        vars(linear)[READ] = True  # transformers would draw new codes as if they were a weight
         for key, tensor in packed.items():
             linear.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 

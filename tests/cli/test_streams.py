@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from qsurgeon.telling import say
 
 from qsurgeon.cli import main
 from qsurgeon.cli.streams import likeness
+from qsurgeon.telling import say
 
 TINY_MATH = str(Path(__file__).parents[2] / "examples/models/tiny-math")
 COMMANDS = [
