@@ -22,6 +22,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 import qsurgeon
 
+# What transformers calls recomputing in backward: the second until 5.22.
+RECOMPUTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in GRPOConfig.__dataclass_fields__
+)
 TINY_MATH = Path(__file__).parent / "models" / "tiny-math"
 
 
@@ -71,7 +75,7 @@ def train(args: argparse.Namespace) -> None:
         loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0,  # no reference
         per_device_train_batch_size=args.prompts * args.samples, num_generations=args.samples,
         max_completion_length=MAX_NEW_TOKENS, max_steps=args.steps, learning_rate=args.lr, seed=args.seed,
-        bf16=False, activation_checkpointing=False, use_cpu=not torch.cuda.is_available(),
+        bf16=False, **{RECOMPUTING: False}, use_cpu=not torch.cuda.is_available(),
         logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     lora = LoraConfig(r=32, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -4,13 +4,16 @@ No other module imports such a name, names such an attribute, or asks for the ve
 versions it was seen; where it says nothing, in all from 5.5.3 to 5.24.0.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -39,6 +42,7 @@ else:
 __all__ = [
     "ASKS_OF_EACH_TENSOR",
     "AUTO_QUANTIZER_MAPPING",
+    "CASTS_BEFORE_QUANTIZING",
     "CONVERSIONS",
     "GET_QUANTIZER",
     "LOAD_TENSORS",
@@ -71,6 +75,7 @@ __all__ = [
     "loaded_name",
     "loads",
     "new_dtype",
+    "not_casting",
     "register_quantization_config",
     "register_quantizer",
     "renamed_name",
@@ -96,6 +101,9 @@ LOAD_TENSORS = "convert_and_load_state_dict_in_model"
 
 # From 5.21 on a quantizer is asked of each tensor what it is to be cast to, before it is read.
 ASKS_OF_EACH_TENSOR = hasattr(HfQuantizer, "get_new_dtype")
+
+# Until 5.22 a weight that is to be quantized is first cast to the dtype of the parameter that it will be codes in.
+CASTS_BEFORE_QUANTIZING = Version(transformers.__version__) < Version("5.23")
 
 # From 5.16 on a layer's weight that is split over processes is a DTensor, which says so; before, a plain tensor.
 SEES_PARTS = "5.16"
@@ -193,6 +201,13 @@ def loads(model: Any, state_dict: Mapping[str, Any], load_config: Any) -> Iterat
         if name in state:
             targets = [name] if pattern is None else patterns[pattern].target_patterns
             yield Loaded(stored, targets, pattern is not None, state_dict[stored])
+
+
+def not_casting(load_config: Any, names: Iterable[str]) -> Any:
+    """Return a ``load_config`` by which what is loaded under ``names`` is not cast to the dtype of a parameter."""
+    pattern = "|".join(re.escape(name) for name in names)
+    kept = {f"^(?:{pattern})$": load_config.dtype} if pattern else {}
+    return replace(load_config, dtype_plan={**(load_config.dtype_plan or {}), **kept})
 
 
 def new_dtype(quantizer: HfQuantizer, converter: Any, tensor: Any, dtype: torch.dtype | None) -> torch.dtype | None:

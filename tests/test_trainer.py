@@ -128,8 +128,7 @@ def test_gradient_checkpointing_changes_no_bit(
     found = train(
         recomputing,
         tmp_path,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": reentrant},
+        **recomputing(True, use_reentrant=reentrant),
     )
     assert calls == 2 * STEPS
     assert found == losses

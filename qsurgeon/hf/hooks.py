@@ -19,11 +19,13 @@ from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.hf.opening import Stored, opened, opening
 from qsurgeon.hf.quantizer import QSurgeonQuantizer
 from qsurgeon.hf.saving import saving, uploading
-from qsurgeon.layers import PackedLinear, QuantLinear, uncounted
+from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, uncounted
 from qsurgeon.patching import Method, patch
+from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import inherit, is_ours
 from qsurgeon.transformers_private import (
     ASKS_OF_EACH_TENSOR,
+    CASTS_BEFORE_QUANTIZING,
     CONVERSIONS,
     GET_QUANTIZER,
     LOAD_TENSORS,
@@ -34,6 +36,7 @@ from qsurgeon.transformers_private import (
     UPLOAD,
     USE_PARTS,
     loads,
+    not_casting,
 )
 
 _ASKING_TO_SPLIT = ("tp_plan", "tp_size", "distributed_config")  # arguments of from_pretrained
@@ -97,25 +100,28 @@ def _converting(get: Method) -> Method:
     return get_model_conversion_mapping
 
 
-def _asking(load: Method) -> Method:
-    """Ask our quantizer of each tensor before it is read, which transformers itself does from 5.21 on.
+def _telling(load: Method) -> Method:
+    """Tell our quantizer of each tensor before it is read, and have it cast as transformers itself has it from 5.23 on.
 
-    Before, it leaves a tensor of a quantized checkpoint in the file's dtype if the parameter has another name.
+    Before 5.21 a quantizer is asked of no tensor, and one of a quantized checkpoint stays in the file's dtype if the
+    parameter has another name. Before 5.23 a weight that is to be packed is cast to the dtype of its codes first.
     """
-
     parameters = signature(load)
 
     def convert_and_load_state_dict_in_model(*args: Any, **kwargs: Any) -> Any:
-        given = parameters.bind(*args, **kwargs).arguments
-        quantizer = given["load_config"].hf_quantizer
-        if not isinstance(quantizer, QSurgeonQuantizer) or not quantizer.pre_quantized:
+        given = parameters.bind(*args, **kwargs)
+        model, stored, config = (given.arguments[name] for name in ("model", "state_dict", "load_config"))
+        quantizer, is_renamed = config.hf_quantizer, False
+        if not isinstance(quantizer, QSurgeonQuantizer):
             return load(*args, **kwargs)
-        is_renamed = False
-        for one in loads(given["model"], given["state_dict"], given["load_config"]):
-            quantizer.expect(one.targets, one.is_converted, one.tensor)
-            is_renamed |= one.is_converted or one.stored != one.targets[0]
+        if not quantizer.pre_quantized:
+            given.arguments["load_config"] = not_casting(config, (f"{name}.{WEIGHT}" for name in packed_linears(model)))
+        elif not ASKS_OF_EACH_TENSOR:
+            for one in loads(model, stored, config):
+                quantizer.expect(one.targets, one.is_converted, one.tensor)
+                is_renamed |= one.is_converted or one.stored != one.targets[0]
         with quantizer.casting() if is_renamed else nullcontext():
-            return load(*args, **kwargs)
+            return load(*given.args, **given.kwargs)
 
     return convert_and_load_state_dict_in_model
 
@@ -196,6 +202,6 @@ patch(PreTrainedModel, "resize_token_embeddings", _resizing)
 patch(modeling_utils, REVERT, keeping)  # where save_pretrained looks it up
 patch(modeling_utils, GET_QUANTIZER, _settling)  # where from_pretrained looks these up
 patch(modeling_utils, CONVERSIONS, _converting)
-if not ASKS_OF_EACH_TENSOR:
-    patch(modeling_utils, LOAD_TENSORS, _asking)
+if CASTS_BEFORE_QUANTIZING:
+    patch(modeling_utils, LOAD_TENSORS, _telling)
 patch(PreTrainedModel, "num_parameters", _counting_values)

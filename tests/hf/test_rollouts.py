@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from versions import recomputing
 
 import qsurgeon
 from qsurgeon.errors import UsageError
@@ -302,7 +303,7 @@ def test_grpo_with_continuous_batching_rolls_out_in_the_phase(
 
     monkeypatch.setattr(QuantLinear, "forward", watched)
     arguments = trl.GRPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, max_steps=1, report_to=[],
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, **recomputing(False), max_steps=1, report_to=[],
         save_strategy="no", per_device_train_batch_size=4, num_generations=4, disable_tqdm=True, beta=0.0,
         logging_strategy="no", max_completion_length=3, use_transformers_continuous_batching=True,
         transformers_continuous_batching_config=SMALL,

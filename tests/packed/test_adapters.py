@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from versions import recompute
 
 import qsurgeon
 from qsurgeon.errors import SurgeryError
@@ -99,7 +100,7 @@ def test_recomputing_changes_no_bit(folder: Path, adapted: Adapt, step: Step, re
     expected = step(adapted(qsurgeon.load(folder)).train())
     model = adapted(qsurgeon.load(folder)).train()
     model.enable_input_require_grads()
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute(model.get_base_model(), use_reentrant=reentrant)
     assert_equal_steps(step(model), expected)
 
 

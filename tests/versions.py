@@ -1,0 +1,34 @@
+"""What the libraries of a user can do, where their versions differ: for tests, and the reason why one is left out.
+
+``make test`` runs with constraints.txt, ``make test-oldest`` and ``make test-serving`` with files of their own.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+
+def at_least(package: str, least: str) -> bool:
+    return Version(version(package)) >= Version(least)
+
+
+def needs(package: str, least: str, why: str) -> pytest.MarkDecorator:
+    """Return a mark that leaves a test out where ``package`` is older; ``why`` says what it lacks."""
+    return pytest.mark.skipif(
+        not at_least(package, least), reason=f"{package} {version(package)} {why}; {least} is the first that does not"
+    )
+
+
+_RECOMPUTING = "activation_checkpointing" if at_least("transformers", "5.23") else "gradient_checkpointing"
+
+
+def recomputing(is_on: bool, **how: Any) -> dict[str, Any]:
+    """Return arguments of TrainingArguments and its subclasses: whether to recompute in backward, and how."""
+    return {_RECOMPUTING: is_on, **({f"{_RECOMPUTING}_kwargs": how} if how else {})}
+
+
+def recompute(model: Any, **how: Any) -> None:
+    """Let a model of transformers recompute in backward."""
+    getattr(model, f"{_RECOMPUTING}_enable")(how)
