@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from versions import adapter_config, part
 
 import qsurgeon
 from qsurgeon.errors import SurgeryError
@@ -45,7 +46,7 @@ def model(make_qwen2: Maker) -> Maker:
 
 
 def made(kind: str, **fields: Any) -> Make:
-    return lambda: getattr(peft, kind)(**{"target_modules": TARGETS, **fields})
+    return lambda: adapter_config(kind, **{"target_modules": TARGETS, **fields})
 
 
 def lora(**fields: Any) -> Make:
@@ -65,11 +66,11 @@ CALL = {
     "trainable_token_indices": lora(trainable_token_indices=[1, 2]),
     "qalora": lora(use_qalora=True, qalora_group_size=16),
     "alora": lora(alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
-    "velora": lora(velora_config=peft.VeloraConfig(num_groups=8)),
-    "kasa": lora(kasa_config=peft.KasaConfig()),
-    "monteclora": lora(monteclora_config=peft.MontecloraConfig()),
+    "velora": lora(velora_config=part("VeloraConfig", num_groups=8)),
+    "kasa": lora(kasa_config=part("KasaConfig")),
+    "monteclora": lora(monteclora_config=part("MontecloraConfig")),
     "bdlora": lora(
-        use_bdlora=peft.BdLoraConfig(nblocks=2, target_modules_bd_a=["down_proj"], target_modules_bd_b=["q_proj"])
+        use_bdlora=part("BdLoraConfig", nblocks=2, target_modules_bd_a=["down_proj"], target_modules_bd_b=["q_proj"])
     ),
     "adalora": made("AdaLoraConfig", init_r=4, target_r=2, total_step=100),
     "adamss": made("AdamssConfig"),

@@ -3,9 +3,12 @@
 ``make test`` runs with constraints.txt, ``make test-oldest`` and ``make test-serving`` with files of their own.
 """
 
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from importlib.metadata import version
 from typing import Any
 
+import peft
 import pytest
 from packaging.version import Version
 
@@ -32,3 +35,27 @@ def recomputing(is_on: bool, **how: Any) -> dict[str, Any]:
 def recompute(model: Any, **how: Any) -> None:
     """Let a model of transformers recompute in backward."""
     getattr(model, f"{_RECOMPUTING}_enable")(how)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A config of peft inside of another one, not made yet."""
+
+    kind: str
+    fields: dict[str, Any]
+
+
+def part(kind: str, **fields: Any) -> Part:
+    return Part(kind, fields)
+
+
+def adapter_config(kind: str, **fields: Any) -> Any:
+    """Return a config of peft; the test is left out where peft has no such kind of adapter, or no such field of it."""
+    config = getattr(peft, kind, None)
+    absent = [] if config is None else sorted(fields.keys() - {one.name for one in dataclass_fields(config)})
+    if config is None or absent:
+        pytest.skip(f"peft {peft.__version__} has no {kind}" + (f" with {absent[0]}" if absent else ""))
+    values = {
+        name: adapter_config(one.kind, **one.fields) if isinstance(one, Part) else one for name, one in fields.items()
+    }
+    return config(**values)
