@@ -21,7 +21,7 @@ HTTPError: type[Exception] = _client.HTTPError
 TransportError: type[Exception] = _client.TransportError
 # From 1.26 on.
 RevisionResolutionError: type[Exception] = getattr(_errors, "RevisionResolutionError", LocalEntryNotFoundError)
-_RESOLVES = hasattr(HfApi, "resolve_revision")
+RESOLVES = hasattr(HfApi, "resolve_revision")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -41,7 +41,7 @@ def resolve(api: HfApi, model: str, revision: str | None) -> Any:
 
     Raises: what ``HfApi.resolve_revision`` raises.
     """
-    if _RESOLVES:
+    if RESOLVES:
         return api.resolve_revision(model, revision=revision)
     if revision is not None and _COMMIT.fullmatch(revision):
         return Resolved(revision)

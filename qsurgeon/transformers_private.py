@@ -70,10 +70,11 @@ __all__ = [
     "get_class_from_dynamic_module",
     "get_model_conversion_mapping",
     "ignored_if_missing",
-    "is_split",
+    "is_split_unseen",
     "joined_name",
     "loaded_name",
     "loads",
+    "needs",
     "new_dtype",
     "not_casting",
     "register_quantization_config",
@@ -234,9 +235,14 @@ def ties(model: Any) -> list[set[str]]:
     return [{one, other} for one, other in model.all_tied_weights_keys.items()]
 
 
-def is_split(model: Any) -> bool:
+def is_split_unseen(model: Any) -> bool:
     """Return whether transformers split ``model`` over processes in a way that its layers cannot see: before 5.16."""
     return not SPLITTING and (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def needs(least: str) -> str:
+    """Return the end of an error: which version of transformers can what this one cannot."""
+    return f"that needs transformers {least} or later, this is {transformers.__version__}"
 
 
 def saves_here(model: Any, is_main_process: bool) -> bool:

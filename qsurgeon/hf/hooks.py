@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
-import transformers
 from transformers import modeling_utils
 from transformers.modeling_utils import PreTrainedModel
 
@@ -36,6 +35,7 @@ from qsurgeon.transformers_private import (
     UPLOAD,
     USE_PARTS,
     loads,
+    needs,
     not_casting,
 )
 
@@ -65,9 +65,8 @@ def _refuse_unseen_parts(source: str, arguments: Mapping[str, Any]) -> None:
     asked = next((name for name in _ASKING_TO_SPLIT if arguments.get(name) is not None), None)
     if asked is not None and not SPLITTING:
         raise SurgeryError(
-            f"{source}: {asked} would split the weights of a wrapped model over processes, each of which would round "
-            f"its part otherwise than the whole: that needs transformers {SEES_PARTS} or later, this is "
-            f"{transformers.__version__}"
+            f"{source}: {asked} would split the weights of a wrapped model over processes, and its layers could not "
+            f"tell that they round a part: {needs(SEES_PARTS)}"
         )
 
 

@@ -125,14 +125,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "kasa": ("LoraConfig", {"kasa_config": part("KasaConfig")}, "KaSA) replaces"),
     "velora": ("LoraConfig", {"velora_config": part("VeloraConfig", num_groups=8)}, "VeLoRA) takes the dtype of"),
     "target_parameters": (
-        "LoraConfig", {"target_modules": [], "target_parameters": ["q_proj.weight"]}, "LoRA's target_parameters) adds to"
+        "LoraConfig",
+        {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+        "LoRA's target_parameters) adds to",
     ),
     "hira": ("HiraConfig", {"r": 4}, "Linear of peft's hira) computes with"),
     "loha": ("LoHaConfig", {"r": 4}, "Linear of peft's loha) computes with"),
     "lokr": ("LoKrConfig", {"r": 4}, "Linear of peft's lokr) computes with"),
     "peanut": ("PeanutConfig", {}, "Linear of peft's peanut) computes with"),
     "unilora": ("UniLoraConfig", {}, "Linear of peft's unilora) takes the dtype of"),
-}  # fmt: skip
+}
 
 
 def refused(name: str) -> tuple[Any, str]:
