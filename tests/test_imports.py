@@ -13,7 +13,7 @@ STARTUP = "launch/startup/sitecustomize.py"  # lies in the package and is none o
 
 # Who may import whom: each part those to its left, and nobody beside it. The package itself hands out names of all.
 ORDER = (
-    {"attributes", "hub_private", "patching", "peft_private", "transformers_private", "version", "visible", "words"},
+    {"hub_private", "patching", "peft_private", "transformers_private", "version", "visible", "words"},
     {"errors", "telling"},
     {"reading"},
     {"arguments", "places"},
@@ -176,6 +176,11 @@ def test_peft_refuses_what_computes_past_wrapped_layers_whichever_comes_first(or
 
 # What nothing has imported then.
 UNUSED = ["transformers.integrations.liger", "trl.trainer.sft_trainer", "trl.trainer.utils"]
+
+
+@pytest.mark.parametrize("first", ["surgery.skeleton", "checkpoint.kept", "merging"])
+def test_whatever_imports_transformers_first_is_not_imported_by_what_that_imports(first: str) -> None:
+    assert fresh(f"import qsurgeon, transformers; import qsurgeon.{first}; {REGISTERED}") == "True"
 
 
 def test_importing_twice_is_harmless() -> None:

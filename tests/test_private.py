@@ -12,12 +12,16 @@ from transformers import modeling_utils
 from versions import at_least
 
 import qsurgeon
-from qsurgeon import attributes, hub_private, peft_private, transformers_private
+from qsurgeon import hub_private, peft_private
 from qsurgeon.errors import SurgeryError
 from qsurgeon.hf import hooks
+from qsurgeon.transformers_private import attributes, loading, quantizers
 
 PACKAGE = Path(qsurgeon.__file__).parent
-PLACES = {"attributes.py", "hub_private.py", "peft_private.py", "transformers_private.py"}
+PLACES = {
+    "hub_private.py", "peft_private.py", "transformers_private/attributes.py", "transformers_private/loading.py",
+    "transformers_private/quantizers.py",
+}  # fmt: skip
 LIBRARIES = ("accelerate", "huggingface_hub", "peft", "transformers")
 # Modules whose names are private though they begin with no underscore: who changes them tells nobody.
 INNER = (
@@ -48,8 +52,7 @@ def test_nobody_else_imports_a_private_name() -> None:
 
 def test_nobody_else_names_a_private_attribute() -> None:
     names = {value for value in vars(attributes).values() if isinstance(value, str) and value.startswith("_")}
-    names -= {"_orig_mod"}
-    for module in (transformers_private, peft_private):
+    for module in (loading, peft_private):
         names |= {value for name, value in vars(module).items() if name.isupper() and isinstance(value, str)}
     inside = {
         node.attr
@@ -78,12 +81,12 @@ def test_nobody_else_asks_for_a_version_to_decide_by() -> None:
 
 @pytest.mark.parametrize("name", ["UPLOAD", "MAKE"])
 def test_what_is_replaced_of_a_model_is_there(name: str) -> None:
-    assert callable(getattr(transformers.PreTrainedModel, getattr(transformers_private, name)))
+    assert callable(getattr(transformers.PreTrainedModel, getattr(loading, name)))
 
 
 @pytest.mark.parametrize("name", ["GET_QUANTIZER", "REVERT", "CONVERSIONS", "LOAD_TENSORS"])
 def test_what_is_replaced_of_its_module_is_there(name: str) -> None:
-    assert callable(vars(modeling_utils)[getattr(transformers_private, name)])
+    assert callable(vars(modeling_utils)[getattr(loading, name)])
 
 
 @pytest.mark.parametrize("name", ["CREATE", "CHECK_MERGE"])
@@ -92,8 +95,8 @@ def test_what_is_replaced_of_peft_is_there(name: str) -> None:
 
 
 def test_what_a_version_can_is_found_as_its_number_says() -> None:
-    assert bool(transformers_private.SPLITTING) == at_least("transformers", transformers_private.SEES_PARTS)
-    assert at_least("transformers", "5.21") == transformers_private.ASKS_OF_EACH_TENSOR
+    assert bool(loading.SPLITTING) == at_least("transformers", loading.SEES_PARTS)
+    assert at_least("transformers", "5.21") == quantizers.ASKS_OF_EACH_TENSOR
     assert at_least("huggingface_hub", "1.26") == hub_private.RESOLVES
 
 
@@ -119,7 +122,7 @@ def test_where_layers_cannot_see_parts_a_wrapped_model_is_not_split(
 
 
 def test_and_one_that_is_split_is_not_wrapped(tiny_qwen2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_private, "SPLITTING", ())
+    monkeypatch.setattr(loading, "SPLITTING", ())
     vars(tiny_qwen2)["_tp_size"] = 1
     qsurgeon.apply("w4a4-mxfp4", tiny_qwen2)
     vars(tiny_qwen2)["_tp_size"] = 2

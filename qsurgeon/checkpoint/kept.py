@@ -13,7 +13,7 @@ from typing import Any
 from qsurgeon.errors import CheckpointError
 from qsurgeon.layers import packed_linears
 from qsurgeon.storage.packed import WEIGHT
-from qsurgeon.transformers_private import (
+from qsurgeon.transformers_private.loading import (
     Transforms,
     WeightConverter,
     WeightRenaming,

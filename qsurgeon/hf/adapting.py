@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from qsurgeon.attributes import ADAPTED
 from qsurgeon.errors import CodesError, SurgeryError
 from qsurgeon.hf.references import refuse_an_adapter
 from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
 from qsurgeon.patching import Method, patch
 from qsurgeon.peft_private import CHECK_MERGE, CREATE, BaseTuner, BaseTunerLayer, filled, is_target
 from qsurgeon.surgery import method_of, objection, refuse_adapters
+from qsurgeon.transformers_private.attributes import ADAPTED
 
 
 def _refusing(inject: Method) -> Method:

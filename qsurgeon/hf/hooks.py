@@ -22,8 +22,7 @@ from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, uncounted
 from qsurgeon.patching import Method, patch
 from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import inherit, is_ours
-from qsurgeon.transformers_private import (
-    ASKS_OF_EACH_TENSOR,
+from qsurgeon.transformers_private.loading import (
     CASTS_BEFORE_QUANTIZING,
     CONVERSIONS,
     GET_QUANTIZER,
@@ -38,6 +37,7 @@ from qsurgeon.transformers_private import (
     needs,
     not_casting,
 )
+from qsurgeon.transformers_private.quantizers import ASKS_OF_EACH_TENSOR
 
 _ASKING_TO_SPLIT = ("tp_plan", "tp_size", "distributed_config")  # arguments of from_pretrained
 

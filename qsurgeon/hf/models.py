@@ -44,7 +44,11 @@ from qsurgeon.surgery import (
     uninterrupted,
     unwrapped,
 )
-from qsurgeon.transformers_private import SEES_PARTS, is_split_unseen, needs
+from qsurgeon.transformers_private.loading import (
+    SEES_PARTS,
+    is_split_unseen,
+    needs,
+)
 
 # What peft makes an adapter's base of, by the task that its config names.
 _CLASSES: dict[str, Any] = {

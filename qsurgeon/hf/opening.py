@@ -25,7 +25,11 @@ from qsurgeon.errors import CheckpointError, NothingWrappedError
 from qsurgeon.reading import read_json
 from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import configs_in, inventory, is_ours, skeleton
-from qsurgeon.transformers_private import find_adapter_config_file, ignored_if_missing, ties
+from qsurgeon.transformers_private.loading import (
+    find_adapter_config_file,
+    ignored_if_missing,
+    ties,
+)
 
 ADAPTER = "adapter_config.json"
 # What from_pretrained hands on to whatever finds a file, on this disk or on the hub.

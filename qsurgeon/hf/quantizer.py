@@ -13,7 +13,6 @@ import torch
 import transformers
 from torch import nn
 
-from qsurgeon.attributes import READ
 from qsurgeon.checkpoint.kept import kept_names, packed_names, past
 from qsurgeon.errors import CheckpointError
 from qsurgeon.hf.opening import places
@@ -22,12 +21,12 @@ from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
 from qsurgeon.patching import Method, patch
 from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
-from qsurgeon.transformers_private import (
+from qsurgeon.transformers_private.attributes import READ
+from qsurgeon.transformers_private.loading import ConversionOps, WeightConverter
+from qsurgeon.transformers_private.quantizers import (
     AUTO_QUANTIZER_MAPPING,
-    ConversionOps,
     HfQuantizer,
     QuantizationConfigMixin,
-    WeightConverter,
     assign_is_quantized,
     new_dtype,
     register_quantization_config,

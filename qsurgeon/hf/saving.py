@@ -13,7 +13,6 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from qsurgeon.attributes import ADAPTED
 from qsurgeon.checkpoint.card import front_matter, with_record
 from qsurgeon.checkpoint.card.front_matter import CARD
 from qsurgeon.layers.compiling import uncompiled
@@ -28,7 +27,8 @@ from qsurgeon.surgery import (
     is_ours,
     record_in,
 )
-from qsurgeon.transformers_private import saves_here
+from qsurgeon.transformers_private.attributes import ADAPTED
+from qsurgeon.transformers_private.loading import saves_here
 
 
 def saving(save: Method) -> Method:

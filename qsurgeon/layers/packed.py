@@ -6,7 +6,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from qsurgeon.attributes import READ
 from qsurgeon.errors import CheckpointError, CodesError, FormatError, NothingWrappedError, ShapeError, SurgeryError
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
@@ -18,6 +17,7 @@ from qsurgeon.layers.product import packed_format, packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.transformers_private.attributes import READ
 
 
 class PackedLinear(QuantLinear):

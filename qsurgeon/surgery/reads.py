@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from qsurgeon.attributes import SET_ON_CONFIGS
 from qsurgeon.surgery.inventory import Module, inventory
 from qsurgeon.surgery.reader import Reader
 from qsurgeon.surgery.source import ANY, FIRST, Path, Test, uses_in
+from qsurgeon.transformers_private.attributes import SET_ON_CONFIGS
 
 _MOST_DEEP = 4  # methods of held modules that call such methods
 _COMPARE: dict[type, Callable[[Any, Any], bool]] = {

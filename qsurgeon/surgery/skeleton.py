@@ -22,7 +22,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import read_json
-from qsurgeon.transformers_private import auto_mappings, get_class_from_dynamic_module, without_weights
+from qsurgeon.transformers_private.loading import (
+    auto_mappings,
+    get_class_from_dynamic_module,
+    without_weights,
+)
 
 # What transformers raises, in its own words or Python's, for a config that describes no model.
 _BAD_CONFIG = (

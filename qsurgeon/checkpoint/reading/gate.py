@@ -20,7 +20,7 @@ from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.layers import packed_linears
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import operate, read_config, record_in, skeleton
-from qsurgeon.transformers_private import ignored_if_missing
+from qsurgeon.transformers_private.loading import ignored_if_missing
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qsurgeon.checkpoint.reading.headers import BITS, Tensor
-from qsurgeon.transformers_private import (
+from qsurgeon.transformers_private.loading import (
     WeightConverter,
     dot_natural_key,
     get_model_conversion_mapping,

@@ -1,8 +1,4 @@
-"""What qsurgeon uses of transformers that is not public, and where its versions differ.
-
-No other module imports such a name, names such an attribute, or asks for the version. Beside each stands in which
-versions it was seen; where it says nothing, in all from 5.5.3 to 5.24.0.
-"""
+"""How transformers builds, loads and saves a model."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,10 +23,7 @@ from transformers.core_model_loading import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.peft_utils import find_adapter_config_file
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
     from transformers.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel
@@ -40,8 +33,6 @@ else:
     _SPLITTING = (ColwiseParallel, RowwiseParallel)
 
 __all__ = [
-    "ASKS_OF_EACH_TENSOR",
-    "AUTO_QUANTIZER_MAPPING",
     "CASTS_BEFORE_QUANTIZING",
     "CONVERSIONS",
     "GET_QUANTIZER",
@@ -53,14 +44,11 @@ __all__ = [
     "UPLOAD",
     "USE_PARTS",
     "ConversionOps",
-    "HfQuantizer",
     "Loaded",
-    "QuantizationConfigMixin",
     "Transforms",
     "WeightConverter",
     "WeightRenaming",
     "WeightTransform",
-    "assign_is_quantized",
     "auto_mappings",
     "converted_name",
     "copy_of_converter",
@@ -75,10 +63,7 @@ __all__ = [
     "loaded_name",
     "loads",
     "needs",
-    "new_dtype",
     "not_casting",
-    "register_quantization_config",
-    "register_quantizer",
     "renamed_name",
     "reversed_transforms",
     "saves_here",
@@ -99,9 +84,6 @@ GET_QUANTIZER = "get_hf_quantizer"
 REVERT = "revert_weight_conversion"
 CONVERSIONS = "get_model_conversion_mapping"
 LOAD_TENSORS = "convert_and_load_state_dict_in_model"
-
-# From 5.21 on a quantizer is asked of each tensor what it is to be cast to, before it is read.
-ASKS_OF_EACH_TENSOR = hasattr(HfQuantizer, "get_new_dtype")
 
 # Until 5.22 a weight that is to be quantized is first cast to the dtype of the parameter that it will be codes in.
 CASTS_BEFORE_QUANTIZING = Version(transformers.__version__) < Version("5.23")
@@ -209,17 +191,6 @@ def not_casting(load_config: Any, names: Iterable[str]) -> Any:
     pattern = "|".join(re.escape(name) for name in names)
     kept = {f"^(?:{pattern})$": load_config.dtype} if pattern else {}
     return replace(load_config, dtype_plan={**(load_config.dtype_plan or {}), **kept})
-
-
-def new_dtype(quantizer: HfQuantizer, converter: Any, tensor: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Return what transformers casts a tensor to, where it asks a quantizer: see ``ASKS_OF_EACH_TENSOR``."""
-    new: torch.dtype | None = HfQuantizer.get_new_dtype(quantizer, converter, tensor, dtype)
-    return new
-
-
-def assign_is_quantized(model: Any) -> None:
-    """Mark the configs in ``model`` as transformers marks those of each model that has a quantizer."""
-    _assign_is_quantized(model)  # type: ignore[no-untyped-call]
 
 
 # --- what a model says of itself
