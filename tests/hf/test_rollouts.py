@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from versions import recomputing
+from versions import needs, recomputing
 
 import qsurgeon
 from qsurgeon.errors import UsageError
@@ -286,6 +286,7 @@ def test_a_manager_that_is_kept_follows_the_next_sessions_state(tiny_qwen2: Any,
     model.destroy_cached_continuous_batching_manager()
 
 
+@needs("trl", "1.8", "does not know use_transformers_continuous_batching")
 @pytest.mark.parametrize("phases", ["training", "rollout"])
 def test_grpo_with_continuous_batching_rolls_out_in_the_phase(
     phases: str, make_qwen2: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
