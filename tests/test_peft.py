@@ -19,7 +19,7 @@ import qsurgeon
 from qsurgeon.errors import SurgeryError
 from qsurgeon.hf import adapting
 from qsurgeon.layers import Quantization, QuantLinear, quant_linears
-from qsurgeon.recipe import Recipe, Rule
+from qsurgeon.recipe import Recipe, Rule, load_recipe
 from qsurgeon.surgery import bypassed
 
 # FRoD's own.
@@ -124,8 +124,23 @@ NO_LAYER = {
 
 def test_every_method_of_peft_is_tried() -> None:
     methods = {found.name for found in pkgutil.iter_modules(peft.tuners.__path__) if found.ispkg}
-    tried = {name.split(",")[0] for name in [*CALL, *PAST]} | {"glora"}
+    tried = {name.split(",")[0] for name in [*CALL, *PAST]} | {"glora", "bone"}  # which have tests of their own
     assert methods - NO_LAYER - tried == set()
+
+
+@pytest.mark.filterwarnings("ignore:Bone will be removed:UserWarning")
+@pytest.mark.parametrize("storage", ["master", "packed"])
+def test_bone_of_older_peft_calls_its_layer_or_is_refused(model: Maker, storage: str) -> None:
+    recipe = load_recipe("w4a4-mxfp4").model_copy(update={"storage": storage})
+    on = adapter_config("BoneConfig", r=4, target_modules=["q_proj"])
+    assert bypassed(peft.get_peft_model(qsurgeon.apply(recipe, model()), on)) == {}
+    wrapped = qsurgeon.apply(recipe, model())
+    with pytest.raises(SurgeryError) as caught:
+        peft.get_peft_model(wrapped, adapter_config("BoneConfig", r=4, target_modules=["q_proj"], init_weights="bat"))
+    assert str(caught.value) == (
+        f"{Q} cannot have this adapter: bone with init_weights='bat' multiplies with its weight itself and never calls "
+        "it"
+    )
 
 
 def trained(model: Any) -> Any:
