@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from qsurgeon.checkpoint.kept import keeping
 from qsurgeon.errors import CheckpointError, SurgeryError
+from qsurgeon.hf.adapter_info import noting, returning
 from qsurgeon.hf.opening import Stored, opened, opening
 from qsurgeon.hf.quantizer import QSurgeonQuantizer
 from qsurgeon.hf.saving import saving, uploading
@@ -28,11 +29,14 @@ from qsurgeon.transformers_private.loading import (
     GET_QUANTIZER,
     LOAD_TENSORS,
     MAKE,
+    REPORT,
+    RETURNS_NO_INFO,
     REVERT,
     SEES_PARTS,
     SPLITTING,
     UPLOAD,
     USE_PARTS,
+    adapters,
     loads,
     needs,
     not_casting,
@@ -201,6 +205,9 @@ patch(PreTrainedModel, "resize_token_embeddings", _resizing)
 patch(modeling_utils, REVERT, keeping)  # where save_pretrained looks it up
 patch(modeling_utils, GET_QUANTIZER, _settling)  # where from_pretrained looks these up
 patch(modeling_utils, CONVERSIONS, _converting)
+if RETURNS_NO_INFO:
+    patch(adapters, REPORT, noting)
+    patch(PreTrainedModel, "load_adapter", returning)
 if CASTS_BEFORE_QUANTIZING:
     patch(modeling_utils, LOAD_TENSORS, _telling)
 patch(PreTrainedModel, "num_parameters", _counting_values)

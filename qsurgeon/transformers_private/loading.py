@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations import peft as adapters
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -38,6 +39,8 @@ __all__ = [
     "GET_QUANTIZER",
     "LOAD_TENSORS",
     "MAKE",
+    "REPORT",
+    "RETURNS_NO_INFO",
     "REVERT",
     "SEES_PARTS",
     "SPLITTING",
@@ -49,6 +52,7 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "WeightTransform",
+    "adapters",
     "auto_mappings",
     "converted_name",
     "copy_of_converter",
@@ -87,6 +91,10 @@ LOAD_TENSORS = "convert_and_load_state_dict_in_model"
 
 # Until 5.22 a weight that is to be quantized is first cast to the dtype of the parameter that it will be codes in.
 CASTS_BEFORE_QUANTIZING = Version(transformers.__version__) < Version("5.23")
+
+# Until 5.6 ``load_adapter`` returns nothing of what it loaded, and only reports it.
+RETURNS_NO_INFO = Version(transformers.__version__) < Version("5.7")
+REPORT = "log_state_dict_report"  # where transformers.integrations.peft has it
 
 # From 5.16 on a layer's weight that is split over processes is a DTensor, which says so; before, a plain tensor.
 SEES_PARTS = "5.16"
