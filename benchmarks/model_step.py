@@ -55,7 +55,7 @@ def make_step(name: str, args: argparse.Namespace) -> Callable[[], None]:
         num_key_value_heads=max(args.hidden // 256, 1),
         use_cache=False,
     )
-    model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).to(args.device)
+    model = transformers.Qwen2ForCausalLM(config).bfloat16().to(args.device)
     if name != PLAIN:
         rule = Rule(target=("layers",), weight=name, input=name)
         qsurgeon.apply(Recipe(version=1, saved_inputs=args.saved_inputs, rules=(rule,)), model)
@@ -83,10 +83,10 @@ def peak(name: str, args: argparse.Namespace) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
-    before = resident("VmRSS")
+    resting = resident("VmRSS")
     for _ in range(STEPS):
         step()
-    return resident("VmHWM") - before
+    return resident("VmHWM") - resting
 
 
 def resident(line: str) -> float:

@@ -29,7 +29,8 @@ def _torchao(format: str) -> dict[str, Act]:
 
     def nvfp4(x: Tensor) -> Tensor:
         scale = per_tensor_amax_to_scale(x.abs().max())
-        return NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale).dequantize(x.dtype)
+        rounded: Tensor = NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale).dequantize(x.dtype)
+        return rounded
 
     acts = {"mxfp4": mx(torch.float4_e2m1fn_x2), "mxfp8": mx(torch.float8_e4m3fn), "nvfp4": nvfp4}
     return {f"torchao {torchao.__version__}": acts[format]} if format in acts else {}
@@ -52,6 +53,7 @@ def _compressed_tensors(format: str) -> dict[str, Act]:
         scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, global_scale=above)
         if format != "nvfp4":
             scale = maybe_convert_from_mx_exp(args, scale)
-        return fake_quantize(x, scale, zero, args, global_scale=above)
+        rounded: Tensor = fake_quantize(x, scale, zero, args, global_scale=above)
+        return rounded
 
     return {f"compressed-tensors {compressed_tensors.__version__}": act}

@@ -12,6 +12,7 @@ score by less than the draw of the problems does.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -26,6 +27,7 @@ import qsurgeon
 RECOMPUTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in GRPOConfig.__dataclass_fields__
 )
+NOT_RECOMPUTING: dict[str, Any] = {RECOMPUTING: False}
 TINY_MATH = Path(__file__).parent / "models" / "tiny-math"
 
 
@@ -43,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def exact(completions: list[str], answer: list[str], **_: object) -> list[float]:
+def exact(completions: list[str], answer: list[str], **_: object) -> list[float | None]:
     """1 for a completion that ends in exactly the right answer, else 0."""
     return [float(answer_in(text) == right) for text, right in zip(completions, answer, strict=True)]
 
@@ -51,8 +53,10 @@ def exact(completions: list[str], answer: list[str], **_: object) -> list[float]
 class Progress(TrainerCallback):
     """A line for each entry of the log, in place of all that the trainer knows."""
 
-    def on_log(self, args: object, state: TrainerState, control: object, logs: dict[str, float], **_: object) -> None:
-        if "reward" in logs:
+    def on_log(
+        self, args: object, state: TrainerState, control: object, logs: dict[str, float] | None = None, **_: object
+    ) -> None:
+        if logs is not None and "reward" in logs:
             print(f"step {state.global_step:4d}  reward of the rollouts {logs['reward']:.3f}", flush=True)
 
 
@@ -75,7 +79,7 @@ def train(args: argparse.Namespace) -> None:
         loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0,  # no reference
         per_device_train_batch_size=args.prompts * args.samples, num_generations=args.samples,
         max_completion_length=MAX_NEW_TOKENS, max_steps=args.steps, learning_rate=args.lr, seed=args.seed,
-        bf16=False, **{RECOMPUTING: False}, use_cpu=not torch.cuda.is_available(),
+        bf16=False, **NOT_RECOMPUTING, use_cpu=not torch.cuda.is_available(),
         logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     lora = LoraConfig(r=32, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -45,8 +45,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 class Progress(TrainerCallback):
     """A line for each entry of the log, in place of all that the trainer knows."""
 
-    def on_log(self, args: object, state: TrainerState, control: object, logs: dict[str, float], **_: object) -> None:
-        if "loss" in logs:
+    def on_log(
+        self, args: object, state: TrainerState, control: object, logs: dict[str, float] | None = None, **_: object
+    ) -> None:
+        if logs is not None and "loss" in logs:
             print(f"step {state.global_step:4d}  loss {logs['loss']:.4f}", flush=True)
 
 

@@ -16,7 +16,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> d
     return {"input_ids": input_ids, "labels": labels}
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: Any) -> Any:
     """The model inside data-parallel and compile wrappers, which do not pass on `generate`."""
     while hasattr(model, "_orig_mod") or not hasattr(model, "generate"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module

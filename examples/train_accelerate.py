@@ -12,6 +12,7 @@ import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -61,7 +62,7 @@ def train(args: argparse.Namespace) -> list[float]:
         model = qsurgeon.apply(args.recipe, AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32))
     accelerator.print(f"training with: {qsurgeon.inspect(model).summary}")
 
-    problems = make_problems(args.steps * args.batch_size * accelerator.num_processes, seed=args.seed)
+    problems: Any = make_problems(args.steps * args.batch_size * accelerator.num_processes, seed=args.seed)
     batches = DataLoader(problems, args.batch_size, collate_fn=functools.partial(encode, tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)

@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_math import Problem, accuracy, encode, make_problems, stream
@@ -55,12 +56,13 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     )
     texts = [problem.prompt + problem.completion for problem in make_problems(4000)]
     # The size is only a ceiling: training ends by itself once every word of the task is one token.
-    return base.train_new_from_iterator(texts, vocab_size=512, show_progress=False)
+    trained: PreTrainedTokenizerBase = base.train_new_from_iterator(texts, vocab_size=512, show_progress=False)
+    return trained
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """The untrained model, with every dimension a multiple of 32 so that any group size up to 32 divides it."""
-    config = Qwen2Config(
+    config = Qwen2Config(  # type: ignore[call-arg]  # which takes more than it declares
         vocab_size=math.ceil(len(tokenizer) / 32) * 32,
         hidden_size=128,
         intermediate_size=384,
@@ -105,7 +107,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": rate})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             matrices = group["params"]
             grads = torch.stack([one.grad for one in matrices])
@@ -123,7 +125,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return x if matrices.shape == x.shape else x.mT
+    upright: Tensor = x if matrices.shape == x.shape else x.mT
+    return upright
 
 
 def optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
@@ -138,6 +141,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: in
     """Train in place on fresh problems only, reporting on stderr; the last batch's loss."""
     both = optimizers(model)
     schedules = [LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps)) for optimizer in both]
+    stepping: list[Any] = [*both, *schedules]
     problems = stream("train", seed)
     started, loss = time.perf_counter(), torch.tensor(math.nan)
     model.train()
@@ -146,7 +150,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: in
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
-        for stepped in (*both, *schedules):
+        for stepped in stepping:
             stepped.step()
         model.zero_grad()
         if step % 20 == 0 or step == steps:
@@ -230,7 +234,7 @@ def main() -> None:
     started = time.perf_counter()
     loss = train(model, tokenizer, arguments.steps, arguments.seed)
     wall = time.perf_counter() - started
-    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    model.bfloat16().save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     share = measure(arguments.output)
     (arguments.output / "README.md").write_text(readme(model, arguments, loss, wall, share), encoding="utf-8")

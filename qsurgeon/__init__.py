@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qsurgeon.checkpoint import rewrite
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf.models import apply, load, plan, reference
-    from qsurgeon.layers import QuantLinear, disabled, phase
+    from qsurgeon.layers import QuantLinear, disabled, keep_at_most, kept_bytes, phase, rounded_once
     from qsurgeon.merging import merge
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
@@ -42,6 +42,8 @@ __all__ = [
     "disabled",
     "get_format",
     "inspect",
+    "keep_at_most",
+    "kept_bytes",
     "load",
     "load_recipe",
     "merge",
@@ -49,6 +51,7 @@ __all__ = [
     "plan",
     "reference",
     "rewrite",
+    "rounded_once",
 ]
 
 _HOME = {
@@ -62,6 +65,8 @@ _HOME = {
     "disabled": "layers",
     "get_format": "formats",
     "inspect": "report.inspection",
+    "keep_at_most": "layers",
+    "kept_bytes": "layers",
     "load": "hf.models",
     "load_recipe": "recipe",
     "merge": "merging",
@@ -69,6 +74,7 @@ _HOME = {
     "plan": "hf.models",
     "reference": "hf.models",
     "rewrite": "checkpoint",
+    "rounded_once": "layers",
 }
 
 
@@ -122,5 +128,6 @@ _follow("peft.mapping_func", "qsurgeon.hf.counting")
 _follow("transformers.integrations.liger", "qsurgeon.hf.heads.liger")
 _follow("trl.trainer.utils", "qsurgeon.hf.heads.trl")
 _follow("trl.trainer.sft_trainer", "qsurgeon.hf.heads.sft")
+_follow("torch.distributed.fsdp._flat_param", "qsurgeon.layers.flattening")
 if VARIABLE in os.environ:
     _follow("transformers.modeling_utils", "qsurgeon.launch.loading")

@@ -1,4 +1,4 @@
-"""What the public functions are called with, where it is something else than they take: each error says the right call.
+"""Wrong arguments to the public functions: each error shows the correct call.
 
 Objects of other libraries are told by the names of their classes, so that nothing is imported for it.
 """

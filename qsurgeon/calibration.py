@@ -1,9 +1,9 @@
-"""Static tensor scales: one number a module, found by running the model on examples, kept in its record."""
+"""Static tensor scales: one number per module, found by running the model on examples and kept in its record."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
 from qsurgeon.hf.quantizer import hosts, note
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
-from qsurgeon.layers.compiling import eagerly
+from qsurgeon.observing import Seen, observed, undisturbed
 from qsurgeon.surgery import plain_model
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Module:
+
+def calibrate(model: Model, batches: Iterable[Mapping[str, Any]]) -> Model:
     """Give every static tensor scale of a wrapped model its number, and return the model.
 
     The number lets the largest magnitude that a module's input took in ``batches`` (each is what the model is called
@@ -31,7 +33,15 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> nn.Modu
     layers = {path: layer for path, layer in quant_linears(model).items() if _roles(layer)}
     if not layers:
         raise CalibrationError("no module has a static tensor scale; say tensor_scale: static in a recipe's formats")
-    with _observed(layers) as largest, _evaluating(model), eagerly(model), torch.no_grad():
+    largest: dict[str, Tensor] = {}
+    formats = {path: layer.quantization.input for path, layer in layers.items()}
+
+    def see(call: Seen[QuantLinear]) -> None:
+        if call.input.numel():
+            top = _amax(call.input, formats[call.name])
+            largest[call.name] = torch.maximum(largest.get(call.name, top), top)
+
+    with _dynamically(layers), observed(layers, see), undisturbed(model):
         for batch in batches:
             model(**batch)
     _agree(largest)
@@ -51,50 +61,23 @@ def _roles(layer: QuantLinear) -> list[str]:
 
 
 @contextmanager
-def _observed(layers: Mapping[str, QuantLinear]) -> Iterator[dict[str, Tensor]]:
-    """Let ``layers`` compute with scales of each tensor's own; yield the largest magnitude of each one's input."""
+def _dynamically(layers: Mapping[str, QuantLinear]) -> Iterator[None]:
+    """Let ``layers`` compute inside the block with scales of each tensor's own."""
     before = {path: layer.quantization for path, layer in layers.items()}
-    largest: dict[str, Tensor] = {}
-
-    def watch(path: str) -> Any:
-        def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x = args[0] if args else kwargs["input"]
-            if x.numel():
-                top = _amax(x, before[path].input)
-                largest[path] = torch.maximum(largest.get(path, top), top)
-
-        return see
-
-    hooks = [layer.register_forward_pre_hook(watch(path), with_kwargs=True) for path, layer in layers.items()]
     try:
         for path, layer in layers.items():
             how = before[path]
             weight = how.weight if isinstance(layer, PackedLinear) else _dynamic(how.weight)
             vars(layer)["quantization"] = replace(how, weight=weight, input=_dynamic(how.input))
-        yield largest
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for path, layer in layers.items():
-            vars(layer)["quantization"] = before[path]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off what only training does (dropout, running statistics); every module's mode is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for path, layer in layers.items():
+            vars(layer)["quantization"] = before[path]
 
 
 def _amax(x: Tensor, format: Format | None) -> Tensor:
     """Return the largest magnitude of what ``format`` rounds: of ``x``, rotated if it rotates."""
     rotation = None if format is None else format.rotation
-    x = x.detach()
     low, high = torch.aminmax(x if rotation is None else rotation(x))
     return torch.maximum(high, -low).to(torch.float32)
 

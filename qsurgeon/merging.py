@@ -1,4 +1,4 @@
-"""Fold a LoRA adapter into its wrapped base, and say what rounding the sum anew changes.
+"""Merge a LoRA adapter into its wrapped base, and measure the error that re-quantizing adds.
 
 Under the adapter a layer computed q(W)·q(x) + ΔW·x; merged it computes q(W + ΔW)·q(x). What is stored stays the master
 weight, W + ΔW, in the base's dtype. Of a packed weight q(W) is all there is: it stands for W, and the codes of

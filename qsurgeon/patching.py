@@ -1,4 +1,4 @@
-"""Methods of other libraries that do more once qsurgeon is there. All that is changed is changed here."""
+"""Monkey-patches of third-party methods and functions. Every patch is made here."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Where a model, a recipe or an output lies, in the words of whoever names it. Imports nothing heavy.
+"""Where a model, a recipe or an output is, in the words of the user. Imports nothing heavy.
 
 What a shell would have expanded, it does not if it stands in quotes, behind ``--model=`` or in a recipe: the ``~`` of a
 home folder is expanded here, and a variable is refused, so that no folder is ever called ``~`` or ``$HOME``.
@@ -167,7 +167,7 @@ def _content(folder: Path) -> str | None:
         )
     if folder.name.endswith(PARTIAL) and (folder / folder.name.removesuffix(PARTIAL)).is_dir():
         final = folder.with_name(folder.name.removesuffix(PARTIAL))
-        return f"is an unfinished {final}: the same apply that began it goes on with it, and then {final} is there"
+        return f"is an unfinished {final}: run the same apply again to resume it and create {final}"
     if (folder / "model_index.json").is_file():
         parts = sorted(one.parent.name for one in folder.glob(f"*/{CONFIG}"))
         has = f", of which {', '.join(parts)} have a {CONFIG}" if parts else ""

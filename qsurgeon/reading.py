@@ -1,4 +1,4 @@
-"""Files that somebody else wrote, read so that none can hang the process, fill its memory or break its parser."""
+"""Reads files from other sources so that none can hang the process, fill its memory or crash its parser."""
 
 import errno
 import json
@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(data: bytes) -> dict[str, Any]:
     """Return the JSON object that ``data`` is in UTF-8.
 
-    Raises: ValueError if it is not that, or if a key stands twice: readers differ in which of the two they take.
+    Raises: ValueError if it is not that, or if a key appears twice: readers differ in which of the two they take.
     """
     try:
         parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
@@ -74,7 +74,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key '{key}' stands twice")
+            raise ValueError(f"key '{key}' appears twice")
         if not (_is_text(key) and _is_text(value)):
             raise ValueError(f"{key!a} has half a character")
         found[key] = value

@@ -1,4 +1,4 @@
-"""Text that somebody else chose, made safe to print: a name can neither steer a terminal nor look like a line of ours.
+"""Makes text from other sources safe to print: a name cannot control a terminal or forge a line of output.
 
 What is not printable (control characters, line breaks, marks that reverse the direction of text, halves of characters
 that are no UTF-8) is written as Python writes it in a string: ``\\x1b``, ``\\n``, ``\\u202e``. Text that is printable

@@ -4,13 +4,39 @@ import os
 # is imported, and inherited by what the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The hub of the tests runs on this machine, and answers late only where others work on it, too.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "300")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "300")
 
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+
+SEED = int(os.environ.get("QSURGEON_SEED", "0"))  # another one tries the tests on other numbers
+
+
+def _seed() -> None:
+    """Begin from the same random numbers, whatever ran in this process before."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Let what a fixture draws depend on no other."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Let what a test draws depend on no other, nor on which fixtures were there already."""
+    _seed()
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +66,7 @@ def make_qwen2(qwen2_config: Callable[..., Any]) -> Callable[..., Any]:
     """Return a maker of tiny Qwen2 models, always with the same weights; its keywords replace config fields."""
     from transformers import Qwen2ForCausalLM
 
-    def make(**fields: Any) -> Qwen2ForCausalLM:
+    def make(**fields: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return Qwen2ForCausalLM(qwen2_config(**fields)).eval()
@@ -97,3 +123,12 @@ def heard() -> Any:
             self.notes.append(text)
 
     return Heard()
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch leaves another there
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -60,7 +60,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 def whole(model: Any) -> dict[str, torch.Tensor]:
     """Return the full state dict on the first process, and an empty one on the others."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
 
 
 def ddp(folder: Path, output: Path, tokens: torch.Tensor) -> None:
@@ -80,9 +82,9 @@ def save_whole_and_sharded(model: Any, folder: Path, output: Path) -> None:
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.to_local().zero_()
-    state = get_model_state_dict(fresh)
-    checkpoint.load(state, checkpoint_id=output / "sharded")
-    set_model_state_dict(fresh, state)
+    shards = get_model_state_dict(fresh)
+    checkpoint.load(shards, checkpoint_id=output / "sharded")
+    set_model_state_dict(fresh, shards)
     state = whole(fresh)
     if dist.get_rank() == 0:
         torch.save(state, output / "fresh.pt")
@@ -129,7 +131,9 @@ def bfloat16(folder: Path, output: Path, tokens: torch.Tensor) -> None:
     seen = set()
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.register_forward_pre_hook(lambda layer, inputs: seen.add((layer.weight.dtype, inputs[0].dtype)))
+            module.register_forward_pre_hook(
+                lambda layer, inputs: seen.add((layer.weight.element_size(), inputs[0].dtype))
+            )
     found = model(input_ids=tokens, labels=tokens)
     found.loss.backward()
     result = {"seen": seen, "logits": found.logits.detach(), "gradients": gradients(model)}

@@ -142,7 +142,7 @@ def nan(mesh: DeviceMesh) -> Iterator[tuple[str, str]]:
         expected, model = (pair(QuantLinear, format, "ste") for _ in range(2))
         for one in (expected, model):
             with torch.no_grad():
-                one[1].weight[3, 200] = value
+                one.get_parameter("1.weight")[3, 200] = value
         model = split(model, mesh)
         with torch.no_grad():
             found, wanted = whole(model(rand(3, 64))), expected(rand(3, 64))
@@ -163,7 +163,9 @@ def models(base: Path) -> Iterator[tuple[str, str]]:
         names = [name for name, one in expected.named_parameters() if one.requires_grad]
         for each in (model, expected):
             each(tokens, labels=tokens, use_cache=False).loss.backward()
-        grads = [[whole(dict(each.named_parameters())[name].grad) for name in names] for each in (model, expected)]
+        grads: list[list[Tensor | None]] = [
+            [whole(dict(each.named_parameters())[name].grad) for name in names] for each in (model, expected)
+        ]
         yield f"{folder.name} gradients", apart(grads[0], grads[1]) if names else ""
 
 

@@ -24,7 +24,8 @@ NESTED = ("fsdp_config", "deepspeed_config")
 
 
 def written(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / name).read_text())
+    config: dict[str, Any] = yaml.safe_load((CONFIGS / name).read_text())
+    return config
 
 
 def unknown(config: dict[str, Any]) -> set[str]:

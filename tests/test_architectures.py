@@ -12,7 +12,7 @@ import qsurgeon
 from qsurgeon.layers import quant_linears
 from qsurgeon.recipe import Recipe
 
-_DECODER = {
+_DECODER: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -22,7 +22,12 @@ _DECODER = {
     "head_dim": 16,
     "pad_token_id": 0,
 }
-_ENCODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _TOKENS = torch.arange(1, 13).reshape(2, 6)
 
 # architecture: (config, what goes in, Linear modules that w4a4-mxfp4 wraps, of how many)
@@ -59,7 +64,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor], int, 
         14,
     ),
     "T5ForConditionalGeneration": (
-        lambda: hf.T5Config(
+        lambda: hf.T5Config(  # type: ignore[call-arg]
             vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
         ),
         {"input_ids": _TOKENS, "decoder_input_ids": _TOKENS},
@@ -67,7 +72,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor], int, 
         33,
     ),
     "ViTForImageClassification": (
-        lambda: hf.ViTConfig(image_size=16, patch_size=8, num_labels=4, **_ENCODER),
+        lambda: hf.ViTConfig(image_size=16, patch_size=8, num_labels=4, **_ENCODER),  # type: ignore[call-arg]
         {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)},
         12,
         13,
@@ -101,7 +106,7 @@ def test_a_wrapped_model_computes_trains_and_reloads_with_equal_logits(name: str
     assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
 
 
-_MOE = {**_DECODER, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_MOE: dict[str, Any] = {**_DECODER, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
 # Whose files have other names than their modules, or whose experts are stored one by one and joined when they load.
 RENAMED: dict[str, Callable[[], Any]] = {
     "Qwen3MoeForCausalLM": lambda: hf.Qwen3MoeConfig(**_MOE, num_experts=4),

@@ -27,7 +27,7 @@ class Trainer:
     """Another."""
 
 
-class Proc(transformers.ProcessorMixin):  # type: ignore[misc]
+class Proc(transformers.ProcessorMixin):
     """A processor without parts."""
 
     def __init__(self) -> None:

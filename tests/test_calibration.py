@@ -75,9 +75,11 @@ def test_a_token_is_rounded_alike_alone_and_in_a_batch(model: Any) -> None:
     qsurgeon.calibrate(model, [{"input_ids": IDS}])
     layer = quant_linears(model)["model.layers.0.mlp.up_proj"]
     x = torch.randn(4, 64)
-    together = layer.quantization.input.as_input.fake_quantize(x)
+    format = layer.quantization.input
+    assert format is not None
+    together = format.as_input.fake_quantize(x)
     x[1:] *= 100
-    assert torch.equal(layer.quantization.input.as_input.fake_quantize(x)[0], together[0])
+    assert torch.equal(format.as_input.fake_quantize(x)[0], together[0])
 
 
 def test_weights_may_be_static_too_and_are_rounded_as_with_their_own_scale(make_qwen2: Callable[..., Any]) -> None:
@@ -136,6 +138,7 @@ def test_calibrating_leaves_modes_and_running_statistics_as_they_were(model: Any
     model.train()
     model.model.eval()
     qsurgeon.calibrate(model, [{"input_ids": IDS}])
+    assert norm.num_batches_tracked is not None
     assert norm.num_batches_tracked.item() == 0
     assert (model.training, norm.training, model.model.training) == (True, True, False)
 
@@ -148,7 +151,7 @@ def test_an_input_may_be_given_by_its_name(model: Any) -> None:
             super().__init__()
             self.layer = layer
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.layer(input=x)
 
     qsurgeon.calibrate(Caller(), [{"x": torch.full((2, 64), 3.0)}])

@@ -139,7 +139,7 @@ def test_what_is_saved_has_the_names_of_the_plain_model(
 @some_ways
 def test_static_scales_are_found_in_a_model_that_was_compiled(small_model: Make, way: Callable[[Any], Any]) -> None:
     static = {"like": "nvfp4", "tensor_scale": "static"}
-    model, expected = (qsurgeon.apply(recipe(**static), make()) for make in (lambda: way(small_model()), small_model))
+    model, expected = (qsurgeon.apply(recipe(**static), one) for one in (way(small_model()), small_model()))
     for one in (model, expected):
         qsurgeon.calibrate(one, [{"input_ids": TOKENS}])
     found = [layer.quantization.static_scales for layer in quant_linears(model).values()]
@@ -171,7 +171,7 @@ def test_watching_sees_every_layer_and_groups_them_by_their_plain_names(
 
 def test_an_adapter_that_computes_past_a_compiled_layer_is_found(small_model: Make) -> None:
     model = qsurgeon.apply(recipe("packed"), small_model())
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM"))
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM"))
     for block in adapted.base_model.model.model.layers:
         block.mlp.down_proj.base_layer = compiled(block.mlp.down_proj.base_layer)
     names = [module.name for module in inventory(adapted) if module.linear and not module.adapter]
@@ -181,7 +181,7 @@ def test_an_adapter_that_computes_past_a_compiled_layer_is_found(small_model: Ma
 def test_parts_are_compiled_again_after_the_block_and_after_an_error(small_model: Make) -> None:
     model = backbone(blocks(small_model()))
     before = [type(module).__name__ for module in model.modules()]
-    inside = []
+    inside: list[str] = []
 
     def fail() -> None:
         with uncompiled(model):

@@ -189,7 +189,7 @@ def test_a_base_that_the_adapter_does_not_name_can_be_said(base: Path, adapter: 
 
 def test_an_adapter_of_zeros_changes_nothing(base: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
-    peft.get_peft_model(qsurgeon.load(base), config).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(qsurgeon.load(base), config).save_pretrained(str(tmp_path / "adapter"))
     done = merge(tmp_path / "adapter", tmp_path / "out")
     assert [(one.relative, one.share, one.sqnr) for one in done.changes] == [(0, 0, math.inf)] * 2
     assert done.to_dict()["total"] == {"relative": 0, "codes": 8192, "changed": 0, "share": 0, "sqnr": None}
@@ -208,7 +208,8 @@ def test_progress_counts_every_byte_of_weights(base: Path, adapter: Path, tmp_pa
 
 def test_the_report_is_what_the_formats_say(base: Path, adapter: Path, tmp_path: Path) -> None:
     done = merge(adapter, tmp_path / "out")
-    layer = peft.PeftModel.from_pretrained(qsurgeon.load(base), adapter).base_model.model.get_submodule(UP)
+    model: Any = peft.PeftModel.from_pretrained(qsurgeon.load(base), adapter).base_model.model
+    layer = model.get_submodule(UP)
     weight, delta = layer.weight.detach(), layer.get_delta_weight("default").detach()
     mxfp4 = get_format("mxfp4").as_weight
     (change,) = [one for one in done.changes if one.module == UP]
@@ -231,14 +232,14 @@ def test_modules_without_a_format_are_reported_and_not_in_the_total(base: Path, 
     assert (head["module"], head["codes"], head["share"], head["sqnr"]) == ("lm_head", 0, None, None)
     assert done.to_dict()["total"]["codes"] == 2 * 64 * 64
     lines = merge_text(done).splitlines()
-    assert lines[-2].startswith("3 modules are merged, 2 of them rounded anew: ΔW/W ")
+    assert lines[-2].startswith("3 modules are merged, 2 of them rounded again: ΔW/W ")
 
 
 def test_an_adapter_of_modules_without_a_format_has_no_total(base: Path, tmp_path: Path) -> None:
     adapter_of(base, tmp_path / "adapter", target_modules=["lm_head"])
     done = merge(tmp_path / "adapter", tmp_path / "out")
     assert done.to_dict()["total"] is None
-    assert merge_text(done).splitlines()[-2] == "1 modules are merged, 0 of them rounded anew"
+    assert merge_text(done).splitlines()[-2] == "1 modules are merged, 0 of them rounded again"
 
 
 # --- what is refused
@@ -376,8 +377,8 @@ def test_a_base_stored_in_other_dtypes_or_by_other_names_is_refused(
 def test_a_folder_in_the_way_or_inside_a_source_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     for final, message in (
         (tmp_path, f"{tmp_path} exists; name another folder, or remove it first"),
-        (base / "out", f"{base}/out lies inside the source {base}; write somewhere else"),
-        (adapter / "out", f"{adapter}/out lies inside the source {adapter}; write somewhere else"),
+        (base / "out", f"{base}/out is inside the source {base}; write somewhere else"),
+        (adapter / "out", f"{adapter}/out is inside the source {adapter}; write somewhere else"),
         (adapter, f"{adapter} is the source itself; write somewhere else"),
     ):
         with pytest.raises(CheckpointError) as caught:

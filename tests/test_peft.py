@@ -166,8 +166,9 @@ def on(model: Any, config: Any) -> Any:
 def layers_of(model: nn.Module) -> Iterator[tuple[Any, QuantLinear]]:
     """Yield the layers of peft that hold a wrapped one, and that."""
     for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), QuantLinear):
-            yield layer, layer.get_base_layer()
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
+        if isinstance(base, QuantLinear):
+            yield layer, base
 
 
 def output(layer: Any, x: Tensor) -> Tensor:
@@ -298,24 +299,28 @@ def test_on_a_wrapped_model_it_is_refused_and_changes_nothing(model: Maker, name
 @pytest.mark.parametrize("whose", ["peft", "transformers"])
 def test_a_second_adapter_that_is_refused_leaves_the_first(model: Maker, whose: str, tmp_path: Path) -> None:
     wrapped = qsurgeon.apply("w4a4-mxfp4", model())
+    adapted: Any = wrapped
     if whose == "peft":
-        adapted, add = peft.get_peft_model(wrapped, CALL["lora"](), "first"), lambda config, name: (name, config)
+        adapted = peft.get_peft_model(wrapped, CALL["lora"](), "first")
     else:
-        adapted, add = wrapped, lambda config, name: (config, name)
         adapted.add_adapter(CALL["lora"](), "first")
+
+    def add(config: Any) -> None:
+        adapted.add_adapter(*(("second", config) if whose == "peft" else (config, "second")))
+
     trained(adapted).eval()
     expected = adapted(input_ids=TOKENS).logits
     trains = [parameter.requires_grad for parameter in adapted.parameters()]
     for _ in range(2):
         with pytest.raises(SurgeryError, match="cannot have this adapter"):
-            adapted.add_adapter(*add(DORA(), "second"))
+            add(DORA())
     assert list(adapted.peft_config) == ["first"]
     assert [parameter.requires_grad for parameter in adapted.parameters()] == trains
     assert bypassed(adapted) == {}
     assert torch.equal(adapted(input_ids=TOKENS).logits, expected)
     adapted.save_pretrained(tmp_path)
     assert list(tmp_path.rglob("adapter_model.safetensors"))
-    adapted.add_adapter(*add(CALL["lora"](), "second"))
+    add(CALL["lora"]())
 
 
 @pytest.mark.parametrize("name", sorted(SAYS.keys() - {"frod", "glora"}))  # which peft takes from get_peft_model alone
@@ -330,7 +335,7 @@ def test_transformers_forgets_a_first_adapter_that_is_refused(model: Maker, name
 
 @pytest.mark.parametrize("name", SAYS)
 def test_it_may_sit_on_what_is_not_wrapped(model: Maker, name: str) -> None:
-    rule = Rule(name="up", target=("up_proj",), weight="mxfp4", input="mxfp4")  # type: ignore[arg-type]
+    rule = Rule(name="up", target=("up_proj",), weight="mxfp4", input="mxfp4")
     adapted = peft.get_peft_model(qsurgeon.apply(Recipe(version=1, rules=(rule,)), model()), past(name))
     assert [path.rsplit(".", 1)[-1] for path in quant_linears(adapted)] == ["up_proj"]
     on_it = [path for path, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
@@ -338,7 +343,7 @@ def test_it_may_sit_on_what_is_not_wrapped(model: Maker, name: str) -> None:
 
 
 def test_dora_with_dropout_infers_on_a_wrapped_base(model: Maker, tmp_path: Path) -> None:
-    peft.get_peft_model(model(), DORA()).save_pretrained(tmp_path)
+    peft.get_peft_model(model(), DORA()).save_pretrained(str(tmp_path))
     adapted = peft.PeftModel.from_pretrained(qsurgeon.apply("w4a4-mxfp4", model()), tmp_path)
     report = qsurgeon.inspect(adapted.eval(), {"input_ids": TOKENS})
     assert [row.module for row in report.rows if row.called is False or row.bypassed] == []
@@ -347,7 +352,7 @@ def test_dora_with_dropout_infers_on_a_wrapped_base(model: Maker, tmp_path: Path
 
 
 def test_tokens_that_train_in_a_wrapped_head_are_refused(model: Maker) -> None:
-    rule = Rule(name="head", target=("lm_head",), weight="mxfp4", input="mxfp4")  # type: ignore[arg-type]
+    rule = Rule(name="head", target=("lm_head",), weight="mxfp4", input="mxfp4")
     head = Recipe(version=1, rules=(rule,))
     with pytest.raises(SurgeryError, match="lm_head cannot have this adapter: trainable_tokens multiplies"):
         peft.get_peft_model(
@@ -410,7 +415,7 @@ def test_a_norm_tuner_of_a_linear_trains_a_copy_and_is_refused_if_that_stays_in_
 def test_load_refuses_an_adapter_that_computes_past_its_base(model: Maker, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model().save_pretrained(base)
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), PAST["hra"][0]()).save_pretrained(adapter)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), PAST["hra"][0]()).save_pretrained(str(adapter))
     shutil.rmtree(base)
     qsurgeon.apply("w4a4-mxfp4", model()).save_pretrained(base)
     says = f"{Q} cannot have this adapter: {SAYS['hra']}"
@@ -426,7 +431,7 @@ def test_load_refuses_an_adapter_that_computes_past_its_base(model: Maker, tmp_p
 # --- LoRA before and after surgery, and trained
 
 
-EVERY = {"r": 4, "target_modules": "all-linear", "lora_alpha": 8}
+EVERY: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "lora_alpha": 8}
 
 
 def both_orders(model: Maker) -> tuple[Any, Any]:
@@ -452,7 +457,7 @@ def test_lora_before_and_after_surgery_are_the_same_to_the_bit(model: Maker) -> 
 
 
 def test_all_linear_takes_the_wrapped_layers_and_not_the_head(model: Maker) -> None:
-    adapted = peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), peft.LoraConfig(**EVERY))
+    adapted: Any = peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), peft.LoraConfig(**EVERY))
     assert len(list(layers_of(adapted))) == len(quant_linears(adapted)) == 7
     assert type(adapted.base_model.model.lm_head) is nn.Linear
 
@@ -472,10 +477,11 @@ def test_adapters_of_a_bf16_model_keep_their_dtype_and_learn(model: Maker, autoc
 
 def test_modules_to_save_of_a_wrapped_model_are_wrapped_copies(model: Maker) -> None:
     wrapped = qsurgeon.apply("w4a4-mxfp4", model())
-    adapted = peft.get_peft_model(wrapped, lora(target_modules=["q_proj"], modules_to_save=["down_proj"])())
+    adapted: Any = peft.get_peft_model(wrapped, lora(target_modules=["q_proj"], modules_to_save=["down_proj"])())
     copy = adapted.base_model.model.model.layers[0].mlp.down_proj.modules_to_save["default"]
     assert type(copy) is QuantLinear
     adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert copy.weight.grad is not None
     assert copy.weight.grad.norm() > 0
 
 

@@ -17,20 +17,21 @@ from qsurgeon.launch import VARIABLE
 from qsurgeon.layers import quant_linears
 from qsurgeon.recipe import Recipe, Rule
 from qsurgeon.report.inspection import report_of
+from qsurgeon.words import Behavior
 
 ROOT = Path(__file__).parent.parent
 IDS = torch.arange(1, 9).reshape(1, 8)
 
 
 def recipe(phases: str, **fields: Any) -> Recipe:
-    rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)  # type: ignore[arg-type]
+    rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)
     return Recipe(version=1, rules=(rule,), **fields)
 
 
 def by_layer(*phases: str) -> Recipe:
     """Return a recipe with a rule for each layer."""
     rules = tuple(
-        Rule(name=f"rule {number}", target=(f"layers.{number}",), weight="mxfp4", input="mxfp4", phases=one)  # type: ignore[arg-type]
+        Rule(name=f"rule {number}", target=(f"layers.{number}",), weight="mxfp4", input="mxfp4", phases=one)
         for number, one in enumerate(phases)
     )
     return Recipe(version=1, rules=rules)
@@ -86,7 +87,7 @@ def test_a_checkpoint_keeps_the_phases_and_what_is_saved_of_inputs(
     qsurgeon.apply(recipe("training", saved_inputs="full"), make_qwen2()).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     hows = {layer.quantization for layer in quant_linears(model).values()}
-    assert {(how.phases, how.saved_inputs) for how in hows} == {("training", "full")}
+    assert {how.behavior for how in hows} == {Behavior(phases="training", saved_inputs="full")}
     generate(model)
     assert roundings == []
 
@@ -170,7 +171,7 @@ def test_what_is_announced_has_the_phases_of_its_rules(
 ) -> None:
     monkeypatch.setenv(VARIABLE, "1")
     qsurgeon.apply(by_layer("rollout", "both"), make_qwen2(num_hidden_layers=2))
-    said = "7 with weight mxfp4, input mxfp4 (recipe rules: rule 0 (rounds in rollout only), rule 1)\n"
+    said = "7 with weight mxfp4, input mxfp4 (recipe rules: rule 0 (in rollout only), rule 1)\n"
     assert capfd.readouterr().err.endswith(said)
 
 

@@ -51,7 +51,7 @@ def test_every_make_target_it_names_is_in_the_makefile() -> None:
 
 
 def test_its_python_runs(folder: Path) -> None:
-    (code,) = blocks("python")
+    code = "\n".join(blocks("python"))
     assert run([sys.executable, "-c", code], folder) == (
         "92.2% of the parameters are wrapped, "
         "in 42 of 43 Linear modules (4.0% are in no Linear, most in Embedding): "
@@ -69,7 +69,7 @@ def test_its_recipes_plan_on_the_bundled_model(folder: Path) -> None:
             "in 28 of 43 Linear modules (4.0% are in no Linear, most in Embedding): "
             "28 with weight mxfp4, input mxfp4",
         ),
-        (second, "18 with weight turned, input turned"),
+        (second, "18 with weight rotated, input rotated"),
         (second, "24 with weight square, input mxfp4-even"),
     ):
         (folder / "mine.yaml").write_text(text)

@@ -112,6 +112,7 @@ def test_b3_the_gradient_of_the_input_is_that_of_the_rounded_weight(unchanged: n
     x = torch.randn(5, 64, requires_grad=True)
     grad = torch.randn(5, 48)
     unchanged(x).backward(grad)
+    assert x.grad is not None
     assert torch.equal(x.grad, grad @ MXFP4.fake_quantize(unchanged.weight.detach()))
     assert not torch.equal(x.grad, grad @ unchanged.weight)
 
@@ -128,10 +129,14 @@ def test_b4_checkpointing_leaves_the_weight_and_changes_no_gradient(unchanged: n
     x = torch.randn(5, 64, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     unchanged(x).square().sum().backward()
+    assert unchanged.weight.grad is not None
     expected = unchanged.weight.grad.clone()
     unchanged.weight.grad = None
     checkpoint(unchanged, y, use_reentrant=reentrant).square().sum().backward()
-    assert torch.equal(unchanged.weight.grad, expected)
+    found: Any = unchanged.weight.grad
+    assert torch.equal(found, expected)
+    assert x.grad is not None
+    assert y.grad is not None
     assert torch.equal(x.grad, y.grad)
 
 
@@ -162,7 +167,7 @@ def test_b4_steps_smaller_than_the_grid_add_up_in_the_master_weight(linear: nn.L
 def test_b5_an_adapter_before_a_frozen_base_gets_the_gradient_of_the_explicit_formula() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 48, bias=False))
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"]))
+    lora: Any = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"]))
     wrapped = [one for one in lora.modules() if type(one) is nn.Linear and one.weight.shape == (48, 64)][0]  # noqa: RUF015
     QuantLinear.wrap(wrapped, Quantization(MXFP4, MXFP4))
     wrapped.requires_grad_(False)

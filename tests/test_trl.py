@@ -209,7 +209,9 @@ def preferences(model: Any, output: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [lambda *given: grpo(*given, beta=0.1), preferences], ids=["grpo", "dpo"])
+@pytest.mark.parametrize(
+    "make", [lambda model, output: grpo(model, output, beta=0.1), preferences], ids=["grpo", "dpo"]
+)
 def test_a_live_model_has_no_reference_by_accident(make: Callable[..., Any], plain: Path, tmp_path: Path) -> None:
     model = qsurgeon.apply("w4a4-mxfp4", hf.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
     named = f"'{plain} rewritten in memory by qsurgeon: see qsurgeon.reference'"

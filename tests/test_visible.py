@@ -187,7 +187,7 @@ def test_what_other_libraries_log_and_warn_of_is_text(caplog: pytest.LogCaptureF
     before = warnings.formatwarning, logging.getLogRecordFactory()
     with tamed_messages():
         logging.getLogger("transformers").warning("keys %s", EVIL)
-        shown = warnings.formatwarning(EVIL, UserWarning, "x.py", 1, "")  # type: ignore[arg-type]
+        shown = warnings.formatwarning(EVIL, UserWarning, "x.py", 1, "")
     expected = SHOWN.replace("\\n", "\n    ")
     assert caplog.messages == [f"keys {expected}"]
     assert shown.splitlines()[:2] == f"x.py:1: UserWarning: {expected}".split("\n")

@@ -1,4 +1,4 @@
-"""Checkpoints: their files, on disk and on the hub, and rewriting one folder into another."""
+"""Checkpoints: their files, on disk and on the Hub, and rewriting one folder into another."""
 
 from qsurgeon.checkpoint.hub import Source, config_of, fetch, fetch_config, origin, push, reserve
 from qsurgeon.checkpoint.reading.gate import BAD_ADAPTER, check_adapter, check_checkpoint

@@ -1,4 +1,4 @@
-"""Packed weights keep the names of their modules where a checkpoint has another layout.
+"""Packed weights keep the names of their modules in checkpoints whose tensors transformers splits or joins.
 
 transformers saves a model as its checkpoint was: it joins the parameters that it split when it loaded them, permutes
 their rows and renames them. Codes and scales are bytes of a layout of their own, so that none of that may be done to
@@ -6,13 +6,12 @@ them: they are saved under the names that their modules have, and loaded by thes
 ever.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from qsurgeon.errors import CheckpointError
-from qsurgeon.layers import packed_linears
-from qsurgeon.storage.packed import WEIGHT
+from qsurgeon.layers import packed_linears, quant_linears
 from qsurgeon.transformers_private.loading import (
     Transforms,
     WeightConverter,
@@ -31,19 +30,17 @@ from qsurgeon.transformers_private.loading import (
 State = dict[str, Any]
 
 
-def kept_names(model: Any, packed: Iterable[str]) -> frozenset[str]:
+def kept_names(model: Any, packed: Mapping[str, Sequence[str]]) -> frozenset[str]:
     """Return which tensors of ``model`` are stored under the names that its modules give them.
 
-    packed: the names of the tensors that packed weights consist of; the model itself may not be packed yet. Those of a
-    layer are renamed, all of them alike, if that is all that transformers does to them and if they are found again;
-    else they are kept, and with them what would have been joined with them.
+    packed: of each packed layer, what the tensors are called in it that its weight consists of; the model itself may
+    not be packed yet. Those of a layer are renamed, all of them alike, if that is all that transformers does to them
+    and if they are found again; else they are kept, and with them what would have been joined with them.
     """
-    layers: dict[str, list[str]] = defaultdict(list)
-    for name in packed:
-        layers[name.rpartition(f".{WEIGHT}")[0]].append(name)
     forward = get_model_conversion_mapping(model)
     backward, transforms = sorted_transforms(reversed_transforms(forward)), sorted_transforms(forward)
-    targets = {name: joined_name(name, backward) for names in layers.values() for name in names}
+    layers = {layer: {f"{layer}.{key}": key for key in keys} for layer, keys in packed.items()}
+    targets = {name: joined_name(name, backward) for own in layers.values() for name in own}
     joined = {target for target, pattern in targets.values() if pattern is not None}
     names = model.state_dict().keys() | targets.keys()
     kept = {name for name in names if joined and joined_name(name, backward)[0] in joined}
@@ -51,15 +48,15 @@ def kept_names(model: Any, packed: Iterable[str]) -> frozenset[str]:
     for own in layers.values():
         renamed = {name: renamed_name(name, backward[0]) for name in own}
         back = [loaded_name(one, transforms, model.base_model_prefix, state) for one in renamed.values()]
-        apart = len({one.rpartition(f".{WEIGHT}")[0] for one in renamed.values()}) > 1  # a mapping of weights alone
+        apart = len({one.removesuffix(own[name]) for name, one in renamed.items()}) > 1  # a mapping of weights alone
         if apart or back != [(name, None) for name in own] or not kept.isdisjoint([*own, *renamed.values()]):
             kept.update(own)
     return frozenset(kept)
 
 
-def packed_names(model: Any) -> list[str]:
-    """Return the names of the tensors that the packed weights of ``model`` consist of."""
-    return [f"{name}.{key}" for name, layer in packed_linears(model).items() for key in layer.stored]
+def packed_names(model: Any) -> dict[str, tuple[str, ...]]:
+    """Return of each packed layer of ``model`` what the tensors are called that its weight consists of."""
+    return {name: tuple(layer.stored) for name, layer in packed_linears(model).items()}
 
 
 def past(transforms: Transforms, kept: frozenset[str], prefix: str) -> list[WeightTransform]:
@@ -118,13 +115,34 @@ class _Converter(WeightConverter):
         return super().rename_source_key(source_key)
 
 
+@contextmanager
+def _as_it_is(model: Any) -> Iterator[None]:
+    """Let a wrapped model be saved inside the block as it is, and not as the quantized one that it was loaded from.
+
+    transformers saves what it dequantized under the names of what was quantized: it keeps the conversions of the
+    quantizer that read the checkpoint, and does them backwards. Without them it has those of the model's type.
+    """
+    before = getattr(model, "_weight_conversions", None)
+    operations = [one for transform in before or () for one in getattr(transform, "operations", ())]
+    quantizer = getattr(model, "hf_quantizer", None)
+    if all(getattr(one, "hf_quantizer", quantizer) is quantizer for one in operations) or not quant_linears(model):
+        yield
+        return
+    model._weight_conversions = None
+    try:
+        yield
+    finally:
+        model._weight_conversions = before
+
+
 def keeping(revert: Callable[[Any, State], State]) -> Callable[[Any, State], State]:
     """Return a ``revert_weight_conversion``, which save_pretrained calls, that leaves codes and scales alone."""
 
     def revert_weight_conversion(model: Any, state_dict: State) -> State:
         packed = packed_names(model)
         kept = kept_names(model, packed) if packed else frozenset()
-        done = revert(model, {name: one for name, one in state_dict.items() if name not in kept})
+        with _as_it_is(model):
+            done = revert(model, {name: one for name, one in state_dict.items() if name not in kept})
         own = {name: one for name, one in state_dict.items() if name in kept}
         if twice := own.keys() & done.keys():
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""From a folder to a folder: the only place that changes stored tensors.
+"""Rewrite one folder into another: the only place that changes stored tensors.
 
 With ``storage: master`` no weight changes: config.json gets the record and the files are copied. They are not hard
 links, because safetensors writes files in place: saving a trained model over a link would change the source. With
@@ -259,8 +259,7 @@ def _cores() -> int:
 
 
 def _memory(layout: Layout, workers: int) -> int:
-    whole = [job.source.size for job in layout.jobs.values() if job.format and job.format.rounding == "stochastic"]
-    return workers * (SLABS * SLAB + max(whole, default=0))
+    return workers * (SLABS * SLAB + max((job.held for job in layout.jobs.values()), default=0))
 
 
 def _check_space(work: _Work, folder: Path) -> None:
@@ -290,10 +289,9 @@ def _finish(work: _Work, folder: Path, options: Options) -> None:
     plan, config = work.plan, dict(work.config)
     if any(step.module.tied_to for step in plan.wrapped):
         _untie(config)
-    config["quantization_config"] = {
-        "quant_method": QUANT_METHOD,
-        **record_of(plan, __version__, work.origin).model_dump(mode="json"),
-    }
+    record = {"quant_method": QUANT_METHOD, **record_of(plan, __version__, work.origin).to_dict()}
+    encoding = plan.recipe.encoding
+    config["quantization_config"] = record if encoding is None else encoding.section(record)
     write_json(folder / "qsurgeon-plan.json", _plan_json(plan, work.origin))
     (folder / "recipe.yaml").write_text(plan.recipe.text, "utf-8")
     (folder / CARD).write_text(work.card, "utf-8")
@@ -326,4 +324,4 @@ def _plan_json(plan: Plan, origin: str) -> dict[str, Any]:
 def _kept(destination: Path) -> str:
     """Return the end of an error message: that another run need not do everything again."""
     partial = partial_of(destination)
-    return f"; what is done is kept in {partial}, and the same command goes on with it" if partial.is_dir() else ""
+    return f"; finished work is kept in {partial}, and the same command resumes it" if partial.is_dir() else ""

@@ -40,32 +40,38 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Rewrite a Hugging Face model as a YAML recipe says: Linear layers that compute in 4 bits and still train.",
+    help="Turn the Linear layers of a Hugging Face model into 4-bit layers that still train, from one YAML recipe.",
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder, config.json or hub id; wins over the recipe's.")
+    str | None, typer.Option("--model", "-m", help="Folder, config.json or Hub id; overrides the recipe's.")
 ]
-Revision = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id; main if it is not said.")
-]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub (default: main).")]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the code that a model brings with it; read it first.")
+    bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's repository. Read it first.")
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads; one a core without it.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Number of threads (default: one per core).")]
 ShardSize = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Of each file of weights, like 5GB; without it files that do not change stay."),
+    typer.Option(
+        metavar="SIZE", help="Maximum size of each weight file, e.g. 5GB (default: keep unchanged files as they are)."
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run, and fail if there is none.")]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write weights with NaN or infinity too.")]
-Repository = Annotated[
-    str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository of the hub.")
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Resume an unfinished run; fail if there is none (default: resume if one is found)."),
 ]
-Public = Annotated[bool, typer.Option("--public", help="Let a repository that is created be public.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Also write weights that contain NaN or infinity.")
+]
+Repository = Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder to this Hub repository.")]
+Public = Annotated[bool, typer.Option("--public", help="Make a new repository public (default: private).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-All = Annotated[bool, typer.Option("--all", help="One line a module, also where they differ only in a number.")]
+All = Annotated[
+    bool,
+    typer.Option("--all", help="List every module separately instead of grouping modules that differ only by index."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -92,7 +98,7 @@ def plan(
     as_json: Json = False,
     every: All = False,
 ) -> None:
-    """Show what a recipe would do to every module of a model; read no weight, change nothing."""
+    """Show what a recipe would do to every module of a model. Reads no weights and changes nothing."""
     source = _model_of(said(find_recipe(recipe), "model"), model)  # a typo should not wait for torch
 
     from qsurgeon.recipe import load_recipe
@@ -114,11 +120,11 @@ def plan(
 def apply(
     recipe: RecipeName,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder or hub id to read; wins over the recipe's.")
+        str | None, typer.Option("--model", "-m", help="Folder or Hub id to read; overrides the recipe's.")
     ] = None,
     revision: Revision = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder to write; wins over the recipe's.")
+        str | None, typer.Option("--output", "-o", help="Folder to write; overrides the recipe's.")
     ] = None,
     workers: Workers = None,
     max_shard_size: ShardSize = None,
@@ -128,19 +134,19 @@ def apply(
     push_to_hub: Repository = None,
     public: Public = False,
 ) -> None:
-    """Write a folder that from_pretrained opens as the model with the recipe applied.
+    """Apply a recipe to a checkpoint and write a folder that from_pretrained opens.
 
-    Interrupted, it leaves FOLDER.partial, and the same command goes on from there. Below torchrun or accelerate launch
-    the processes share the work.
+    If it is interrupted, it leaves FOLDER.partial, and the same command resumes there. Under torchrun or accelerate
+    launch the processes share the work.
     """
     own = said(find_recipe(recipe), "model", "output")
     source = _model_of(own, model)
     destination = output or own.get("output")
     if destination is None:
-        raise UsageError("no folder to write: say --output FOLDER, or 'output:' in the recipe")
+        raise UsageError("no output folder: pass --output FOLDER, or set 'output:' in the recipe")
     destination = str(expanded(destination))
     if public and push_to_hub is None:
-        raise UsageError("--public is of a repository that is pushed to: say --push-to-hub REPO too")
+        raise UsageError("--public requires --push-to-hub REPO")
 
     from qsurgeon.recipe import load_recipe
 
@@ -173,12 +179,15 @@ def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter that peft saved.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder of its wrapped base; wins over the one it names.")
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Folder of its wrapped base model; overrides the one that the adapter names."
+        ),
     ] = None,
     as_json: Json = False,
     every: All = False,
 ) -> None:
-    """Fold an adapter into its wrapped base; show what rounding the sum anew changes."""
+    """Merge a LoRA adapter into its wrapped base model and report the error that re-quantizing adds."""
     adapter, output = str(expanded(adapter)), str(expanded(output))
     model = None if model is None else str(expanded(model))
 
@@ -194,7 +203,7 @@ def merge(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or Hub id.")],
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
     as_json: Json = False,
@@ -216,9 +225,9 @@ def inspect(
 
 @app.command()
 def formats(
-    name: Annotated[str | None, typer.Argument(help="Show this format alone.")] = None, as_json: Json = False
+    name: Annotated[str | None, typer.Argument(help="Show only this format.")] = None, as_json: Json = False
 ) -> None:
-    """List the number formats that a recipe can name, and how near each comes to what it rounds."""
+    """List the number formats that recipes can use, with the accuracy (SQNR) of each."""
     from qsurgeon.report.formats import format_rows, formats_text
 
     if name is not None:
@@ -262,7 +271,7 @@ def run(
         list[str] | None, typer.Argument(metavar="COMMAND", help="The program to start, and its arguments.")
     ] = None,
 ) -> None:
-    """Start a program in which every Python process knows qsurgeon, and says what was wrapped in what it loads."""
+    """Start a program whose Python processes all import qsurgeon and report what is wrapped in the models they load."""
     become(command or [])
 
 
@@ -273,7 +282,7 @@ def _pushed(folder: str, repo: str, *, private: bool) -> str:
     try:
         return push(folder, repo, private=private)
     except (CheckpointError, ConnectionError):
-        echo_line(f"{folder} is whole; upload it with: hf upload {repo} {quoted(folder)}", err=True)
+        echo_line(f"{folder} is complete; upload it with: hf upload {repo} {quoted(folder)}", err=True)
         raise
 
 
@@ -281,7 +290,7 @@ def _model_of(own: Mapping[str, str], model: str | None) -> str:
     """Return the model that is asked for, by the option or by what a recipe says itself, after a look for a folder."""
     source = model or own.get("model")
     if source is None:
-        raise UsageError("no model: say --model FOLDER, or 'model:' in the recipe")
+        raise UsageError("no model: pass --model FOLDER, or set 'model:' in the recipe")
     _look_for(source)
     return source
 

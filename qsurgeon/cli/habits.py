@@ -1,4 +1,4 @@
-"""What people type who come from other tools: their options and commands, and what each is here.
+"""What people type who come from other tools: their options and commands, and the equivalents here.
 
 A word means one of our options (then it is offered), or is answered with a sentence. Nothing is taken for what it
 means in silence.

@@ -1,4 +1,4 @@
-"""A command line, read before it is parsed: what is a habit of other tools, in another order, or said twice.
+"""Checks of a command line before it is parsed: habits of other tools, wrong order, repeated options.
 
 Each answer is one message with the whole line as it should be. Knows our commands and options from what parses them;
 a line without such a mistake is left alone.
@@ -68,12 +68,12 @@ def _check_line(line: Line, verbs: Mapping[str, Verb]) -> None:
     if line.words == ("help",):
         raise UsageError(f"help is printed by: qsurgeon {line.verb.name} --help")
     if line.verb.options.keys() & set(line.words):
-        raise UsageError("what stands behind '--' is no option: leave the '--' out")
+        raise UsageError("words after '--' are not options: remove the '--'")
     names = [name for name, _ in line.options]
     for name, takes in line.verb.options.values():
         values = [value for one, value in line.options if one == name and value is not None]
         if takes and names.count(name) > 1:
-            raise UsageError(f"{name} stands twice ({', '.join(values)}); say it once")
+            raise UsageError(f"{name} is given twice ({', '.join(values)}); give it once")
     alone = len(line.words) == 1 and line.value("--model") is None
     misplaced = alone and ROLES.get(line.verb.name) == "recipe" and kind(line.words[0]) == "model"
     if len(line.words) > line.verb.arguments or misplaced:
@@ -257,7 +257,7 @@ def _before(before: Sequence[str], rest: Sequence[str], verbs: Mapping[str, Verb
         line = read(words, verbs[rest[found]])
         if line.strange and name not in line.verb.options:
             return _strange(line, verbs)
-        return f"{name} stands before the command, which comes first; say: {_line(words, line.verb)}"
+        return f"{name} comes before the command, which must be first; type: {_line(words, line.verb)}"
     if name in {"-V", "-v", "-version"}:
         return f"No such option: {name}. {_sentence(SAID_OF_VERBS['version'])}"
     verb = verbs.get(VERBS.get(plain(name), plain(name)))

@@ -1,4 +1,4 @@
-"""What is printed: nothing that somebody else chose reaches the terminal as more than text."""
+"""Printing: text from other sources never reaches the terminal as more than text."""
 
 import logging
 import warnings

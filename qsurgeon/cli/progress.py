@@ -1,4 +1,4 @@
-"""How far a long run is, on stderr."""
+"""The progress bar of a long run, on stderr."""
 
 from collections.abc import Callable
 from types import TracebackType

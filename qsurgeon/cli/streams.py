@@ -1,4 +1,4 @@
-"""The standard streams: whatever is at their other end, a command ends with its result or with one line that says why.
+"""The standard streams: whatever is connected to them, a command ends with its result or with a one-line reason.
 
 What a stream's encoding cannot write is written by what looks like it, so that no output depends on the encoding. A
 stream that is closed, or whose disk is full, is named.

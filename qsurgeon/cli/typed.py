@@ -1,4 +1,4 @@
-"""A command line as it is typed: the command, its words, its options, and those that it has not."""
+"""A command line as it was typed: the command, its words, its options, and those that do not exist."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ def _option(line: Line, word: str, rest: list[str]) -> Line:
 
 def _next(own: str, rest: list[str], verb: Verb) -> str:
     if rest and rest[0].partition("=")[0] in verb.options:
-        raise UsageError(f"{own} needs a value, and {rest[0]} stands in its place")
+        raise UsageError(f"{own} needs a value but is followed by {rest[0]}")
     if not rest:
         raise UsageError(f"{own} needs a value")
     return rest.pop(0)

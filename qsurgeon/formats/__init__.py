@@ -3,11 +3,13 @@
 from qsurgeon.formats.block import Format, Quantized
 from qsurgeon.formats.catalog import CATALOG, get_format
 from qsurgeon.formats.fields import check_operands
+from qsurgeon.formats.given import Scales
 
 __all__ = [
     "CATALOG",
     "Format",
     "Quantized",
+    "Scales",
     "check_operands",
     "get_format",
 ]

@@ -6,14 +6,16 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from qsurgeon.errors import FormatError, GradientError, ShapeError
-from qsurgeon.formats import kernels
+from qsurgeon.formats import given, kernels
 from qsurgeon.formats.fields import NONE, Fields
+from qsurgeon.formats.given import Scales
 from qsurgeon.formats.kernels import arithmetic
-from qsurgeon.formats.packing import packed_length, unpack
+from qsurgeon.formats.packing import pack, packed_length, unpack
 from qsurgeon.formats.rotation import Rotation, rotated
+from qsurgeon.formats.tensor_scale import above_of, kept
+from qsurgeon.torch_private import has_tangent
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,11 @@ class Format(Fields):
         if top is None:
             data, scale, above = kernels.quantize(rows, self)
         else:
-            above = arithmetic.scale_of(top.reshape([1] * rows.dim()), self)
-            data, scale = kernels.quantize_under(rows, above, self)
-        if above is not None:
-            above = above.reshape(()) if above.numel() == 1 and self.tensor_scale != "row" else above.squeeze(-1)
-            above = above.reshape(x.movedim(dim, -1).shape[:-1]) if above.dim() else above
+            data, scale, above = kernels.quantize(rows, self, arithmetic.scale_of(top.reshape([1] * rows.dim()), self))
+        own = None if above is None else kept(above, x.movedim(dim, -1).shape[:-1], self)
         if scale is not None:
             scale = _shaped(scale, x, dim)
-        return Quantized(_shaped(data, x, dim), scale, above, self, x.dtype, x.shape[dim], dim)
+        return Quantized(_shaped(data, x, dim), scale, own, self, x.dtype, x.shape[dim], dim)
 
     def peak(self, x: Tensor, dim: int = -1) -> Tensor | None:
         """Return the largest magnitude (float32, ()) of ``x``, NaN if it has one, as the format rotates it.
@@ -108,6 +107,66 @@ class Format(Fields):
         rows = _rows(x.detach(), dim)
         self._check_number()
         return _shaped(kernels.saturates(rows, self), x, dim)
+
+    def scales(self, x: Tensor, dim: int = -1) -> Scales:
+        """Return the scales under which ``fake_quantize`` and ``quantize`` round ``x``, as numbers.
+
+        As there, ``by_role`` is decided for a weight; for an input, call ``as_input.scales(x)``. Raises: as there.
+        """
+        found = self.quantize(x, dim)
+        block = None if found.scale is None or self.scale is None else self.scale.decode(found.scale)
+        return Scales(block, found.tensor_scale, self, dim)
+
+    def nearest_scales(self, block: Tensor | None, tensor: Tensor | None = None, dim: int = -1) -> Scales:
+        """Return the scales that the format can store nearest to numbers of your own, in the shapes of ``Scales``.
+
+        Raises: FormatError for parts that the format does not have.
+        """
+        return Scales(
+            None if block is None else given.nearest_block(block, self),
+            None if tensor is None else given.nearest_tensor(tensor),
+            self,
+            dim,
+        )
+
+    def round_under(self, x: Tensor, scales: Scales, at: tuple[int, int] = (0, 0)) -> Tensor:
+        """Return ``x`` rounded to values of this format under ``scales``, in its own shape and dtype.
+
+        ``round_under(x, scales(x))`` is ``fake_quantize(x)``. Rows and columns are counted with the dimension of the
+        scales as columns; ``x`` may be some of them, which begin ``at`` a row and a column of what the scales are of
+        (rows only of a matrix): ``round_under(w[:, 5:6], scales, at=(0, 5))`` is the sixth column.
+
+        Raises: as ``fake_quantize``; FormatError for scales of another format, ShapeError for those of another shape,
+        and for columns that end within a run of values that are rotated together.
+        """
+        rows = self._part(x, scales, at)
+        values = given.fake_quantize(rows, scales, self, at)
+        if self.rotation is not None:
+            values = arithmetic.narrowed(self.rotation.back(values), x.dtype)
+        return _shaped(values, x, scales.dim)
+
+    def codes_under(self, x: Tensor, scales: Scales, at: tuple[int, int] = (0, 0)) -> Tensor:
+        """Return the codes (uint8, one a value, the shape of ``x``) of what ``round_under`` returns. Raises: as it."""
+        return _shaped(given.codes(self._part(x, scales, at), scales, self, at), x, scales.dim)
+
+    def quantized(self, codes: Tensor, scales: Scales, dtype: torch.dtype) -> "Quantized":
+        """Return the tensor of ``codes`` (uint8, one a value) under ``scales``, whose values are to be in ``dtype``.
+
+        ``quantized(codes_under(x, scales(x)), scales(x), x.dtype)`` is ``quantize(x)``.
+        """
+        dim = scales.dim
+        data = pack(codes.movedim(dim, -1), self.element.bits).movedim(-1, dim)
+        scale = None if scales.block is None or self.scale is None else self.scale.encode(scales.block)
+        return Quantized(data, scale, scales.tensor, self, dtype, codes.shape[dim], dim)
+
+    def _part(self, x: Tensor, scales: Scales, at: tuple[int, int]) -> Tensor:
+        """Return ``x`` as rows, rotated."""
+        if self.rotation is not None and at[1] % self.rotation.size:
+            raise ShapeError(
+                f"column {at[1]} is within a run of {self.rotation.size} values that format '{self.name}' rotates "
+                "together; rotate the whole, and ask its without_rotation"
+            )
+        return rotated(_rows(x, scales.dim), self.rotation)
 
     def _check_number(self) -> None:
         if self.tensor_scale == "static" and self.static_scale is None:
@@ -147,10 +206,7 @@ class Quantized:
         data = self.data.movedim(self.dim, -1)
         scale = None if self.scale is None else _at_least_rows(self.scale.movedim(self.dim, -1))
         self._check(_at_least_rows(data), scale)
-        above = self.tensor_scale
-        if above is not None:
-            above = above.reshape(*data.shape[:-1], 1) if above.dim() else above.reshape([1] * data.dim())
-            above = _at_least_rows(above)
+        above = None if self.tensor_scale is None else above_of(self.tensor_scale, data.shape[:-1])
         rotation = self.format.rotation
         dtype = self.dtype if rotation is None else torch.float32
         rows = _at_least_rows(data)
@@ -203,19 +259,12 @@ def _rows(x: Tensor, dim: int) -> Tensor:
         )
     if x.dim() == 0:
         raise ShapeError("cannot quantize a tensor without dimensions; blocks run along one")
-    if (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x):
+    if (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x):
         raise GradientError(
             "fake quantization has no gradient of its own: use QuantLinear (or layers.straight_through), "
             "or call it under torch.no_grad()"
         )
     return _at_least_rows(x.movedim(dim, -1))
-
-
-def _has_tangent(x: Tensor) -> bool:
-    # A private name of torch 2.13: asking each tensor takes longer, and outside of a level none has a tangent.
-    if forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _at_least_rows(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from qsurgeon.errors import FormatError, nearest
 from qsurgeon.formats.element import ELEMENTS, Element
-from qsurgeon.formats.scale import SCALES, ElementScale, PowerOfTwoScale, Scale, ScaleRule, rules_for
+from qsurgeon.formats.scale import RULES, SCALES, ElementScale, PowerOfTwoScale, Scale, ScaleRule, rules_for
 
 TensorScale = Literal["none", "by_role", "tensor", "row", "static"]
 Rounding = Literal["nearest", "stochastic"]
@@ -49,7 +49,7 @@ class Fields:
     element: Element
     block: Block
     scale: Scale | None
-    scale_rule: ScaleRule | None
+    scale_rule: str | None
     tensor_scale: TensorScale = "none"
     static_scale: float | None = None
     rounding: Rounding = "nearest"
@@ -58,10 +58,10 @@ class Fields:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for check in (_check_block, _check_scale, _check_tensor_scale, _check_rounding):
+        for check in (_check_registered, _check_block, _check_scale, _check_tensor_scale, _check_rounding):
             check(self)
         # Computed now: torch.compile cannot trace the lock that a cached property takes the first time.
-        _ = (self.largest_scale, self.largest, self.top, self.element.values, self.key, self.kernel_key)
+        _ = (self.rule, self.largest_scale, self.largest, self.top, self.element.values, self.key, self.kernel_key)
         _ = (self.without_rotation, self.without_number, self.as_weight)
         if not self.is_two_dimensional:
             _ = self.as_input
@@ -80,6 +80,20 @@ class Fields:
     def has_row_scales(self) -> bool:
         """Whether the tensor scale is one a row; a static one without blocks is, so that NaN stays in its row."""
         return self.tensor_scale == "row" or (self.tensor_scale == "static" and self.block is None)
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the registries have what the format was made of, under the same names."""
+        return (
+            ELEMENTS.get(self.element.name) is self.element
+            and (self.scale is None or SCALES.get(self.scale.name) is self.scale)
+            and (self.scale_rule is None or RULES.get(self.scale_rule) is self.rule)
+        )
+
+    @cached_property
+    def rule(self) -> ScaleRule | None:
+        """The rule that ``scale_rule`` names."""
+        return RULES[self.scale_rule] if self.scale_rule else None
 
     @property
     def bits(self) -> float:
@@ -150,9 +164,14 @@ class Fields:
 
     @cached_property
     def kernel_key(self) -> str:
-        """What a compiled kernel depends on, as text; it is told the rest when it runs."""
+        """What a compiled kernel depends on, as text; it is told the rest when it runs.
+
+        By numbers and not by names, which other entries of a registry may have.
+        """
         told = {"tensor_scale", "static_scale", "hadamard", "seed"}
-        return json.dumps({name: value for name, value in self.to_dict().items() if name not in told})
+        rule = self.rule.key(self.element) if self.rule else NONE
+        parts = self.to_dict() | {"element": repr(self.element), "scale": repr(self.scale), "scale_rule": rule}
+        return json.dumps({name: value for name, value in parts.items() if name not in told})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, as a recipe says them and a checkpoint's config.json keeps them."""
@@ -190,7 +209,11 @@ class Fields:
     @classmethod
     def from_key(cls, name: str, key: str) -> Self:
         """Return the format of which ``key`` is the key; the same object each time."""
-        return cast(Self, _from_key(cls, name, key))  # type: ignore[arg-type]  # a class is hashable
+        found = _from_key(cls, name, key)  # type: ignore[arg-type]  # a class is hashable
+        if not found.is_registered:  # a registry has another entry of the name by now
+            _from_key.cache_clear()
+            found = _from_key(cls, name, key)  # type: ignore[arg-type]
+        return cast(Self, found)
 
 
 @cache
@@ -243,6 +266,15 @@ def _check_size(block: Block) -> Block:
             "(block: none, for a whole row or tensor)"
         )
     return block
+
+
+def _check_registered(fields: Fields) -> None:
+    for kind, part, known in (("element", fields.element, ELEMENTS), ("scale", fields.scale, SCALES)):
+        if part is not None and known.get(part.name) != part:
+            raise FormatError(
+                f"{kind} '{part.name}' is not the one that {kind.upper()}S has under this name: enter it there, where "
+                "checkpoints and compiled models look it up"
+            )
 
 
 def _check_block(fields: Fields) -> None:
@@ -311,9 +343,8 @@ def _check_rounding(fields: Fields) -> None:
 
 # How a recipe's value of each field is read; each takes the field's name and the value.
 def _named(table: dict[str, Any], *, optional: bool = False) -> Callable[[str, Any], Any]:
-    known = (*table, NONE) if optional else tuple(table)
-
     def read(field: str, value: Any) -> Any:
+        known = (*table, NONE) if optional else tuple(table)  # a registry may have grown
         if value not in known:
             raise FormatError(f"no {field.replace('_', ' ')} '{value}'; {nearest(str(value), known)}")
         return table.get(value)
@@ -321,8 +352,13 @@ def _named(table: dict[str, Any], *, optional: bool = False) -> Callable[[str, A
     return read
 
 
-def _words(kind: Any, *, optional: bool = False) -> Callable[[str, Any], Any]:
-    return _named({word: word for word in get_args(kind)}, optional=optional)
+def _words(kind: Any) -> Callable[[str, Any], Any]:
+    return _named({word: word for word in get_args(kind)})
+
+
+def _rule(field: str, value: Any) -> str | None:
+    rule: ScaleRule | None = _named(RULES, optional=True)(field, value)
+    return rule.name if rule else None
 
 
 def _whole(field: str, value: Any) -> int:
@@ -366,7 +402,7 @@ FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "element": _named(ELEMENTS),
     "block": _block,
     "scale": _named(SCALES, optional=True),
-    "scale_rule": _words(ScaleRule, optional=True),
+    "scale_rule": _rule,
     "tensor_scale": _words(TensorScale),
     "static_scale": _number,
     "rounding": _words(Rounding),

@@ -5,17 +5,18 @@ Sources: OCP Microscaling Formats v1.0, sections 5.4 (E8M0) and 6.3 (rule ``floo
 """
 
 import math
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qsurgeon.errors import FormatError
 from qsurgeon.formats.element import E4M3, EXPONENT_MASK, FP32_BIAS, FP32_MANTISSA, Element, FloatElement, look_up
 
-ScaleRule = Literal["floor", "even", "rceil", "ceil", "nearest"]
 _MANTISSA_MASK = (1 << FP32_MANTISSA) - 1
 _SUBNORMAL = FP32_BIAS - 1 + FP32_MANTISSA  # a subnormal number of FP32 is its bits, as a whole number, times 2^-149
 
@@ -55,6 +56,15 @@ class PowerOfTwoScale:
         """Return the largest value that does not exceed ``limit``."""
         return max(value for value in self.values if value <= limit)
 
+    def round(self, x: Tensor) -> Tensor:
+        """Return the power of two that is nearest to each of ``x`` (float32, within the range), ties to even codes."""
+        bits = x.view(torch.int32)
+        half = 1 << FP32_MANTISSA - 1
+        up = bits + (half - 1) + (bits >> FP32_MANTISSA).bitwise_and_(1)
+        # The smallest two: one of them is subnormal in FP32.
+        small = torch.where(bits > half + half // 2, 2 * half, half).to(torch.int32)
+        return torch.where(bits < 2 * half, small, up.bitwise_and_(EXPONENT_MASK)).view(torch.float32)
+
     def encode(self, x: Tensor) -> Tensor:
         """Return the code (uint8) of each of ``x`` (float32), which must be values of this scale or NaN."""
         # An FP32 exponent is the code; the smallest value is subnormal there, with exponent 0.
@@ -70,6 +80,12 @@ class ElementScale:
     """An element without its sign: finer steps than powers of two, over a shorter range."""
 
     element: FloatElement
+
+    def __post_init__(self) -> None:
+        if self.element.special == "none":
+            raise FormatError(
+                f"element {self.element.name} has no NaN: as a scale it could not say that a block is one"
+            )
 
     @property
     def name(self) -> str:
@@ -168,30 +184,6 @@ def _rceil(element: Element) -> int:
     return _MANTISSA_MASK - (int(math.ldexp(significand, FP32_MANTISSA + 1)) & _MANTISSA_MASK)
 
 
-# Each rule takes 2^(floor(log2 amax) - emax), or twice that where the bits of amax's mantissa, and what the rule adds
-# to them for this element, overflow into the exponent. No logarithm and no division is rounded, here or in native.cpp.
-POWER_RULES: Mapping[ScaleRule, Callable[[Element], int]] = {
-    "floor": lambda element: 0,  # OCP MX v1.0
-    "even": _even,  # rounds amax to the precision that the element has at its largest power of two
-    "rceil": _rceil,  # 2^ceil(log2(amax / max)): nothing saturates
-    "ceil": lambda element: _MANTISSA_MASK,  # 2^(ceil(log2 amax) - emax)
-}
-
-
-def block_scale(amax: Tensor, element: Element, scale: "Scale", rule: ScaleRule) -> Tensor:
-    """Return the scale (float32) of blocks with the largest magnitudes ``amax``, before it is clamped to its range."""
-    if not isinstance(scale, PowerOfTwoScale):
-        return scale.round(amax / element.max)  # rule ``nearest``
-    carry, bits = POWER_RULES[rule](element), amax.view(torch.int32)
-    if element.emax > 0:  # a subnormal amax, whose bits have no hidden one, is below all scales whatever is added
-        return (bits + carry).bitwise_and_(EXPONENT_MASK).view(torch.float32) * 2.0**-element.emax
-    # In whole numbers: a mode that flushes subnormal numbers to zero does not change the scale.
-    counted = bits.to(torch.float32).view(torch.int32) - (_SUBNORMAL << FP32_MANTISSA)
-    bits = torch.where(bits > _MANTISSA_MASK, bits, counted)
-    exponent = (bits + carry >> FP32_MANTISSA).sub_(element.emax).clamp_(0, 2 * FP32_BIAS)
-    return torch.where(exponent > 0, exponent << FP32_MANTISSA, 1 << FP32_MANTISSA - 1).view(torch.float32)
-
-
 E8M0 = PowerOfTwoScale("e8m0")
 E4M3_SCALE = ElementScale(E4M3)
 BF16 = WideScale("bf16", torch.bfloat16)
@@ -201,8 +193,99 @@ Scale = PowerOfTwoScale | ElementScale | WideScale
 SCALES: dict[str, Scale] = {one.name: one for one in (E8M0, E4M3_SCALE, BF16, FP32)}
 
 
-def rules_for(scale: Scale | None) -> tuple[ScaleRule, ...]:
-    """Return the rules that find a scale of this kind; none where there is no scale to find."""
-    if scale is None:
-        return ()
-    return tuple(POWER_RULES) if isinstance(scale, PowerOfTwoScale) else ("nearest",)
+@dataclass(frozen=True)
+class ScaleRule(ABC):
+    """How the scale of a block is found from its largest magnitude.
+
+    A rule that is entered in ``RULES`` is known everywhere: recipes can name it, and every backend that does not know
+    its kind leaves it to one that runs ``find``.
+    """
+
+    name: str
+
+    @abstractmethod
+    def fits(self, scale: Scale) -> bool:
+        """Return whether the rule finds scales of this kind."""
+
+    @abstractmethod
+    def find(self, amax: Tensor, element: Element, scale: Any) -> Tensor:
+        """Return the scale (float32) of blocks with the largest magnitudes ``amax`` (float32, not negative).
+
+        In the shape of ``amax``; the caller clamps it to the scale's range. Operations of torch only, the same bits on
+        every device, and no decision that depends on a value: torch.compile sees them too.
+        """
+
+    def key(self, element: Element) -> str:
+        """Return what the rule comes to for ``element``, as text: equal where the scales are equal."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class PowerRule(ScaleRule):
+    """Take 2^(floor(log2 amax) - emax), or twice that where the bits of amax's mantissa overflow into the exponent.
+
+    carry: returns what is added to these bits, 0 to 2^23 - 1, for an element. No logarithm and no division is rounded,
+    here or in native.cpp.
+    """
+
+    carry: Callable[[Element], int]
+
+    def carry_of(self, element: Element) -> int:
+        """Return what is added for ``element``. Raises: FormatError if that is no mantissa's bits."""
+        carry = self.carry(element)
+        if not 0 <= carry <= _MANTISSA_MASK:
+            raise FormatError(
+                f"scale rule '{self.name}' adds {carry} for element {element.name}; expected 0 to {_MANTISSA_MASK}, "
+                "the bits of a mantissa"
+            )
+        return carry
+
+    def fits(self, scale: Scale) -> bool:
+        """Return whether the scale is a power of two."""
+        return isinstance(scale, PowerOfTwoScale)
+
+    def find(self, amax: Tensor, element: Element, scale: PowerOfTwoScale) -> Tensor:
+        """Return the power of two of each of ``amax``."""
+        carry, bits = self.carry_of(element), amax.view(torch.int32)
+        if element.emax > 0:  # a subnormal amax, whose bits have no hidden one, is below all scales whatever is added
+            return (bits + carry).bitwise_and_(EXPONENT_MASK).view(torch.float32) * 2.0**-element.emax
+        # In whole numbers: a mode that flushes subnormal numbers to zero does not change the scale.
+        counted = bits.to(torch.float32).view(torch.int32) - (_SUBNORMAL << FP32_MANTISSA)
+        bits = torch.where(bits > _MANTISSA_MASK, bits, counted)
+        exponent = (bits + carry >> FP32_MANTISSA).sub_(element.emax).clamp_(0, 2 * FP32_BIAS)
+        return torch.where(exponent > 0, exponent << FP32_MANTISSA, 1 << FP32_MANTISSA - 1).view(torch.float32)
+
+    def key(self, element: Element) -> str:
+        """Return the number that is added."""
+        return f"carry {self.carry_of(element)}"
+
+
+@dataclass(frozen=True)
+class NearestRule(ScaleRule):
+    """Take the value of the scale that is nearest to amax / max: the largest value becomes the element's largest."""
+
+    def fits(self, scale: Scale) -> bool:
+        """Return whether the scale has steps finer than powers of two."""
+        return not isinstance(scale, PowerOfTwoScale)
+
+    def find(self, amax: Tensor, element: Element, scale: ElementScale | WideScale) -> Tensor:
+        """Return the nearest scale to each of ``amax / max``."""
+        return scale.round(amax / element.max)
+
+
+# The one place where a rule is entered.
+RULES: dict[str, ScaleRule] = {
+    rule.name: rule
+    for rule in (
+        PowerRule("floor", lambda element: 0),  # OCP MX v1.0
+        PowerRule("even", _even),  # rounds amax to the precision that the element has at its largest power of two
+        PowerRule("rceil", _rceil),  # 2^ceil(log2(amax / max)): nothing saturates
+        PowerRule("ceil", lambda element: _MANTISSA_MASK),  # 2^(ceil(log2 amax) - emax)
+        NearestRule("nearest"),
+    )
+}
+
+
+def rules_for(scale: Scale | None) -> tuple[str, ...]:
+    """Return the names of the rules that find a scale of this kind; none where there is no scale to find."""
+    return () if scale is None else tuple(name for name, rule in RULES.items() if rule.fits(scale))

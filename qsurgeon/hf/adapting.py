@@ -1,4 +1,4 @@
-"""An adapter that peft would put on a wrapped layer, and that would compute past it, is refused.
+"""Refuses peft adapters that would compute past a wrapped layer.
 
 So is one that computes with a packed weight, which the weight itself refuses, and one that would train it. What peft
 has done to the model by then is taken back. Merging an adapter into packed weights is refused too. Importing this

@@ -1,4 +1,4 @@
-"""peft counts the values of packed weights, and not their bytes.
+"""Lets peft count the values of packed weights instead of their bytes.
 
 Importing this module changes ``get_nb_trainable_parameters``, which ``print_trainable_parameters`` and
 ``get_model_status`` ask; ``qsurgeon/__init__.py`` imports it as soon as peft has its models.

@@ -1,4 +1,4 @@
-"""What PreTrainedModel does more once qsurgeon is imported: it opens, saves and resizes what is wrapped as what it is.
+"""What PreTrainedModel does in addition once qsurgeon is imported: it opens, saves and resizes wrapped layers.
 
 Importing this module changes the methods; ``qsurgeon/__init__.py`` imports it right after
 ``transformers.modeling_utils``.
@@ -121,7 +121,7 @@ def _telling(load: Method) -> Method:
             given.arguments["load_config"] = not_casting(config, (f"{name}.{WEIGHT}" for name in packed_linears(model)))
         elif not ASKS_OF_EACH_TENSOR:
             for one in loads(model, stored, config):
-                quantizer.expect(one.targets, one.is_converted, one.tensor)
+                quantizer.expect(one.targets, one.is_converted, one.tensor, one.dtype)
                 is_renamed |= one.is_converted or one.stored != one.targets[0]
         with quantizer.casting() if is_renamed else nullcontext():
             return load(*given.args, **given.kwargs)

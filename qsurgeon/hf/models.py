@@ -1,10 +1,10 @@
-"""A recipe and a Hugging Face model: plan, apply, load, and what the model's config says of it."""
+"""A recipe and a Hugging Face model: plan, apply, load, and the record in the model's config."""
 
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from torch import nn
@@ -50,6 +50,8 @@ from qsurgeon.transformers_private.loading import (
     needs,
 )
 
+Model = TypeVar("Model", bound=nn.Module)
+
 # What peft makes an adapter's base of, by the task that its config names.
 _CLASSES: dict[str, Any] = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -92,10 +94,9 @@ def _following(planned: Plan, model: nn.Module) -> tuple[Plan, Record | None]:
 
     Raises: SurgeryError if the plan would change anything else.
     """
-    if planned.recipe.storage != "packed" or not quant_linears(model):
+    record = None if planned.recipe.encoding is None else current_record(model)
+    if record is None:
         return planned, None
-    record = current_record(model)
-    assert record is not None
     try:
         return repacked(planned, record, "the model"), record
     except CheckpointError as error:
@@ -107,7 +108,7 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def apply(recipe: Recipe | str | Path, model: nn.Module | None = None) -> nn.Module:
+def apply(recipe: Recipe | str | Path, model: Model | None = None) -> Model:
     """Wrap the modules of a live model as ``recipe`` says, in place, and return it.
 
     Its config keeps the record, so that ``save_pretrained`` writes a folder that ``from_pretrained`` rebuilds.
@@ -200,12 +201,13 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     inside = Path(path) / (kwargs.get("subfolder") or "")
     if inside.is_dir():
         _check(inside, kwargs)
-    options = {**kwargs, "output_loading_info": True}
+    options, finding = {**kwargs, "output_loading_info": True}, finding_in(kwargs)
+    adapter = adapter_at(path, finding)
     if auto_class is None:
-        auto_class, config = _class_of(path, kwargs)
+        auto_class, config = _class_of(path, kwargs, adapter)
         if config is not None:
             options.setdefault("config", config)
-    if _is_on_the_hub(path, kwargs):
+    if adapter is None and not Path(path).exists() and finding.keys() <= {"revision"}:  # as fetch looks for it
         _check(fetch(path, kwargs.get("revision")).folder, kwargs)  # what from_pretrained finds in the cache then
     try:
         model, info = auto_class.from_pretrained(path, **options)
@@ -218,7 +220,7 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
             raise
         raise CheckpointError(f"{path}: the adapter cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if not quant_linears(model):
-        raise NothingWrappedError(_nothing_in(path, model, kwargs))
+        raise NothingWrappedError(_nothing_in(path, model, adapter))
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -228,12 +230,6 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     return (model, info) if kwargs.get("output_loading_info") else model
 
 
-def _is_on_the_hub(path: str | Path, arguments: Mapping[str, Any]) -> bool:
-    """Return whether ``path`` is the id of a model, no adapter, that is looked for as ``fetch`` looks for it."""
-    finding = finding_in(arguments)
-    return not Path(path).exists() and finding.keys() <= {"revision"} and adapter_at(path, finding) is None
-
-
 def _check(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Refuse a broken folder, before any library opens it. Raises: as ``check_checkpoint``."""
     # What else is passed may change the model that is built. from_pretrained misses what that one lacks.
@@ -241,18 +237,17 @@ def _check(folder: Path, arguments: Mapping[str, Any]) -> None:
     check_checkpoint(folder, trust_remote_code=bool(arguments.get("trust_remote_code")), whole=whole)
 
 
-def _class_of(path: str | Path, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the model class to open a checkpoint with: the one that its config.json names, or its adapter's task.
+def _class_of(path: str | Path, arguments: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """Return the model class to open a checkpoint with: the one that its config.json names, or its ``adapter``'s task.
 
     Beside it stands the config, if it is of another kind than the class has by itself.
 
     Raises: NothingWrappedError, before any weight is read, if the config has no record of ours.
     """
     trusted = bool(arguments.get("trust_remote_code"))
-    finding = finding_in(arguments)
-    adapter = adapter_at(path, finding)
     base = None if adapter is None else adapter["base_model_name_or_path"]
-    config = config_of(base, trust_remote_code=trusted) if base else _config_of(path, finding, trusted)
+    given = finding_in(arguments)
+    config = config_of(base, trust_remote_code=trusted) if base else _config_of(path, given, trusted)
     if record_in(config) is None:
         raise NothingWrappedError(_adapter_alone(path, base) if base else _nothing(path))
     task = None if adapter is None else _CLASSES.get(str(adapter.get("task_type")))
@@ -277,9 +272,7 @@ def _config_of(path: str | Path, finding: Mapping[str, Any], trust_remote_code: 
         raise CheckpointError(f"no model at '{path}': {' '.join(str(error).split())[:300]}") from error
 
 
-def _nothing_in(path: str | Path, model: Any, arguments: Mapping[str, Any]) -> str:
-    finding = finding_in(arguments)
-    adapter = adapter_at(path, finding)
+def _nothing_in(path: str | Path, model: Any, adapter: Mapping[str, Any] | None) -> str:
     if adapter is not None:
         return _adapter_alone(path, adapter["base_model_name_or_path"])
     if record_in(model.config) is None:

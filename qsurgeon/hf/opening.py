@@ -1,4 +1,4 @@
-"""Which modules of a model are wrapped when a checkpoint is opened: whole or in part, under any class of transformers.
+"""Which modules are wrapped when a checkpoint is opened, completely or in part, under any class of transformers.
 
 The checkpoint decides. Its own config.json is read for that, whatever config the caller passes, and wherever
 transformers has put a part of it. Where the class that is opened is not the class that was saved, a module is wrapped

@@ -14,13 +14,16 @@ import transformers
 from torch import nn
 
 from qsurgeon.checkpoint.kept import kept_names, packed_names, past
+from qsurgeon.checkpoint.reading.headers import DTYPES
 from qsurgeon.errors import CheckpointError
 from qsurgeon.hf.opening import places
 from qsurgeon.hf.rollouts import follow_rollouts
 from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
 from qsurgeon.patching import Method, patch
+from qsurgeon.storage import PACKED
 from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
+from qsurgeon.torch_private import COMPILED_FROM
 from qsurgeon.transformers_private.attributes import READ
 from qsurgeon.transformers_private.loading import ConversionOps, WeightConverter
 from qsurgeon.transformers_private.quantizers import (
@@ -39,11 +42,21 @@ class QSurgeonConfig(QuantizationConfigMixin):
 
     def __init__(self, **fields: Any) -> None:
         self.record = read_record(fields, "config.json")
+        self._data = self.record.to_dict()
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the hint says enum, a str is taken
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QSurgeonConfig":
+        """Return a copy with the same record, which nothing changes.
+
+        Encoder-decoder models copy their config in forward, and dynamo cannot trace pydantic.
+        """
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json keeps."""
-        return {"quant_method": QUANT_METHOD, **self.record.model_dump(mode="json")}
+        return {"quant_method": QUANT_METHOD, **self._data}
 
 
 class QSurgeonQuantizer(HfQuantizer):
@@ -61,6 +74,7 @@ class QSurgeonQuantizer(HfQuantizer):
         self._packs = not self.pre_quantized  # what is loaded is a plain checkpoint
         self._slots: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # what the packed layers are to be filled with
         self._found: set[str] = set()
+        self._computing: dict[str, torch.dtype] = {}
         self._kept: frozenset[str] = frozenset()  # names that a checkpoint has as the modules have them
         self._to_save: Any = None
 
@@ -68,7 +82,7 @@ class QSurgeonQuantizer(HfQuantizer):
     def is_packed(self) -> bool:
         """Whether weights are stored as codes and scales."""
         record: Record = self.quantization_config.record
-        return record.storage == "packed"
+        return record.encoding is not None
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -87,6 +101,12 @@ class QSurgeonQuantizer(HfQuantizer):
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Refuse to pack what would stay on a disk as it is. Raises: CheckpointError."""
         on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        encoding = self.quantization_config.record.encoding
+        if encoding not in (None, PACKED) and not self.pre_quantized:
+            raise CheckpointError(
+                f"storage: {encoding.name} is not packed while a plain checkpoint is loaded: write a checkpoint first "
+                "(qsurgeon apply), and load that"
+            )
         if self.is_packed and not self.pre_quantized and on_disk:
             raise CheckpointError(
                 "a weight that is offloaded to disk is not packed on the way: write a packed checkpoint "
@@ -125,10 +145,10 @@ class QSurgeonQuantizer(HfQuantizer):
 
         Raises: as ``expect``.
         """
-        self.expect(converter.target_patterns, isinstance(converter, WeightConverter), param)
+        self.expect(converter.target_patterns, isinstance(converter, WeightConverter), param, dtype)
         return new_dtype(self, converter, param, dtype)
 
-    def expect(self, targets: Sequence[str], is_converted: bool, tensor: Any) -> None:
+    def expect(self, targets: Sequence[str], is_converted: bool, tensor: Any, dtype: torch.dtype | None = None) -> None:
         """Note that a tensor of a checkpoint, not read yet, is about to be loaded into ``targets``.
 
         Raises: CheckpointError for one that is not what a packed layer takes.
@@ -143,10 +163,15 @@ class QSurgeonQuantizer(HfQuantizer):
         found = _Header(tensor)
         if found.shape != shape:
             raise CheckpointError(f"{name} has shape {list(found.shape)}; the packed layer takes {list(shape)}")
-        fits = found.is_floating_point if kind.is_floating_point else found.dtype.lower() in ("u8", "uint8")
+        exact = DTYPES.get(kind, "")
+        names = (exact.lower(), str(kind).removeprefix("torch."))
+        fits = found.is_floating_point if kind.is_floating_point else found.dtype.lower() in names
         if not fits:
-            wanted = "floating point" if kind.is_floating_point else "U8"
+            wanted = "floating point" if kind.is_floating_point else exact
             raise CheckpointError(f"{name} is {found.dtype}; the packed layer takes {wanted}")
+        layer, _, key = name.rpartition(".")
+        if key == WEIGHT and dtype is not None and dtype.is_floating_point:
+            self._computing[layer] = dtype  # the model's class keeps it in another dtype than the rest
 
     @contextmanager
     def casting(self) -> Iterator[None]:
@@ -178,10 +203,12 @@ class QSurgeonQuantizer(HfQuantizer):
                 is_named = self._packs or f"{name}.{key}" not in self._slots.keys() - self._found
                 if not (is_read and is_named):
                     raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
-        self._slots, self._found = {}, set()
+        for name, dtype in self._computing.items():
+            model.get_submodule(name).compute_in(dtype)
+        self._slots, self._found, self._computing = {}, set(), {}
         record = current_record(model)
         if record is not None:
-            model.config.quantization_config = QSurgeonConfig(**record.model_dump())
+            model.config.quantization_config = QSurgeonConfig(**record.to_dict())
         if self.is_packed:
             return model
         # From here on it is an ordinary model: an attached quantizer would make save_pretrained ignore
@@ -220,6 +247,7 @@ class _Pack(ConversionOps):
             expected = layer.out_features, layer.in_features
             if tuple(weight.shape) != expected:
                 raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
+            layer.compute_in(weight.dtype)
             done |= {f"{path}.{key}": tensor for key, tensor in pack(weight, layer.quantization).items()}
         return done
 
@@ -256,14 +284,14 @@ def note(model: Any) -> None:
     record = current_record(model)
     if record is None:
         return
-    config = QSurgeonConfig(**record.model_dump())
+    config = QSurgeonConfig(**record.to_dict())
     vars(model.config)["quantization_config"] = config
     assign_is_quantized(model)
     vars(model).update(hf_quantizer=None, is_quantized=False)
-    if record.storage == "packed":
+    if record.encoding is not None:
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         # accelerate's compile_regions returns a copy that remembers the original (1.15); trainers save that.
-        for one in filter(None, (model, vars(model).get("_orig_mod"))):
+        for one in filter(None, (model, vars(model).get(COMPILED_FROM))):
             vars(one)["hf_quantizer"] = QSurgeonQuantizer(config, pre_quantized=True)
             vars(one).update(is_quantized=True, quantization_method=QUANT_METHOD)
 

@@ -1,4 +1,4 @@
-"""Which models were told that a trainer shall compare them with one in full precision (``qsurgeon.reference``).
+"""The models for which `qsurgeon.reference` asked for a reference in full precision.
 
 A trainer that trains an adapter loads no reference: it switches the adapter off.
 """

@@ -1,6 +1,6 @@
-"""What generates is in the phase ``rollout``: every ``generate`` of a module, and continuous batching.
+"""Generation runs in the phase ``rollout``, and rounds each weight once: ``generate`` and continuous batching.
 
-Changed are methods of classes (``patching.py``), and only once a model has a rule that asks for the phase.
+Changed are methods of classes (``patching.py``), and only once a model has a layer that rounds.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from qsurgeon.errors import UsageError
-from qsurgeon.layers import Quantization, is_active, quant_linears, rollout_unless_told
+from qsurgeon.layers import Quantization, generation, is_active, quant_linears, rollout_unless_told
 from qsurgeon.layers.phases.around import around
 from qsurgeon.layers.phases.state import State, current, inside
 from qsurgeon.patching import Method, patch
@@ -24,17 +24,18 @@ _started: WeakKeyDictionary[Any, State] = WeakKeyDictionary()  # managers of con
 
 
 def follow_rollouts(model: nn.Module, quantizations: Iterable[Quantization]) -> None:
-    """Let what generates be in the phase ``rollout``, as soon as a model has a layer that asks for the phase.
+    """Let what generates be in the phase ``rollout``, and keep rounded weights, once a model has a layer that rounds.
 
-    That is ``generate`` of each class of modules that is there by now (a model's own, a wrapper's, that of code which
-    came with a checkpoint), and of the modules of ``model`` where an object has its own.
+    That is ``generate`` of each class of modules that is there by now or is defined later (a model's own, a wrapper's,
+    that of code which comes with a checkpoint), and of the modules of ``model`` where an object has its own.
     """
-    if all(how.phases == "both" for how in quantizations):
+    if not any(quantizations):
         return
     for owner in {transformers.GenerationMixin, *_classes(nn.Module)}:
-        for name in GENERATING:
-            if isinstance(vars(owner).get(name), FunctionType | staticmethod | classmethod):
-                patch(owner, name, _in_rollout)
+        _follow(owner)
+    if "__init_subclass__" not in vars(nn.Module):  # torch 2.13 has object's, which is not written in Python
+        nn.Module.__init_subclass__ = classmethod(_inherited)  # type: ignore[assignment, arg-type]
+    patch(nn.Module, "__init_subclass__", _following)
     for module in model.modules():
         for name in GENERATING:
             own = vars(module).get(name)
@@ -48,6 +49,28 @@ def follow_rollouts(model: nn.Module, quantizations: Iterable[Quantization]) -> 
     patch(manager, "add_request", _adding)
 
 
+def _follow(owner: type) -> None:
+    for name in GENERATING:
+        if isinstance(vars(owner).get(name), FunctionType | staticmethod | classmethod):
+            patch(owner, name, _in_rollout)
+
+
+def _following(initialize: Method) -> Method:
+    """Let the classes that are defined from now on be followed too, with those that they inherit from."""
+
+    def initialize_and_follow(cls: type, **kwargs: Any) -> None:
+        initialize(cls, **kwargs)
+        for owner in cls.__mro__:
+            _follow(owner)
+
+    return initialize_and_follow
+
+
+def _inherited(cls: Any, **kwargs: Any) -> None:
+    """Do what nn.Module does for a new class: what the classes behind it do."""
+    super(nn.Module, cls).__init_subclass__(**kwargs)
+
+
 def _classes(base: type) -> Iterator[type]:
     """Yield the classes from which the subclasses of ``base`` have their methods."""
     subclasses: list[type] = type.__subclasses__(base)
@@ -57,7 +80,7 @@ def _classes(base: type) -> Iterator[type]:
 
 
 def _in_rollout(generate: Method) -> Method:
-    return around(generate, rollout_unless_told)
+    return around(generate, generation)
 
 
 def _starting(start: Method) -> Method:
@@ -98,4 +121,6 @@ def _check_alike(model: nn.Module, started: State) -> None:
 
 def _acting(model: nn.Module, state: State) -> set[str]:
     with inside(state):
-        return {name for name, layer in quant_linears(model).items() if is_active(layer, layer.quantization.phases)}
+        return {
+            name for name, layer in quant_linears(model).items() if is_active(layer, layer.quantization.behavior.phases)
+        }

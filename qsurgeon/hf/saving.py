@@ -1,4 +1,4 @@
-"""What transformers saves and pushes says what is in the model at that moment, and carries our model card.
+"""Saving and pushing with transformers: the record describes the model at that moment, and the card is written.
 
 The config object that a model has may be shared by others, and what it said when a recipe was applied may no longer be
 true. So the record is made from the model's modules each time, and is in the config only while that is being written.
@@ -87,7 +87,7 @@ def _recorded(config: Any, record: Record | None) -> Iterator[None]:
         del part.quantization_config
     try:
         if record is not None:
-            config.quantization_config = {"quant_method": QUANT_METHOD, **record.model_dump(mode="json")}
+            config.quantization_config = {"quant_method": QUANT_METHOD, **record.to_dict()}
         yield
     finally:
         if record is not None:

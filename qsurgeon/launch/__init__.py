@@ -1,4 +1,4 @@
-"""Start a program that knows nothing of qsurgeon so that every Python process below it registers qsurgeon.
+"""Start a program that does not import qsurgeon, so that every Python process that it starts does.
 
 Python imports a module called ``sitecustomize`` when it starts. ``run`` puts the folder of ours first in PYTHONPATH,
 which every child inherits, and sets a variable without which ours does nothing. No torch is imported here:

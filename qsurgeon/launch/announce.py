@@ -1,4 +1,4 @@
-"""Say on stderr what was wrapped in a model, below ``qsurgeon run``."""
+"""Report on stderr what is wrapped in a model, under ``qsurgeon run``."""
 
 import os
 from typing import Any
@@ -37,5 +37,5 @@ def announce(model: Any) -> None:
 
 
 def _named(how: Quantization) -> str:
-    """Return the name of a rule, with when it rounds, where that is not always."""
-    return f"{how.rule} (rounds {how.when})" if how.when else how.rule
+    """Return the name of a rule, with what else its forward pass depends on."""
+    return f"{how.rule} ({how.when})" if how.when else how.rule

@@ -1,10 +1,11 @@
 """Modules that compute in a number format, and the gradient they pass on."""
 
+from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.linear import QuantLinear, quant_linears
-from qsurgeon.layers.packed import PackedLinear, disabled, pack, packed_linears, uncounted
-from qsurgeon.layers.phases import current_phase, is_active, phase, rollout_unless_told
+from qsurgeon.layers.packed import PackedLinear, disabled, kept_bytes, pack, packed_linears, uncounted
+from qsurgeon.layers.phases import current_phase, generation, is_active, phase, rollout_unless_told, rounded_once
 from qsurgeon.layers.phases.around import around
-from qsurgeon.layers.product import packed_format
+from qsurgeon.layers.phases.keeping import keep_at_most
 from qsurgeon.layers.quantization import AS_IT_IS, Quantization
 from qsurgeon.layers.straight_through import straight_through
 
@@ -16,13 +17,17 @@ __all__ = [
     "around",
     "current_phase",
     "disabled",
+    "generation",
     "is_active",
+    "keep_at_most",
+    "kept_bytes",
     "pack",
     "packed_format",
     "packed_linears",
     "phase",
     "quant_linears",
     "rollout_unless_told",
+    "rounded_once",
     "straight_through",
     "uncounted",
 ]

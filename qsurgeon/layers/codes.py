@@ -1,14 +1,14 @@
-"""Codes: the parameters of a packed weight. Their bytes can be moved; computing with them is an error.
+"""The parameters of a packed weight. Their bytes can be moved, but computing with them is an error.
 
 A packed weight is a uint8 Parameter, and torch computes with uint8 as readily as with floats: an average of two codes
 is a code of another value. So what is called on Codes decides: what moves, copies or describes bytes works and returns
 Codes; all else raises CodesError, which names the layer. The list names what is allowed, so that a function that
-nobody thought of is refused.
+nobody thought of is refused. Who asks for the dtype in order to compute in it is told that of the values (``asking``).
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,16 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from qsurgeon.errors import CodesError
+from qsurgeon.layers.asking import asks_of_model, asks_of_values
 from qsurgeon.patching import Method, patch
+from qsurgeon.torch_private import (
+    PRIVATE_COPIES,
+    PRIVATE_DESCRIBES,
+    PRIVATE_MOVES,
+    PRIVATE_SETTABLE,
+    is_operator,
+    without_subclass,
+)
 
 # What returns the bytes, all or some of them, in some order, in new memory or in the same.
 _MOVING = """
@@ -26,7 +35,7 @@ _MOVING = """
     moveaxis movedim narrow narrow_copy new_empty permute pin_memory ravel repeat reshape reshape_as rot90 select
     share_memory_ slice split split_with_sizes squeeze stack swapaxes swapdims t take_along_dim tensor_split tile to
     transpose type unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vsplit vstack xpu T H mT mH
-    __getitem__ __iter__ __reversed__ _to_copy
+    __getitem__ __iter__ __reversed__
 """
 # What says something of the tensor and not of its values, and what makes another tensor. FSDP makes its shards with
 # new_zeros, and computes with them as bytes.
@@ -34,24 +43,31 @@ _DESCRIBING = """
     as_subclass data_ptr dim dim_order element_size get_device has_names ndimension nelement new_zeros numel
     record_stream register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad size storage
     storage_offset storage_type stride sym_numel sym_size sym_storage_offset sym_stride untyped_storage __dir__ __hash__
-    __len__ __repr__ __sizeof__ _storage _typed_storage _has_compatible_shallow_copy_type
+    __len__ __repr__ __sizeof__
 """
-_MOVES, _DESCRIBES = frozenset(_MOVING.split()), frozenset(_DESCRIBING.split())
+_MOVES = PRIVATE_MOVES.union(_MOVING.split())
+_DESCRIBES = PRIVATE_DESCRIBES.union(_DESCRIBING.split())
 _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
-_CASTS = {"to", "type", "view", "_to_copy"}
+_CASTS = {"to", "type", "view", *PRIVATE_MOVES}
 _COMPARES = {"eq", "ne", "equal", "__eq__", "__ne__"}
-_COPIES = {"copy_", "_foreach_copy_", "__setitem__"}
-_SETTABLE = {"data", "grad", "requires_grad", "names", "_backward_hooks"}
+_COPIES = {"copy_", "__setitem__", *PRIVATE_COPIES}
+# What makes something in the dtype of a tensor.
+_NEW = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
+_ASKS = {"dtype", "is_floating_point", "to", "type_as", *_NEW}
+_SETTABLE = {"data", "grad", "requires_grad", "names", *PRIVATE_SETTABLE}
 # Operators that only move bytes: ours, and those of collective communication.
 _NAMESPACES = {"qsurgeon", "fsdp", "c10d", "_c10d_functional"}
 
-_disabled: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass  # torch 2.13
-
 
 class Codes(nn.Parameter):
-    """A Parameter whose bytes are codes or scales. ``label`` names it in errors: the layer's name and its own."""
+    """A Parameter whose bytes are codes or scales.
+
+    label: names it in errors: the layer's name and its own. values_dtype: what the values are that its layer computes
+    with; None for bytes that were taken out of a parameter, such as a state dict's.
+    """
 
     label: str
+    values_dtype: torch.dtype | None = None
 
     def __new__(cls, data: Tensor, requires_grad: bool = False, label: str = "", **attributes: Any) -> "Codes":
         """Return Codes that share the memory of ``data``, uint8. ``attributes`` are kept, as accelerate passes them.
@@ -63,7 +79,7 @@ class Codes(nn.Parameter):
             raise CodesError(f"{label or _NAMELESS} is to be {data.dtype}; packed codes are torch.uint8")
         if requires_grad:
             raise CodesError(_no_gradient(label))
-        with _disabled():
+        with without_subclass():
             made: Codes = data.detach().as_subclass(cls)
         vars(made).update({**vars(data), **attributes, "label": label, "_is_param": True})
         return made
@@ -74,8 +90,10 @@ class Codes(nn.Parameter):
     ) -> Any:
         """Call ``func``, if it leaves the codes what they are. Raises: CodesError."""
         kwargs = kwargs or {}
-        with _disabled():
+        with without_subclass():
             name = _name(func)
+            if name in _ASKS and (asked := _of_values(func, name, args, kwargs)) is not None:
+                return asked
             operands = list(_tensors((*args, *kwargs.values())))
             label = next((one.label for one in operands if isinstance(one, Codes)), "")
             if _asks_for_gradient(func, name, args, kwargs):
@@ -85,11 +103,15 @@ class Codes(nn.Parameter):
                     return _average(func, args, kwargs)
                 raise CodesError(_no(label, name))
             found = func(*args, **kwargs)
-            return _marked(found, label, operands) if name in _MOVES else found
+            if name in _MOVES:
+                found = _marked(found, label, operands)
+                if name == "data" and isinstance(found, Codes):
+                    found.values_dtype = args[0].values_dtype
+            return found
 
     def plain(self) -> nn.Parameter:
         """Return an ordinary Parameter that shares the memory."""
-        with _disabled():
+        with without_subclass():
             return self.as_subclass(nn.Parameter)
 
     def set_(self, *_: Any, **__: Any) -> "Codes":
@@ -106,7 +128,7 @@ class Codes(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as an ordinary tensor, which ``torch.load`` reads without this package; layers mark it again."""
         plain = self.plain()
-        return (plain if getattr(self, "_is_param", False) else plain.data).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return (plain if getattr(self, "_is_param", False) else plain.data).__reduce_ex__(protocol)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -141,7 +163,7 @@ def _name(func: Any) -> str:
     name = str(getattr(func, "__name__", func))
     if name in ("__get__", "__set__", "__delete__"):
         return str(func.__self__.__name__)
-    return name.partition(".")[0] if isinstance(func, torch._ops.OpOverload) else name
+    return name.partition(".")[0] if is_operator(func) else name
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
@@ -152,11 +174,31 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def _of_values(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Return what is asked of codes, if it is answered for the values that they stand for; None if it is not."""
+    codes = next((one for one in (*args, *kwargs.values()) if isinstance(one, Codes)), None)
+    dtype = None if codes is None else codes.values_dtype
+    if codes is None or dtype is None or is_operator(func):
+        return None
+    above = 2  # that is where __torch_function__ was called
+    if name == "is_floating_point":
+        return dtype.is_floating_point if asks_of_model(above) else None
+    if not asks_of_values(above):
+        return None
+    if name == "dtype":
+        return dtype
+    if name not in _NEW and args[0] is codes:
+        return None
+    like = torch.empty(0, dtype=dtype, device=codes.device)
+    replaced = {key: like if one is codes else one for key, one in kwargs.items()}
+    return func(*(like if one is codes else one for one in args), **replaced)
+
+
 def _allows(func: Any, name: str, operands: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Return whether ``func`` leaves codes what they are."""
     access = getattr(func, "__name__", "")
     are_bytes = all(one.dtype == torch.uint8 for one in operands)
-    if access == "__get__" or (isinstance(func, torch._ops.OpOverload) and func.namespace in _NAMESPACES):
+    if access == "__get__" or (is_operator(func) and func.namespace in _NAMESPACES):
         return True
     if str(getattr(func, "__module__", "")).startswith("torch.distributed."):
         return "reduce" not in name  # broadcast, scatter, gather, send: what DTensor makes its parts with
@@ -171,6 +213,8 @@ def _allows(func: Any, name: str, operands: list[Tensor], args: Sequence[Any], k
         return not _changes_dtype(args, kwargs)
     if name in _JOINS:
         return are_bytes
+    if name == "numpy":  # accelerate keeps weights on a disk so
+        return not asks_of_values(2)
     return name in _MOVES | _DESCRIBES or (name.startswith(("is_", "_is_")) and name != "is_nonzero")
 
 

@@ -1,4 +1,4 @@
-"""What torch.compile puts into a model, and how to do without it for a while.
+"""What torch.compile adds to a model, and how to run without it.
 
 ``torch.compile(module)`` returns another module that holds the first as ``_orig_mod`` (torch 2.13), which may stand
 anywhere in a model: around it, in the place of a part, of each block (accelerate's ``compile_regions``), of one layer.
@@ -11,13 +11,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
-HELD = "_orig_mod"
+from qsurgeon.torch_private import COMPILED_FROM, children, is_compiled_in_place
+
+HELD = COMPILED_FROM
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
     """Return what torch.compile made ``module`` of; None if it did not."""
     # Not by getattr: accelerate lets a model remember the original under the same name, and that is no part of it.
-    return module._modules.get(HELD)
+    return children(module).get(HELD)
 
 
 def uncompiled_name(path: str) -> str:
@@ -27,7 +29,7 @@ def uncompiled_name(path: str) -> str:
 
 def is_compiled(model: nn.Module) -> bool:
     """Return whether torch.compile made ``model`` or a part of it, as a copy or in place."""
-    return any(HELD in one._modules or one._compiled_call_impl is not None for one in model.modules())
+    return any(HELD in children(one) or is_compiled_in_place(one) for one in model.modules())
 
 
 def eagerly(model: nn.Module) -> AbstractContextManager[None]:
@@ -44,16 +46,16 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     held = [
         (parent, name, child)
         for parent in model.modules()
-        for name, child in parent._modules.items()
+        for name, child in children(parent).items()
         if child is not None and compiled_from(child) is not None
     ]
     try:
         for parent, name, child in held:
-            parent._modules[name] = _innermost(child)
+            children(parent)[name] = _innermost(child)
         yield
     finally:
         for parent, name, child in held:
-            parent._modules[name] = child
+            children(parent)[name] = child
 
 
 def _innermost(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a wrapped layer can be exported as: a torch.export program, and nothing that would lose what it computes."""
+"""What a wrapped layer can be exported as: a torch.export program, and nothing that would change its results."""
 
 import torch
 
@@ -19,7 +19,7 @@ def refuse_export(training: bool) -> None:
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             _refuse_program(training and torch.is_grad_enabled())
-    elif torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    elif torch.jit.is_tracing():
         what = "exported to ONNX" if torch.onnx.is_in_onnx_export() else "traced by torch.jit"
         raise ExportError(f"a wrapped layer cannot be {what}: {_ADVICE}")
 

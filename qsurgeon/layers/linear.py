@@ -59,7 +59,7 @@ class QuantLinear(nn.Linear):
         how, weight = self.quantization, self.weight
         # Of another type: a DTensor, or what a hook or a parametrization computed.
         is_split = type(weight) is not Parameter and is_sharded(weight)
-        if not is_active(self, how.phases):
+        if not is_active(self, how.behavior.phases):
             return nn.functional.linear(on_mesh(input, weight) if is_split else input, weight, self.bias)
         refuse_export(self.training)
         if is_split:
@@ -67,7 +67,7 @@ class QuantLinear(nn.Linear):
         rows, columns = weight.shape
         if rows < self.out_features or columns < self.in_features:
             refuse_part(self._described(), weight)
-        return quantized_linear(input, weight, self.bias, how)
+        return quantized_linear(input, weight, self.bias, how, name=self.name)
 
     def _described(self) -> Layer:
         return Layer(self.name or type(self).__name__, self.in_features, self.out_features, self.quantization)
@@ -80,10 +80,10 @@ class QuantLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
         how = self.quantization
-        phases = "" if how.phases == "both" else f", phases={how.phases}"
-        return (
-            f"{super().extra_repr()}, weight={how.weight_name}, input={how.input_name}, gradient={how.gradient}{phases}"
+        behavior = "".join(
+            f", {name}={value}" for name, value in {**how.behavior.columns, **how.behavior.differing}.items()
         )
+        return f"{super().extra_repr()}, weight={how.weight_name}, input={how.input_name}{behavior}"
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:

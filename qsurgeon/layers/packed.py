@@ -10,14 +10,18 @@ from qsurgeon.errors import CheckpointError, CodesError, FormatError, NothingWra
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.layers.codes import Codes, plain
+from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.linear import QuantLinear, quant_linears
 from qsurgeon.layers.phases import During, without
-from qsurgeon.layers.product import packed_format, packed_linear
+from qsurgeon.layers.product import packed_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
+from qsurgeon.storage import PACKED, Encoding
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
+from qsurgeon.torch_private import without_subclass
 from qsurgeon.transformers_private.attributes import READ
+from qsurgeon.words import Behavior
 
 
 class PackedLinear(QuantLinear):
@@ -31,10 +35,11 @@ class PackedLinear(QuantLinear):
     Its tensors are ``Codes``, with which nothing can compute by mistake; what is put in their place becomes Codes too.
 
     compute_dtype: what the weight was before it was packed, which follows ``.to(dtype)``. peft makes its adapters'
-    parameters in it.
+    parameters in it, and other code that asks the weight for its dtype is told it.
     """
 
     compute_dtype: torch.dtype
+    encoding: Encoding = PACKED  # how the tensors are stored
 
     @staticmethod
     def check_packing(linear: nn.Module, quantization: Quantization) -> None:
@@ -58,8 +63,8 @@ class PackedLinear(QuantLinear):
                 f"format '{grid.name}' has a static tensor scale and no number for it: a weight that is packed cannot "
                 "wait for one"
             )
-        if quantization.phases != "both":
-            raise SurgeryError(f"a packed weight is rounded in every phase, not {quantization.when}")
+        if refused := refused_by_packing(quantization.behavior):
+            raise SurgeryError(refused[1])
         if hasattr(weight, "device_mesh"):
             raise SurgeryError("its weight is sharded; pack the model before fully_shard")
         if weight.is_meta and getattr(linear, "_hf_hook", None) is not None:
@@ -90,7 +95,28 @@ class PackedLinear(QuantLinear):
     @property
     def stored(self) -> dict[str, nn.Parameter]:
         """The tensors that the weight is, by the names of ``formats.stored``."""
-        return {name: getattr(self, name) for name in stored_shapes(self.grid, 0, 0)}
+        return {name: getattr(self, name) for name in self.encoding.names(self.grid)}
+
+    @torch.no_grad()
+    def encode_as(self, encoding: Encoding) -> None:
+        """Store the weight otherwise; on the meta device only the shapes are. Raises: FormatError for its format."""
+        before = {name: plain(tensor) for name, tensor in self.stored.items()}
+        slots = encoding.slots(self.grid, self.out_features, self.in_features)
+        if any(tensor.is_meta for tensor in before.values()):
+            new = {name: torch.empty(slot.shape, dtype=slot.dtype, device="meta") for name, slot in slots.items()}
+        else:
+            new = encoding.encode(self._quantized(self.compute_dtype))
+        for name in before:
+            del self._parameters[name]
+        vars(self)["encoding"] = encoding
+        for name, tensor in new.items():
+            self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+
+    def _as_packed(self) -> dict[str, Tensor]:
+        """Return the tensors of the weight as ``storage.packed`` has them. Raises: ShapeError for a sharded one."""
+        if self.encoding is not PACKED and any(map(is_sharded, self.stored.values())):
+            raise ShapeError(f"{self._label(WEIGHT)} is stored as {self.encoding.name}, which cannot be sharded")
+        return to_stored(self._quantized(self.compute_dtype))
 
     def opened(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight (outputs, inputs), rotated where its format rotates, as ``dtype`` or compute_dtype.
@@ -104,7 +130,7 @@ class PackedLinear(QuantLinear):
 
         Raises: as ``opened``.
         """
-        height, kept = self.grid.block_shape[0], self.stored
+        height, kept = self.grid.block_shape[0], self.stored if self.encoding is PACKED else self._as_packed()
         bands = list(dict.fromkeys(row // height for row in rows))
         places = {WEIGHT: list(rows), SCALE: bands, TENSOR_SCALE: list(rows)}
         taken = {
@@ -125,7 +151,7 @@ class PackedLinear(QuantLinear):
         """
         if values.shape != (self.out_features, self.in_features):
             raise ShapeError(f"a weight is {(self.out_features, self.in_features)}, got {tuple(values.shape)}")
-        for name, tensor in to_stored(self.grid.quantize(values)).items():
+        for name, tensor in self.encoding.encode(self.grid.quantize(values)).items():
             self.get_parameter(name).copy_(tensor)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -133,31 +159,38 @@ class PackedLinear(QuantLinear):
         if input.shape[-1] != self.in_features:
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
         refuse_export(self.training)
-        stored = self.stored
-        with torch._C.DisableTorchFunctionSubclass():  # of Codes
+        stored: dict[str, Any] = self.stored if self.encoding is PACKED else self._as_packed()
+        with without_subclass():  # of Codes
             if is_sharded(stored[WEIGHT]):
                 return sharded_packed_linear(input, stored, self.bias, self._described()._replace(is_packed=True))
             return packed_linear(input, tuple(stored.values()), self.bias, self.quantization)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
-        return f"{super().extra_repr()}, storage=packed"
+        return f"{super().extra_repr()}, storage={self.encoding.name}"
 
     def _quantized(self, dtype: torch.dtype) -> Quantized:
         stored = {name: plain(tensor) for name, tensor in self.stored.items()}
-        return from_stored(stored, self.grid, self.in_features, dtype)
+        return self.encoding.decode(stored, self.grid, self.in_features, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        vars(self)["compute_dtype"] = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
+        self.compute_in(fn(torch.empty(1, dtype=self.compute_dtype)).dtype)
         return self
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Let ``dtype`` be what the weight's values are, as if it had been that before it was packed."""
+        vars(self)["compute_dtype"] = dtype
+        for tensor in self.stored.values():
+            if isinstance(tensor, Codes):
+                tensor.values_dtype = dtype
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a tensor of the weight, which becomes Codes, or the bias.
 
         Raises: CodesError for another, which would be in the place of the weight: torch's prune and its like make it.
         """
-        if name != "bias" and name not in stored_shapes(self.grid, 0, 0):
+        if name != "bias" and name not in self.encoding.names(self.grid):
             raise CodesError(
                 f"{self._label(WEIGHT)} holds packed codes, and a layer with packed codes takes no parameter '{name}'. "
                 "Use storage: master for a weight that is pruned, normalized or parametrized"
@@ -170,7 +203,7 @@ class PackedLinear(QuantLinear):
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute. Raises: CodesError for a tensor of the weight."""
-        if name in stored_shapes(self.grid, 0, 0):
+        if name in self.encoding.names(self.grid):
             raise CodesError(
                 f"{self._label(name)} holds packed codes, which nothing else can stand for. Use storage: master for a "
                 "weight that is pruned, normalized or parametrized"
@@ -180,26 +213,37 @@ class PackedLinear(QuantLinear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what was pickled: Codes are pickled as ordinary tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for name in stored_shapes(self.grid, 0, 0):
+        for name in self.encoding.names(self.grid):
             self._parameters[name] = self._as_codes(name, self._parameters[name])
 
     def _label(self, name: str) -> str:
         return f"{self.name or type(self).__name__}.{name}"
 
     def _as_codes(self, name: str, value: Any) -> Any:
-        """Return ``value`` as Codes, if it is a plain tensor in the place of one of the weight's."""
-        is_plain = type(value) in (Tensor, nn.Parameter)
-        if not is_plain or name not in stored_shapes(self.grid, 0, 0):
+        """Return ``value`` as Codes of this layer, if it is a tensor in the place of one of the weight's."""
+        if not isinstance(value, Tensor) or name not in self.encoding.names(self.grid):
             return value
-        return Codes(value, value.requires_grad, self._label(name))
+        if type(value) in (Tensor, nn.Parameter):
+            return Codes(value, value.requires_grad, self._label(name), values_dtype=self.compute_dtype)
+        if isinstance(value, Codes):
+            value.values_dtype = self.compute_dtype
+        return value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuse tensors that torch would cast: a value that is rounded to a byte is no code."""
-        for name in self.stored:
+        slots = self.encoding.slots(self.grid, self.out_features, self.in_features)
+        for name, slot in slots.items():
             found = state_dict.get(prefix + name)
-            if found is not None and found.dtype != torch.uint8:
-                raise CheckpointError(f"{prefix}{name} is {found.dtype}; a packed weight is torch.uint8")
+            if found is not None and found.dtype != slot.dtype:
+                raise CheckpointError(f"{prefix}{name} is {found.dtype}; a packed weight is {slot.dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def refused_by_packing(behavior: Behavior) -> tuple[str, str] | None:
+    """Return the field of ``behavior`` that a packed weight cannot obey, and why; None if it can obey all."""
+    if behavior.phases != "both":
+        return "phases", f"a packed weight is rounded in every phase, not in {behavior.phases} only"
+    return None
 
 
 def pack(weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
@@ -227,6 +271,18 @@ def uncounted(model: nn.Module) -> int:
     return sum(
         layer.out_features * layer.in_features - sum(one.numel() for one in layer.stored.values()) for layer in layers
     )
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Return how many bytes the rounded weights of ``model`` take that a generation keeps, if ``keep_at_most`` lets it.
+
+    They are the weights that are rounded at each call: of a packed weight none are kept, and tied ones count once.
+    """
+    rounded = [
+        one for one in quant_linears(model).values() if not isinstance(one, PackedLinear) and one.quantization.weight
+    ]
+    weights = {id(one.weight): one.weight for one in rounded}
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
 def disabled(*models: nn.Module) -> During:

@@ -2,44 +2,93 @@
 
 y = q(x) · q(W)ᵀ + b. Backward, rounding counts as the identity (Bengio et al., arXiv 1308.3432, section 4):
 grad_x = g · q(W), grad_W = gᵀ · q(x). All that the second needs of x is q(x), which is kept as its packed codes and
-scales; q(W) is rounded once more from the weight, which is there anyhow.
+scales; q(W) is rounded once more from the weight, which is there anyhow, or dequantized from its codes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from qsurgeon.errors import FormatError, GradientError, ShapeError
-from qsurgeon.formats import Format, Quantized
+from qsurgeon.errors import GradientError, ShapeError
+from qsurgeon.formats import Quantized
 from qsurgeon.formats.rotation import rotated
-from qsurgeon.layers.codes import plain
+from qsurgeon.layers.dequantized import backward_product, forward_product
+from qsurgeon.layers.phases.state import current
 from qsurgeon.layers.quantization import Quantization
-from qsurgeon.layers.rounding import Agreement, above_of, bits_of, coded, mask_of, rounded, saturated
-from qsurgeon.storage.packed import from_stored, stored_shapes
+from qsurgeon.layers.rounding import (
+    ALONE,
+    Agreement,
+    above_of,
+    bits_of,
+    coded,
+    dequantized,
+    mask_of,
+    rounded,
+    saturated,
+)
+from qsurgeon.torch_private import is_transformed
 
 
 def quantized_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization, agree: Agreement | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    how: Quantization,
+    agree: Agreement | None = None,
+    name: str = "",
 ) -> Tensor:
     """Return q(x) · q(W)ᵀ + b, (..., outputs), for ``x`` (..., inputs) and ``weight`` (outputs, inputs).
 
-    agree: where they are a process' parts of operands that several have together.
+    agree: where they are a process' parts of operands that several have together. name: of the layer, for errors.
 
     Raises: GradientError under the transforms of torch.func, and in a backward pass that is itself to be
     differentiated; FormatError and ShapeError as the formats do.
     """
     _refuse_transforms(x, weight)
-    numbers = _numbers(how)
-    if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))):
-        values, turned = _values(x, how, numbers[0], agree), rotated(weight.detach(), how.rotation)
-        above = above_of(turned, how.weight_grid, numbers[1], agree and agree.weight)
-        return torch.nn.functional.linear(values, rounded(turned, how.weight_grid, above, weight.dtype), bias)
-    wanted = _Wanted.of(x, weight, bias, how)
-    result: Tensor = _Product.apply(x, weight, bias, how, wanted, *numbers, agree)  # type: ignore[no-untyped-call]
-    return result
+    numbers, agree = _numbers(how), agree or ALONE
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _is_trained(bias)):
+        task = _Task(how, _Wanted.of(x, weight, bias, how), weight.dtype, False, agree)
+        result: Tensor = _Product.apply(x, bias, task, *numbers, weight)  # type: ignore[no-untyped-call]
+        return result
+    values = _rounded_input(x, how, numbers[0], agree)
+    keeping = None if torch.compiler.is_compiling() or agree is not ALONE else current().keeping
+    if keeping is None:
+        return linear(values, _rounded_weight(weight, how, numbers[1], agree), bias)
+    return linear(values, keeping.rounded(weight, how, _rounded_weight, name), bias)
+
+
+def packed_linear(
+    x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization, agree: Agreement | None = None
+) -> Tensor:
+    """Return q(x) · q(W)ᵀ + b, (..., outputs), for a weight stored as in storage/packed.py.
+
+    W is dequantized in the dtype that the product is computed in: autocast's inside of it, the input's outside. It
+    lives for the product alone: backward keeps the codes, and dequantizes them again. Where no gradient is wanted of
+    a few rows the product may read the codes, see formats/kernels/product.py.
+
+    Raises: as ``quantized_linear``; ShapeError also for an input that is not floating point: what a model casts to
+    the dtype of a packed weight is lost.
+    """
+    if not x.is_floating_point():
+        raise ShapeError(
+            f"a packed layer was called with {x.dtype}; expected floating point. Its weight is torch.uint8, and a "
+            "model that casts an input to its weight's dtype cannot have it packed"
+        )
+    _refuse_transforms(x, *stored)
+    dtype, numbers, agree = _product_dtype(x), _numbers(how), agree or ALONE
+    if torch.is_grad_enabled() and (x.requires_grad or _is_trained(bias)):
+        task = _Task(how, _Wanted.of(x, stored[0], bias, how), dtype, True, agree)
+        result: Tensor = _Product.apply(x, bias, task, numbers[0], None, *stored)  # type: ignore[no-untyped-call]
+        return result
+    values = _rounded_input(x, how, numbers[0], agree).to(dtype)
+    return forward_product(values, stored, bias, how, reads_codes=True)
+
+
+def _is_trained(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
 
 
 def _numbers(how: Quantization) -> tuple[Tensor | None, Tensor | None]:
@@ -47,19 +96,22 @@ def _numbers(how: Quantization) -> tuple[Tensor | None, Tensor | None]:
     return (how.input_number, how.weight_number) if torch.compiler.is_compiling() else (None, None)
 
 
-def _values(x: Tensor, how: Quantization, number: Tensor | None, agree: Agreement | None) -> Tensor:
-    """Return q(x)."""
-    turned = rotated(x.detach(), how.rotation)
-    return rounded(turned, how.input_grid, above_of(turned, how.input_grid, number, agree and agree.input), x.dtype)
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _refuse_transforms(*operands: Tensor) -> None:
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if not torch.compiler.is_compiling() and any(map(wrapped, operands)):
-        raise GradientError(
-            "a QuantLinear cannot be transformed by torch.func (grad, vmap, jvp, jacrev): rounding has only the "
-            "gradient of its backward pass; call backward() or torch.autograd.grad"
-        )
+    if torch.compiler.is_compiling():
+        return
+    for one in operands:
+        if is_transformed(one):
+            raise GradientError(
+                "a QuantLinear cannot be transformed by torch.func (grad, vmap, jvp, jacrev): rounding has only the "
+                "gradient of its backward pass; call backward() or torch.autograd.grad"
+            )
 
 
 def _refuse_second_derivative() -> None:
@@ -70,8 +122,24 @@ def _refuse_second_derivative() -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Wanted:
+def _rounded_input(x: Tensor, how: Quantization, number: Tensor | None, agree: Agreement) -> Tensor:
+    """Return q(x), rotated where the formats rotate."""
+    turned, grid = rotated(x.detach(), how.rotation), how.input_grid
+    return rounded(turned, grid, above_of(turned, grid, number, agree.input), x.dtype)
+
+
+def _rounded_weight(
+    weight: Tensor, how: Quantization, number: Tensor | None = None, agree: Agreement = ALONE
+) -> Tensor:
+    """Return q(W) in the dtype of ``weight``, rotated where the formats rotate."""
+    turned, grid = rotated(weight.detach(), how.rotation), how.weight_grid
+    return rounded(turned, grid, above_of(turned, grid, number, agree.weight), weight.dtype)
+
+
+# ---- the gradient
+
+
+class _Wanted(NamedTuple):
     """Which gradients there are to be, and what they take."""
 
     input: bool
@@ -83,27 +151,148 @@ class _Wanted:
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization) -> "_Wanted":
-        for_input = x.requires_grad and (how.input is None or how.gradient != "none")
-        for_weight = weight.requires_grad and (how.weight is None or how.gradient != "none")
-        clips = how.gradient == "clipped"
+        behavior = how.behavior
+        gradient = behavior.gradient
+        for_input = x.requires_grad and (how.input is None or gradient != "none")
+        for_weight = weight.requires_grad and (how.weight is None or gradient != "none")
+        clips = gradient == "clipped"
         return cls(
             for_input,
             for_weight,
-            bias is not None and bias.requires_grad,
-            for_weight and how.input is not None and how.saved_inputs == "packed",
+            _is_trained(bias),
+            for_weight and how.input is not None and behavior.saved_inputs == "packed",
             for_input and clips and how.input is not None,
             for_weight and clips and how.weight is not None,
         )
 
     @property
     def reads_weight(self) -> bool:
-        """Whether the backward pass rounds the weight again."""
+        """Whether the backward pass needs the weight."""
         return self.input or self.clips_weight
 
 
-def _weight(weight: Tensor, how: Quantization, above: Tensor | None) -> Tensor:
-    """Return q(W) in the dtype of ``weight``, rotated where the formats rotate."""
-    return rounded(rotated(weight.detach(), how.rotation), how.weight_grid, above, weight.dtype)
+class _Task(NamedTuple):
+    """What a product computes. dtype: of its weight's values."""
+
+    how: Quantization
+    wanted: _Wanted
+    dtype: torch.dtype
+    is_packed: bool
+    agree: Agreement
+
+
+class _Saved(NamedTuple):
+    """What the forward pass leaves to the backward pass; None where no gradient needs it."""
+
+    values: Tensor | None = None  # q(x), or x itself where nothing is rounded
+    data: Tensor | None = None  # q(x) as packed codes, with their scales
+    scale: Tensor | None = None
+    tensor_scale: Tensor | None = None
+    outside: Tensor | None = None  # where x saturated, as bits
+    above: Tensor | None = None  # the tensor scale of the weight, where it came from outside
+    weight: tuple[Tensor, ...] = ()  # the weight itself, or its codes and scales
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> "_Saved":
+        """Return what was saved as ``tensors``."""
+        values, data, scale, tensor_scale, outside, above, *weight = tensors
+        return cls(values, data, scale, tensor_scale, outside, above, tuple(weight))
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of it as autograd keeps it."""
+        return (*self[:-1], *self.weight)
+
+
+class _Product(torch.autograd.Function):
+    """q(x) · q(W)ᵀ + b, for a weight that is one tensor, or the codes and scales that a packed one is stored as."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        task: _Task,
+        input_number: Tensor | None,
+        weight_number: Tensor | None,
+        *weight: Tensor,
+    ) -> Tensor:
+        how, wanted, _, is_packed, agree = task
+        ctx.task, ctx.inputs, ctx.count = task, x.shape[-1], len(weight)
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        values, saved = _forward_input(x, task, input_number)
+        if is_packed:
+            output = forward_product(values.to(task.dtype), weight, bias, how)
+        else:
+            turned, grid = rotated(weight[0].detach(), how.rotation), how.weight_grid
+            above = above_of(turned, grid, weight_number, agree.weight)
+            saved = saved._replace(above=above) if wanted.reads_weight and above is not None else saved
+            output = linear(values, rounded(turned, grid, above, task.dtype), bias)
+        saved = saved._replace(weight=weight) if wanted.reads_weight else saved
+        ctx.save_for_backward(*saved.tensors)
+        return _of_its_own(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        _refuse_second_derivative()
+        task, saved, (x_dtype, bias_dtype) = ctx.task, _Saved.of(ctx.saved_tensors), ctx.dtypes
+        wanted, flat = task.wanted, _matrix(grad)
+        grad_x = grad_weight = None
+        weight = _once_more(saved.weight[0]) if wanted.reads_weight and not task.is_packed else None
+        if wanted.input:
+            product = _times_weight(flat, weight, task, saved, ctx.inputs)
+            outside = None if saved.outside is None else mask_of(saved.outside, ctx.inputs)
+            grad_x = _back(product.reshape(*grad.shape[:-1], ctx.inputs), task.how, outside, x_dtype)
+        if wanted.weight:
+            outside = _saturated_weight(weight, task, saved) if wanted.clips_weight and weight is not None else None
+            product = flat.T @ _matrix(_input_values(task, saved, ctx.inputs, x_dtype).to(grad.dtype))
+            grad_weight = _back(product, task.how, outside, task.dtype)
+        grad_bias = flat.sum(0).to(bias_dtype) if wanted.bias else None
+        return grad_x, grad_bias, None, None, None, grad_weight, *[None] * (ctx.count - 1)
+
+
+def _forward_input(x: Tensor, task: _Task, number: Tensor | None) -> tuple[Tensor, _Saved]:
+    """Return q(x), and what is saved of it."""
+    how, wanted, grid = task.how, task.wanted, task.how.input_grid
+    turned = rotated(x.detach(), how.rotation)
+    above = above_of(turned, grid, number, task.agree.input)
+    if grid is None:
+        values = turned.to(x.dtype)
+        # Where nothing was rounded it is the input itself, which autograd must know as such.
+        return values, _Saved(values=x if how.rotation is None else values) if wanted.weight else _Saved()
+    outside = bits_of(saturated(turned, grid, above)) if wanted.clips_input else None
+    if wanted.packs:
+        values, codes = coded(turned, grid, above, x.dtype)
+        return values, _Saved(None, codes.data, codes.scale, codes.tensor_scale, outside)
+    values = rounded(turned, grid, above, x.dtype)
+    return values, _Saved(values=values if wanted.weight else None, outside=outside)
+
+
+def _times_weight(grad: Tensor, weight: Tensor | None, task: _Task, saved: _Saved, inputs: int) -> Tensor:
+    """Return grad · q(W), (rows, inputs)."""
+    if weight is None:
+        return backward_product(grad, saved.weight, task.how, inputs)
+    above, how = _once_more(saved.above), task.how
+    values = rounded(rotated(weight.detach(), how.rotation), how.weight_grid, above, task.dtype)
+    return grad @ _matrix(values).to(grad.dtype)
+
+
+def _saturated_weight(weight: Tensor, task: _Task, saved: _Saved) -> Tensor | None:
+    """Return where the weight saturated."""
+    grid, above = task.how.weight_grid, _once_more(saved.above)
+    if grid is None:
+        return None
+    return _matrix(saturated(rotated(weight.detach(), task.how.rotation), grid, above))
+
+
+def _input_values(task: _Task, saved: _Saved, inputs: int, dtype: torch.dtype) -> Tensor:
+    """Return q(x), (..., inputs)."""
+    grid = task.how.input_grid
+    if saved.values is not None or grid is None:
+        return cast(Tensor, saved.values)
+    data, scale, above = map(_once_more, (saved.data, saved.scale, saved.tensor_scale))
+    return dequantized(Quantized(data, scale, above, grid, dtype, inputs))
 
 
 def _back(grad: Tensor, how: Quantization, outside: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -111,74 +300,6 @@ def _back(grad: Tensor, how: Quantization, outside: Tensor | None, dtype: torch.
     if outside is not None:
         grad = grad.masked_fill(outside, 0)
     return (grad if how.rotation is None else how.rotation.back(grad)).to(dtype)
-
-
-class _Product(torch.autograd.Function):
-    """What is saved: the weight itself, q(x), and where x saturated; nothing of what no gradient needs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        how: Quantization,
-        wanted: "_Wanted",
-        input_number: Tensor | None,
-        weight_number: Tensor | None,
-        agree: Agreement | None,
-    ) -> Tensor:
-        ctx.how, ctx.wanted, ctx.inputs = how, wanted, weight.shape[-1]
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        saved: list[Tensor] = []
-        turned, grid = rotated(x.detach(), how.rotation), how.input_grid
-        above = above_of(turned, grid, input_number, agree and agree.input)
-        if wanted.packs and grid is not None:
-            codes = coded(turned, grid, above)
-            saved = [one for one in (codes.data, codes.scale, codes.tensor_scale) if one is not None]
-            values = codes.dequantize().to(x.dtype)
-        else:
-            values = rounded(turned, grid, above, x.dtype)
-            if wanted.weight:
-                # Where nothing was rounded it is the input itself, which autograd must know as such.
-                saved = [x if how.input is None and how.rotation is None else values]
-        if wanted.clips_input and grid is not None:
-            saved.append(bits_of(saturated(turned, grid, above)))
-        turned = rotated(weight.detach(), how.rotation)
-        above = above_of(turned, how.weight_grid, weight_number, agree and agree.weight)
-        ctx.is_under = above is not None
-        if wanted.reads_weight:
-            saved += [weight] if above is None else [above, weight]
-        ctx.save_for_backward(*saved)
-        values_of_weight = rounded(turned, how.weight_grid, above, weight.dtype)
-        return _of_its_own(torch.nn.functional.linear(values, values_of_weight, bias))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        _refuse_second_derivative()
-        how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        weight = _once_more(saved.pop()) if wanted.reads_weight else None
-        above = _once_more(saved.pop()) if wanted.reads_weight and ctx.is_under else None
-        bits = saved.pop() if wanted.clips_input else None
-        flat = _matrix(grad)
-        grad_x = grad_weight = grad_bias = None
-        if wanted.input and weight is not None:
-            product = (flat @ _weight(weight, how, above)[0].to(grad.dtype)).reshape(*grad.shape[:-1], ctx.inputs)
-            outside = None if bits is None else mask_of(bits, ctx.inputs)
-            grad_x = _back(product, how, outside, x_dtype)
-        if wanted.weight:
-            grid = how.input_grid
-            values = _opened(saved, grid, ctx.inputs, x_dtype) if wanted.packs and grid is not None else saved[0]
-            product = flat.T @ _matrix(values.to(grad.dtype))
-            outside, grid = None, how.weight_grid
-            if wanted.clips_weight and grid is not None and weight is not None:
-                outside = saturated(rotated(weight.detach(), how.rotation), grid, above)[0]
-            grad_weight = _back(product, how, outside, weight_dtype)
-        if wanted.bias:
-            grad_bias = flat.sum(0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _of_its_own(output: Tensor) -> Tensor:
@@ -195,154 +316,17 @@ def _of_its_own(output: Tensor) -> Tensor:
 
 def _matrix(rows: Tensor) -> Tensor:
     """Return ``rows`` (..., k) as (rows, k); k may be 0, which leaves reshape(-1, k) no answer."""
+    if rows.dim() == 2:
+        return rows
     return rows.flatten(0, -2) if rows.dim() > 1 else rows[None]
 
 
-def _once_more(operand: Tensor) -> Tensor:
-    """Return ``operand`` in one dimension more, for what the backward pass computes again.
+def _once_more(operand: Tensor | None) -> Any:
+    """Return ``operand`` in one dimension more under torch.compile, for what the backward pass computes again.
 
-    torch.compile sees both passes in one graph, and computes once what they have in common: in the shape of the
-    forward pass, q(W) and all of q(x) would be that, and be kept in place of the weight and of the codes.
+    It sees both passes in one graph, and computes once what they have in common: in the shape of the forward pass,
+    q(W) and all of q(x) would be that, and be kept in place of the weight and of the codes.
     """
+    if operand is None or not torch.compiler.is_compiling():
+        return operand
     return operand[None] if operand.dim() else operand
-
-
-def _opened(saved: list[Tensor], format: Format, length: int, dtype: torch.dtype) -> Tensor:
-    """Return q(x) from the codes and scales that ``saved`` holds, in the order of Quantized's fields."""
-    data, *scales = map(_once_more, saved)
-    scale = scales.pop(0) if format.scale is not None else None
-    above = scales.pop(0) if format.tensor_scale != "none" else None
-    return Quantized(data, scale, above, format, dtype, length).dequantize()
-
-
-# ---- with a packed weight
-
-
-def packed_linear(
-    x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization, agree: Agreement | None = None
-) -> Tensor:
-    """Return q(x) · q(W)ᵀ + b, (..., outputs), for a weight stored as in storage/packed.py.
-
-    W is opened in the dtype that the product is computed in: autocast's inside of it, the input's outside. It lives
-    for the product alone: backward keeps the codes, and opens them again.
-
-    Raises: as ``quantized_linear``; ShapeError also for an input that is not floating point: what a model casts to
-    the dtype of a packed weight is lost.
-    """
-    if not x.is_floating_point():
-        raise ShapeError(
-            f"a packed layer was called with {x.dtype}; expected floating point. Its weight is torch.uint8, and a "
-            "model that casts an input to its weight's dtype cannot have it packed"
-        )
-    _refuse_transforms(x, *stored)
-    dtype, (number, _) = _product_dtype(x), _numbers(how)
-    if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, bias))):
-        return _times_opened(_values(x, how, number, agree).to(dtype), stored, bias, how)
-    wanted = _Wanted.of(x, stored[0], bias, how)
-    result: Tensor = _PackedProduct.apply(x, bias, how, wanted, dtype, number, agree, *stored)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-class _PackedProduct(torch.autograd.Function):
-    """What is saved: the weight's codes and scales, and where x saturated. The weight has no gradient, so q(x) not."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        how: Quantization,
-        wanted: _Wanted,
-        dtype: torch.dtype,
-        number: Tensor | None,
-        agree: Agreement | None,
-        *stored: Tensor,
-    ) -> Tensor:
-        ctx.how, ctx.wanted, ctx.inputs, ctx.stored = how, wanted, x.shape[-1], len(stored)
-        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
-        turned, grid = rotated(x.detach(), how.rotation), how.input_grid
-        above = above_of(turned, grid, number, agree and agree.input)
-        saved = [*stored] if wanted.input else []
-        if wanted.clips_input and grid is not None:
-            saved.append(bits_of(saturated(turned, grid, above)))
-        ctx.save_for_backward(*saved)
-        return _of_its_own(_times_opened(rounded(turned, grid, above, x.dtype).to(dtype), stored, bias, how))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        _refuse_second_derivative()
-        how, wanted, saved = ctx.how, ctx.wanted, list(ctx.saved_tensors)
-        x_dtype, bias_dtype = ctx.dtypes
-        bits = saved.pop() if wanted.clips_input else None
-        flat = _matrix(grad)
-        grad_x = None
-        if wanted.input:
-            product = _opened_times(flat, saved, how, ctx.inputs).reshape(*grad.shape[:-1], ctx.inputs)
-            outside = None if bits is None else mask_of(bits, ctx.inputs)
-            grad_x = _back(product, how, outside, x_dtype)
-        grad_bias = flat.sum(0).to(bias_dtype) if wanted.bias else None
-        return grad_x, grad_bias, None, None, None, None, None, *[None] * ctx.stored
-
-
-def _times_opened(values: Tensor, stored: Sequence[Tensor], bias: Tensor | None, how: Quantization) -> Tensor:
-    """Return values · Wᵀ + b in the dtype of ``values``."""
-    grid = packed_format(how)
-    bias = bias if bias is None else bias.to(values.dtype)
-    if torch.compiler.is_compiling():
-        result: Tensor = _forward_op(values, bias, list(stored), grid.name, grid.without_number.key)
-        return result
-    return torch.nn.functional.linear(values, _open(stored, grid, values.shape[-1], values.dtype), bias)
-
-
-def _opened_times(grad: Tensor, stored: Sequence[Tensor], how: Quantization, inputs: int) -> Tensor:
-    """Return grad · W, (rows, inputs), in the dtype of ``grad``."""
-    grid = packed_format(how)
-    if torch.compiler.is_compiling():
-        result: Tensor = _backward_op(grad, list(stored), grid.name, grid.without_number.key, inputs)
-        return result
-    return grad @ _open(stored, grid, inputs, grad.dtype)
-
-
-def packed_format(how: Quantization) -> Format:
-    """Return the format of a packed weight's codes. Raises: FormatError if the weight has no format."""
-    grid = how.weight_grid
-    if grid is None:
-        raise FormatError("a weight without a format cannot be packed")
-    return grid
-
-
-def _open(stored: Sequence[Tensor], grid: Format, inputs: int, dtype: torch.dtype) -> Tensor:
-    names = stored_shapes(grid, 0, 0)
-    return from_stored(dict(zip(names, map(plain, stored), strict=True)), grid, inputs, dtype).dequantize()
-
-
-# Opaque to torch.compile, which would otherwise open a weight once for forward and backward, and keep it in between.
-
-
-@torch.library.custom_op("qsurgeon::times_opened", mutates_args=())
-def _forward_op(values: Tensor, bias: Tensor | None, stored: list[Tensor], name: str, key: str) -> Tensor:
-    weight = _open(stored, Format.from_key(name, key), values.shape[-1], values.dtype)
-    return torch.nn.functional.linear(values, weight, bias)
-
-
-@_forward_op.register_fake
-def _(values: Tensor, bias: Tensor | None, stored: list[Tensor], name: str, key: str) -> Tensor:
-    return values.new_empty(*values.shape[:-1], stored[0].shape[0])
-
-
-@torch.library.custom_op("qsurgeon::opened_times", mutates_args=())
-def _backward_op(grad: Tensor, stored: list[Tensor], name: str, key: str, inputs: int) -> Tensor:
-    return grad @ _open(stored, Format.from_key(name, key), inputs, grad.dtype)
-
-
-@_backward_op.register_fake
-def _(grad: Tensor, stored: list[Tensor], name: str, key: str, inputs: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], inputs)

@@ -2,36 +2,47 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsurgeon.formats import Format, check_operands
 from qsurgeon.formats.rotation import Rotation
-from qsurgeon.words import Gradient, Phases, SavedInputs
+from qsurgeon.words import Behavior, Gradient
 
 AS_IT_IS = "-"
+_PLAIN = Behavior()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Quantization:
-    """What a rule gives a module.
+    """What a rule gives a module: formats (None leaves the tensor as it is), how it uses them, and the rule's name.
 
-    Formats (None leaves the tensor as it is), how the gradient passes the rounding, the rule's name, in which phases
-    the module rounds, and how it keeps what its backward pass needs of the input.
+    ``behavior`` may be the gradient alone, as a word; ``said`` are fields of the behavior.
 
     Raises: FormatError for two formats that cannot be a product's.
     """
 
     weight: Format | None
     input: Format | None
-    gradient: Gradient = "ste"
-    rule: str = ""
-    phases: Phases = "both"
-    saved_inputs: SavedInputs = "packed"
+    behavior: Behavior
+    rule: str
 
-    def __post_init__(self) -> None:
-        check_operands(self.weight, self.input)
+    def __init__(
+        self,
+        weight: Format | None,
+        input: Format | None,
+        behavior: Behavior | Gradient = _PLAIN,
+        rule: str = "",
+        **said: Any,
+    ) -> None:
+        if isinstance(behavior, str):
+            behavior = Behavior(gradient=behavior)
+        if said:
+            behavior = Behavior(**{**behavior.fields, **said})
+        vars(self).update(weight=weight, input=input, behavior=behavior, rule=rule)
+        check_operands(weight, input)
         _ = (self.rotation, self.input_grid, self.weight_grid)  # computed now: see Fields
         _ = (self.input_number, self.weight_number)
 
@@ -79,8 +90,13 @@ class Quantization:
 
     @property
     def when(self) -> str:
-        """In which phases the module rounds, as tables say it; nothing where it always does."""
-        return "" if self.phases == "both" else f"in {self.phases} only"
+        """What else its forward pass depends on, in words, such as the phases in which it rounds."""
+        return ", ".join(self.behavior.reasons(forward=True))
+
+    @property
+    def why(self) -> str:
+        """The rule, and what else it says, in words."""
+        return ", ".join([f"rule '{self.rule}'", *self.behavior.reasons()])
 
 
 def _number(format: Format | None) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qsurgeon.formats import Format, Quantized, under
+from qsurgeon.formats.kernels import operand
 from qsurgeon.formats.kernels.arithmetic import largest, scale_of
 
 Agree = Callable[[Tensor], Tensor]  # from the largest magnitudes in a part to those in the whole
@@ -19,8 +20,11 @@ Agree = Callable[[Tensor], Tensor]  # from the largest magnitudes in a part to t
 class Agreement(NamedTuple):
     """How processes that have parts of a product's operands find the largest magnitudes in the whole of each."""
 
-    input: Agree | None
-    weight: Agree | None
+    input: Agree | None = None
+    weight: Agree | None = None
+
+
+ALONE = Agreement()
 
 
 def above_of(rotated: Tensor, grid: Format | None, number: Tensor | None, agree: Agree | None) -> Tensor | None:
@@ -37,13 +41,29 @@ def rounded(rotated: Tensor, grid: Format | None, above: Tensor | None, dtype: t
     """Return an operand rounded, as ``dtype``."""
     if grid is None:
         return rotated.to(dtype)
+    if above is None and operand.is_usual(rotated) and (found := operand.values(rotated, grid)) is not None:
+        return found.to(dtype)
     values = grid.fake_quantize(rotated) if above is None else under.fake_quantize(rotated, above, grid.without_number)
     return values.to(dtype)
 
 
-def coded(rotated: Tensor, grid: Format, above: Tensor | None) -> Quantized:
-    """Return an operand's codes and scales."""
-    return grid.quantize(rotated) if above is None else under.quantize(rotated, above, grid.without_number)
+def coded(rotated: Tensor, grid: Format, above: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Quantized]:
+    """Return an operand rounded, as ``dtype``, and the codes and scales that it is."""
+    if above is None and operand.is_usual(rotated) and (found := operand.written(rotated, grid)) is not None:
+        codes = Quantized(found.data, found.scale, found.tensor_scale, grid, rotated.dtype, rotated.shape[-1])
+        return found.values.to(dtype), codes
+    codes = grid.quantize(rotated) if above is None else under.quantize(rotated, above, grid.without_number)
+    return codes.dequantize().to(dtype), codes
+
+
+def dequantized(codes: Quantized) -> Tensor:
+    """Return the values of codes that nothing rotates. Raises: ShapeError as ``Quantized.dequantize``."""
+    if not torch.compiler.is_compiling():
+        parts = codes.data, codes.scale, codes.tensor_scale
+        found = operand.read(*parts, codes.format, codes.length, codes.dtype)
+        if found is not None:
+            return found
+    return codes.dequantize()
 
 
 def saturated(rotated: Tensor, grid: Format, above: Tensor | None) -> Tensor:

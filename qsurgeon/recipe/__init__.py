@@ -1,4 +1,4 @@
-"""Recipes: what the user writes, and which modules it names. Knows text and names, nothing of models.
+"""Recipes: what the user writes, and which modules it matches. Knows text and names, nothing of models.
 
 A name is imported when it is used: to find a recipe's file needs no torch, which what it may say does.
 """

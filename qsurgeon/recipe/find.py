@@ -1,4 +1,4 @@
-"""Which file a recipe's name means, and what it says of model and output, before anything heavy is imported."""
+"""Which file a recipe's name refers to, and its model and output keys, before anything heavy is imported."""
 
 import difflib
 import re

@@ -1,4 +1,4 @@
-"""Files of other tools, taken for recipes: which tool's one is, and what it would be as a recipe.
+"""Recipes of other tools that are passed as ours: which tool they belong to, and the equivalent recipe.
 
 They are known by their keys. What is made of one is a text to start from, shown in an error message.
 """

@@ -1,4 +1,4 @@
-"""What a recipe may say: frozen values whose fields are the recipe's keys. Unknown keys are errors."""
+"""The schema of a recipe: frozen values whose fields are the recipe's keys. Unknown keys are errors."""
 
 import json
 import re
@@ -24,17 +24,27 @@ from qsurgeon.errors import FormatError
 from qsurgeon.formats import CATALOG, Format
 from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
-from qsurgeon.formats.scale import SCALES, ScaleRule
+from qsurgeon.formats.scale import RULES, SCALES
 from qsurgeon.recipe.select import check_pattern
 from qsurgeon.recipe.text import Path
 from qsurgeon.recipe.words import unknown_format
-from qsurgeon.words import Gradient, Phases, SavedInputs, Storage
+from qsurgeon.storage import MASTER, Encoding, StorageName, encoding_of
+from qsurgeon.words import Behavior, Common
 
 _NAME = re.compile(r"[A-Za-z][\w.+-]*")
 
 
 def _field(description: str, **hint: Any) -> Any:
     """Return a field of a format that need not be said; ``hint`` tells editors what it may be."""
+    return Field(default=None, description=description, json_schema_extra=hint)
+
+
+def _one_of(description: str, registry: Mapping[str, Any], *others: str) -> Any:
+    """Return such a field that takes the words of ``registry``, which may grow, and ``others``."""
+
+    def hint(schema: dict[str, Any]) -> None:
+        schema["enum"] = [*registry, *others]
+
     return Field(default=None, description=description, json_schema_extra=hint)
 
 
@@ -52,13 +62,13 @@ class FormatSpec(Section):
     """A format of the recipe's own: a known one with some fields replaced."""
 
     like: str = Field(description="The format to start from: a catalogue name, or one above this one.")
-    element: Any = _field("The scalar number format.", enum=[*ELEMENTS])
+    element: Any = _one_of("The scalar number format.", ELEMENTS)
     block: Any = _field(
         "How many values share a scale; [rows, columns] for a weight; none: the tensor scale is the only one.",
         anyOf=[_SIZE, {"type": "array", "items": _SIZE, "minItems": 2, "maxItems": 2}, _NONE],
     )
-    scale: Any = _field("The number format of a block's scale.", enum=[*SCALES, NONE])
-    scale_rule: Any = _field("How a block's scale is found.", enum=[*get_args(ScaleRule), NONE])
+    scale: Any = _one_of("The number format of a block's scale.", SCALES, NONE)
+    scale_rule: Any = _one_of("How a block's scale is found.", RULES, NONE)
     tensor_scale: Any = _field("What shares the FP32 scale above the blocks'.", enum=[*get_args(TensorScale)])
     static_scale: Any = _field(
         "The one number of a static tensor scale, where it is not found by calibration.",
@@ -79,8 +89,8 @@ class FormatSpec(Section):
 PatternText = Annotated[str, AfterValidator(check_pattern)]
 
 
-class Rule(Section):
-    """Give formats to the modules of ``types`` that ``target`` names and ``exclude`` does not."""
+class _Choice(Section):
+    """Which modules a rule takes, and the formats that it gives them."""
 
     name: Annotated[str, Field(min_length=1, description="What plan and inspect call the rule.")] | None = None
     target: tuple[PatternText, ...] = Field(min_length=1, description="Patterns of the modules to take.")
@@ -90,14 +100,6 @@ class Rule(Section):
     )
     weight: str | None = Field(None, description="Format of the weight; without it the weight stays as it is.")
     input: str | None = Field(None, description="Format of the input; without it the input stays as it is.")
-    gradient: Gradient = Field("ste", description="How the gradient passes the rounding.")
-    phases: Phases = Field("both", description="When modules round: in training, in rollouts, or in both.")
-
-    @model_validator(mode="after")
-    def _decides_something(self) -> "Rule":
-        if self.weight is None and self.input is None:
-            raise ValueError("a rule needs a format for weight, for input, or for both")
-        return self
 
 
 def _check_version(value: Any) -> Any:
@@ -106,8 +108,8 @@ def _check_version(value: Any) -> Any:
     return value
 
 
-class Recipe(Section):
-    """Rules in order of precedence: a module takes the first that names it."""
+class _Head(Section):
+    """What a recipe says beside its formats and rules."""
 
     version: Annotated[Literal[1], BeforeValidator(_check_version)] = Field(description="The version of this schema.")
     extends: str | None = Field(
@@ -115,14 +117,26 @@ class Recipe(Section):
     )
     model: str | None = Field(None, description="Folder or hub id to operate on; --model wins.")
     output: str | None = Field(None, description="Folder to write; --output wins.")
-    storage: Storage = Field(
-        "master",
+    storage: StorageName = Field(
+        MASTER,
         description="master: full-precision weights stay, rounded at every forward. packed: their codes and scales "
         "replace them; for adapters, and inference.",
     )
-    saved_inputs: SavedInputs = Field(
-        "packed", description="What a backward pass keeps of an input: packed codes, or full values; gradients agree."
-    )
+
+
+class Rule(Behavior, _Choice):
+    """Give formats to the modules of ``types`` that ``target`` names and ``exclude`` does not."""
+
+    @model_validator(mode="after")
+    def _decides_something(self) -> "Rule":
+        if self.weight is None and self.input is None:
+            raise ValueError("a rule needs a format for weight, for input, or for both")
+        return self
+
+
+class Recipe(Common, _Head):
+    """Rules in order of precedence: a module takes the first that names it."""
+
     untie: StrictBool = Field(False, description="Give a tied weight that a rule reaches a copy of its own.")
     formats: dict[str, FormatSpec] = Field({}, description="Formats of the recipe's own, by name.")
     rules: tuple[Rule, ...] = Field((), description="In order; a module takes the first rule that names it.")
@@ -172,6 +186,15 @@ class Recipe(Section):
             return self._marks[path]
         text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
         return text.removeprefix("."), ""
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How weights are stored that have a format; None where they stay in full precision."""
+        return encoding_of(self.storage)
+
+    def behavior(self, place: int) -> Behavior:
+        """Return how the rule at ``place`` uses its formats; what it does not say itself, the recipe may."""
+        return Behavior.of(self.rules[place], self)
 
     def rule_name(self, place: int) -> str:
         """Return the name of the rule at ``place``, counted from 0; one without a name is called by its place."""

@@ -1,4 +1,4 @@
-"""The pattern language: which modules a dotted glob names. A pure function of names.
+"""The pattern language: which modules a dotted glob matches. A pure function of names.
 
 A pattern is a dotted run of component globs. It names a module when it equals consecutive whole components
 anywhere in the module's full name, and with it everything beneath: ``layers.1`` is never ``layers.10``, ``gate`` is
@@ -27,7 +27,7 @@ _MOST_NUMBERS = 10_000
 _ROLE = re.compile(r"<([^<>]*)>")
 OUTPUT_HEAD = "output_head"
 ROLES = {OUTPUT_HEAD: "what computes the model's outputs from its last hidden states"}
-_LEFT = "what a rule shall leave stands in its 'exclude'"
+_LEFT = "what a rule should skip belongs in its 'exclude'"
 _MOST_TRANSLATED = 200  # characters of a text that is no pattern
 
 
@@ -169,7 +169,7 @@ def check_pattern(text: str) -> str:
 def _role(body: str) -> str:
     known = {f"<{name}>": name for name in ROLES}
     if _ROLE.search(body) and not _ROLE.fullmatch(body):
-        raise ValueError(f"a role such as <{OUTPUT_HEAD}> stands alone, without other components")
+        raise ValueError(f"a role such as <{OUTPUT_HEAD}> must be alone, without other components")
     if body not in known:
         raise ValueError(f"angle brackets hold a role; {nearest(body, known)}")
     return known[body]

@@ -1,4 +1,4 @@
-"""Files to recipes: every mistake of a file in one run, with file, line, column and a caret."""
+"""Files to recipes: one run reports every mistake in a file, with file, line, column and a caret."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""YAML text to plain data, with the place of everything in it.
+"""YAML text to plain data, with the position of everything in it.
 
 Only the data part of YAML is read: no tags, no merge keys, and no more nodes or levels than a recipe needs, so
 that aliases cannot expand without end.
@@ -137,7 +137,7 @@ def _yaml_problem(error: yaml.MarkedYAMLError, source: Source) -> str:
         return f"inside [ ] a pattern with '{problem[-2]}' must stand in quotes"
     line, column = _problem_line(error, source)
     if problem.endswith("got '['") and re.search(r"\w$", line[:column]):
-        return "a component's number stands behind a dot (layers.0), and a pattern with [ must stand in quotes"
+        return "a component's number follows a dot (layers.0), and a pattern with [ needs quotes"
     if line[column : column + 1] in _RESERVED:
         return f"text that begins with '{line[column]}' must stand in quotes"
     if line[column : column + 1] == "\t":
@@ -202,7 +202,7 @@ def _mapping(node: yaml.MappingNode, path: Path, source: Source, budget: Iterato
             source.report("a key must be a word", key_node.start_mark, key_node.end_mark)
         elif key in result:
             first = source.keys[(*path, key)].start_mark.line + 1
-            source.report(f"key '{key}' stands twice; first on line {first}", key_node.start_mark, key_node.end_mark)
+            source.report(f"key '{key}' appears twice; first on line {first}", key_node.start_mark, key_node.end_mark)
         else:
             source.keys[(*path, key)] = key_node
             result[key] = _plain(value_node, (*path, key), source, budget)

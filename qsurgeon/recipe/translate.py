@@ -1,4 +1,4 @@
-"""Patterns as other tools write them, in our language: regular expressions, slices, ranges, several in one text.
+"""Patterns of other tools in our language: regular expressions, slices, ranges, several in one string.
 
 Nothing here is ever matched with: what is found is offered in an error message.
 """

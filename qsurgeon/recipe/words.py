@@ -1,9 +1,10 @@
-"""What other tools call the keys and formats of a recipe. For messages alone: nothing is taken for what it means."""
+"""What other tools call the keys and formats of a recipe. Used in messages only; nothing is accepted by these names."""
 
 import re
 from collections.abc import Iterable
 
 from qsurgeon.errors import guess, nearest
+from qsurgeon.words import FIELDS
 
 Scheme = tuple[str | None, str | None]  # formats of weight and input
 
@@ -44,8 +45,6 @@ KEYS = {
     "weight": ("weights", "weight_format", "weight_dtype", "w", "wfmt", "weight_quant", "qweight", "weight_quantizer"),
     "input": ("activations", "activation", "act", "acts", "inputs", "input_activations", "a", "activation_format",
               "input_format", "act_dtype", "activation_dtype", "input_quantizer", "x"),
-    "gradient": ("grad", "backward", "ste", "gradient_estimator", "gradients", "estimator"),
-    "phases": ("when", "modes", "mode"),
     "types": ("module_types", "kinds", "classes", "layer_types"),
     "model": ("model_name", "model_id", "model_path", "model_name_or_path", "base_model", "checkpoint", "source"),
     "output": ("output_dir", "out", "out_dir", "save_dir", "save_path", "output_path", "destination", "dest"),
@@ -54,7 +53,7 @@ KEYS = {
     "formats": ("dtypes", "custom_formats", "schemes"),
     "version": ("schema_version", "recipe_version", "v"),
     "untie": ("untie_embeddings", "untie_weights", "untie_word_embeddings"),
-    "saved_inputs": ("save_inputs", "saved_activations"),
+    **{field.name: field.shown.others for field in FIELDS},
     "like": ("base", "from", "extends", "format", "parent", "based_on"),
     "block": ("block_size", "blocksize", "group_size", "groupsize", "group", "block_sizes", "g"),
     "element": ("dtype", "num_bits", "bits", "elem", "elem_format", "element_dtype", "type"),

@@ -1,1 +1,1 @@
-"""Reports: what a model computes with, as rows, tables and JSON. Its parts are imported by name: tables are cheap."""
+"""Reports: what a model computes with, as rows, tables and JSON. Import its parts by name: tables are cheap."""

@@ -1,4 +1,4 @@
-"""The catalogue of formats as a table: computed from the formats themselves, not typed."""
+"""The catalog of formats as a table, computed from the formats themselves."""
 
 from collections import defaultdict
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Ask a model, or a folder, what it computes with."""
+"""Ask a model or a folder what it computes with."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -6,15 +6,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
 from qsurgeon.arguments import check_model
 from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_linears, quant_linears
-from qsurgeon.layers.compiling import eagerly
+from qsurgeon.observing import observed, undisturbed
 from qsurgeon.report.rows import Report, Row, mark_large
+from qsurgeon.storage import MASTER
 from qsurgeon.surgery import (
     Excluded,
     Plan,
@@ -70,8 +70,11 @@ def inspect(
         fates |= record.exclusions()
         fates |= record.quantizations()
     steps = [Step(module, fates.get(module.name)) for module in inventory(skeleton(config, trust_remote_code))]
-    if record is not None and record.storage == "packed":
-        steps = [replace(step, module=replace(step.module, bytes=step.packed_bytes)) for step in steps]
+    if record is not None and record.encoding is not None:
+        sizes = [step.packed_bytes(record.encoding) for step in steps]
+        steps = [
+            replace(step, module=replace(step.module, bytes=size)) for step, size in zip(steps, sizes, strict=True)
+        ]
     return _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")
 
 
@@ -82,9 +85,11 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
     steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
     called = None if example is None else _called(model, example)
     packed = packed_linears(model)
-    storage = "packed" if packed else "master" if layers else ""
+    storage = next((one.encoding.name for one in packed.values()), MASTER if layers else "")
     resting = {
-        path for path, one in layers.items() if path not in packed and not is_active(one, one.quantization.phases)
+        path
+        for path, one in layers.items()
+        if path not in packed and not is_active(one, one.quantization.behavior.phases)
     }
     report = _report(steps, storage, "", called, bypassed(model), misread(model))
     paths = (step.module.path for step in steps if step.why)
@@ -97,15 +102,9 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
 
 def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
     """Return the paths of the QuantLinears that ``model`` calls when it is called with ``example``."""
-    layers = quant_linears(model)
     called: set[str] = set()
-    hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
-    try:
-        with eagerly(model), torch.no_grad():
-            model(**example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observed(quant_linears(model), lambda call: called.add(call.name)), undisturbed(model):
+        model(**example)
     return called
 
 
@@ -142,7 +141,7 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         module.shape,
         how.weight_name if how else AS_IT_IS,
         how.input_name if how else AS_IT_IS,
-        how.gradient if how else AS_IT_IS,
+        how.behavior if how else None,
         "; ".join(remarks),
         module.parameters,
         how.weight.bits if how and how.weight else stored,
@@ -151,7 +150,6 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         was_called,
         bypassed=module.path in past,
         misread=module.path in wrong,
-        when=how.when if how else "",
         adapter=module.adapter,
         tower=module.tower,
     )

@@ -1,4 +1,4 @@
-"""What a merge changed, as a table."""
+"""The result of a merge as a table."""
 
 from qsurgeon.merging import Change, Merged, total
 from qsurgeon.report.tables import Column, left_out, narrowed, table_text, wrapped
@@ -33,7 +33,7 @@ def _numbers(one: Change) -> tuple[str, str, str]:
 
 def _totals(merged: Merged) -> str:
     rounded = [one for one in merged.changes if one.codes]
-    lines = [f"{len(merged.changes)} modules are merged, {len(rounded)} of them rounded anew"]
+    lines = [f"{len(merged.changes)} modules are merged, {len(rounded)} of them rounded again"]
     if rounded:
         relative, share, sqnr = _numbers(total(rounded))
         lines[0] += f": ΔW/W {relative or '-'}, {share} of their codes changed, {sqnr} dB"

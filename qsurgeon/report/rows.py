@@ -1,4 +1,4 @@
-"""A model's rows and totals, for print, JSON, and whoever evaluates it."""
+"""A model's rows and totals, for printing, JSON and evaluation scripts."""
 
 import json
 from collections import defaultdict
@@ -11,7 +11,9 @@ from qsurgeon.report.tables import Column, left_out, narrowed, natural_width, ta
 from qsurgeon.surgery import Part, Tower, headline, in_words, percent
 from qsurgeon.surgery.fold import folded
 from qsurgeon.visible import one_line
+from qsurgeon.words import Behavior
 
+COLUMNS = tuple(Behavior().columns)
 LARGE = 0.01  # of all parameters: modules that no rule names and that hold more are pointed out
 
 
@@ -21,7 +23,7 @@ class Row:
 
     bits: of one weight value as the layer computes with it. bytes: of the parameters it holds now.
     called: by the example, where there was one to ask with. bypassed: by an adapter that computes past it.
-    misread: by an adapter that takes its codes for values. when: in which phase it rounds, where not in both.
+    misread: by an adapter that takes its codes for values. behavior: how it uses its formats, where it is wrapped.
     rounds: whether it did when a live model was asked; None where there was none to ask.
     """
 
@@ -30,7 +32,7 @@ class Row:
     shape: tuple[int, ...]
     weight: str
     input: str
-    gradient: str
+    behavior: Behavior | None
     why: str
     parameters: int
     bits: float | None
@@ -40,7 +42,6 @@ class Row:
     large: bool = False
     bypassed: bool = False
     misread: bool = False
-    when: str = ""
     rounds: bool | None = None
     adapter: bool = False
     tower: Tower | None = None
@@ -48,7 +49,28 @@ class Row:
     @property
     def is_wrapped(self) -> bool:
         """Whether it computes in another format."""
-        return self.gradient != AS_IT_IS
+        return self.behavior is not None
+
+    @property
+    def behaves(self) -> dict[str, Any]:
+        """Each field of its behavior, by name."""
+        return dict.fromkeys(Behavior().fields, AS_IT_IS) if self.behavior is None else self.behavior.fields
+
+    @property
+    def gradient(self) -> str:
+        """How the gradient passes the rounding."""
+        return str(self.behaves["gradient"])
+
+    @property
+    def when(self) -> str:
+        """What else its forward pass depends on, in words, such as the phases in which it rounds."""
+        return "" if self.behavior is None else ", ".join(self.behavior.reasons(forward=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON-ready values, each field of its behavior apart."""
+        plain = {key: value for key, value in vars(self).items() if key != "behavior"}
+        tower = self.tower.name if self.tower else None
+        return {**plain, **self.behaves, "when": self.when, "shape": list(self.shape), "tower": tower}
 
     @property
     def part(self) -> Part:
@@ -177,15 +199,13 @@ class Report:
         if not resting:
             return ""
         count = "" if len(resting) == self.wrapped else f"{len(resting)} of them "
-        by_phase = all(row.when not in ("", f"in {self.phase} only") for row in resting)
+        by_phase = all(row.behavior and row.behavior.phases not in ("both", self.phase) for row in resting)
         where = f"in phase {self.phase}" if by_phase else "inside qsurgeon.disabled"
         return f", but {count}compute in full precision at this moment, {where}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON-ready values."""
-        rows = [
-            {**vars(row), "shape": list(row.shape), "tower": row.tower.name if row.tower else None} for row in self.rows
-        ]
+        rows = [row.to_dict() for row in self.rows]
         return {
             "source": self.source,
             "summary": self.summary,
@@ -237,7 +257,7 @@ def _columns(groups: Sequence[tuple[str, Sequence[Row]]]) -> list[Column]:
         Column("shape", ["x".join(map(str, row.shape)) for row in firsts]),
         Column("weight", [row.weight for row in firsts]),
         Column("input", [row.input for row in firsts]),
-        Column("gradient", [row.gradient for row in firsts]),
+        *(Column(name, [str(row.behaves[name]) for row in firsts]) for name in COLUMNS),
         Column("bits", ["" if row.bits is None else f"{row.bits:g}" for row in firsts], right=True),
         Column("MB", [f"{sum(one.bytes for one in rows) / 1e6:.1f}" for _, rows in groups], right=True),
         Column("why", [row.why for row in firsts]),
@@ -245,14 +265,14 @@ def _columns(groups: Sequence[tuple[str, Sequence[Row]]]) -> list[Column]:
 
 
 def _with_letters(columns: Sequence[Column]) -> tuple[list[Column], list[str]]:
-    """Return columns that name each reason, with its gradient, by a letter, and the lines that explain the letters."""
-    by_head = {column.head: column for column in columns}
+    """Return columns that name each reason, with its behavior, by a letter, and the lines that explain the letters."""
+    by_head = {column.head: column.cells for column in columns}
     whys = [
-        why if gradient == AS_IT_IS else f"{why}, gradient {gradient}"
-        for why, gradient in zip(by_head["why"].cells, by_head["gradient"].cells, strict=True)
+        ", ".join([why, *(f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=True) if cell != AS_IT_IS)])
+        for why, *cells in zip(by_head["why"], *(by_head[name] for name in COLUMNS), strict=True)
     ]
     letters = {why: _letter(place) for place, why in enumerate(dict.fromkeys(whys))}
-    kept = [column for column in columns if column.head not in ("gradient", "why")]
+    kept = [column for column in columns if column.head not in (*COLUMNS, "why")]
     legend = [one_line(f"{letter}  {why}") for why, letter in letters.items()]
     return [*kept, Column("why", [letters[why] for why in whys])], legend
 
@@ -298,7 +318,7 @@ def _folded(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return folded(
         rows,
         lambda row: row.module,
-        lambda row: (row.kind, row.shape, row.weight, row.input, row.gradient, row.why, row.bits),
+        lambda row: (row.kind, row.shape, row.weight, row.input, *row.behaves.values(), row.why, row.bits),
     )
 
 

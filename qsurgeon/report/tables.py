@@ -1,4 +1,4 @@
-"""Tables as text: whole in a file or a pipe, and no wider than the terminal that they are read in."""
+"""Tables as text: complete in a file or a pipe, and no wider than the terminal."""
 
 import re
 import textwrap

@@ -13,6 +13,8 @@ from torch import Tensor
 from qsurgeon.errors import ShapeError
 from qsurgeon.formats.block import Format, Quantized
 from qsurgeon.formats.packing import packed_length
+from qsurgeon.formats.tensor_scale import bytes_of, bytes_shape, of_bytes
+from qsurgeon.storage.encoding import Encoding, Slot, register
 
 WEIGHT, SCALE, TENSOR_SCALE = "weight", "weight_scale", "weight_tensor_scale"
 
@@ -26,7 +28,7 @@ def stored_shapes(format: Format, rows: int, columns: int) -> Shapes:
         height, width = format.block_shape
         shapes[SCALE] = (-(-rows // height), -(-columns // width) * format.scale.dtype.itemsize)
     if format.tensor_scale != "none":
-        shapes[TENSOR_SCALE] = (rows if format.has_row_scales else 1, torch.float32.itemsize)
+        shapes[TENSOR_SCALE] = bytes_shape(rows, format)
     return shapes
 
 
@@ -41,7 +43,7 @@ def to_stored(weight: Quantized) -> dict[str, Tensor]:
     if weight.scale is not None:
         stored[SCALE] = weight.scale.view(torch.uint8)
     if weight.tensor_scale is not None:
-        stored[TENSOR_SCALE] = weight.tensor_scale.reshape(-1, 1).view(torch.uint8)
+        stored[TENSOR_SCALE] = bytes_of(weight.tensor_scale)
     return stored
 
 
@@ -58,8 +60,7 @@ def from_stored(stored: Mapping[str, Tensor], format: Format, columns: int, dtyp
     scale = None if format.scale is None else _as(stored[SCALE], format.scale.dtype)
     above = None
     if format.tensor_scale != "none":
-        above = _as(stored[TENSOR_SCALE], torch.float32).reshape(-1)
-        above = above if format.has_row_scales else above.reshape(())
+        above = of_bytes(_as(stored[TENSOR_SCALE], torch.float32), format)
     return Quantized(data, scale, above, format, dtype, columns)
 
 
@@ -68,3 +69,36 @@ def _as(data: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize > 1 and data.storage_offset() % dtype.itemsize:
         data = data.clone()
     return data.view(dtype)
+
+
+class Packed(Encoding):
+    """The encoding of this module."""
+
+    name = "packed"
+    stored = "stored as the codes and scales of their formats"
+    elsewhere = "transformers cannot load it"
+
+    def slots(self, format: Format, rows: int, columns: int) -> dict[str, Slot]:
+        """Return the tensors of a matrix, see ``stored_shapes``; a tensor scale that is one for all has one row."""
+        shapes = stored_shapes(format, rows, columns)
+        shared = not format.has_row_scales
+        return {
+            name: Slot(torch.uint8, shape, None if name == TENSOR_SCALE and shared else 0)
+            for name, shape in shapes.items()
+        }
+
+    def names(self, format: Format) -> tuple[str, ...]:
+        """Return what the tensors of a matrix in ``format`` are called; a layer asks in each call."""
+        scale = (SCALE,) if format.scale is not None else ()
+        return (WEIGHT, *scale, TENSOR_SCALE) if format.tensor_scale != "none" else (WEIGHT, *scale)
+
+    def encode(self, weight: Quantized) -> dict[str, Tensor]:
+        """Return the tensors of a quantized matrix; they share its memory."""
+        return to_stored(weight)
+
+    def decode(self, stored: Mapping[str, Tensor], format: Format, columns: int, dtype: torch.dtype) -> Quantized:
+        """Return the quantized matrix whose tensors are ``stored``. Raises: as ``from_stored``."""
+        return from_stored(stored, format, columns, dtype)
+
+
+PACKED = register(Packed())

@@ -1,4 +1,4 @@
-"""From a recipe to a changed model: list its modules, decide each one's fate, operate."""
+"""From a recipe to a changed model: list its modules, decide what happens to each, and replace them."""
 
 from qsurgeon.surgery.adapters import bypassed, method_of, misread, objection, refuse_adapters
 from qsurgeon.surgery.current import Origin, current_record, exclusions, inherit, mark

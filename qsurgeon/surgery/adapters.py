@@ -1,6 +1,6 @@
-"""Which adapters of peft compute past the layer they sit on, and which take a packed weight's codes for its values.
+"""Which peft adapters compute past their layer, and which use a packed weight's codes as values.
 
-peft has no way to ask, so that this is what was measured of peft 0.18 to 0.21; tests/test_peft.py measures it again.
+peft has no way to ask, so that this is what was measured of peft 0.20 and 0.21; tests/test_peft.py measures it again.
 """
 
 import sys
@@ -18,23 +18,19 @@ _HELD = ".base_layer"
 _READ_THE_WEIGHT = {"frod", "glora", "hra", "shira", "supertuning", "trainable_tokens"}
 # So do these with ``init_weights='bat'``, which their layers keep under this name. Bone was in peft until 0.18.
 _BAT = {"miss": "miss_fn", "bone": "bone_fn"}
-# Those compute with the weight's values beside the layer that they call,
+# Those compute with the weight's values beside the layer that they call.
 _COMPUTE_WITH_THE_WEIGHT = {"hira", "loha", "lokr", "peanut"}
-# and those make tensors of their own in its dtype.
-_TAKE_ITS_DTYPE = {"unilora"}
-# Fields of a LoraConfig that make LoRA do one or the other.
+# Fields of a LoraConfig that make LoRA do so.
 _ON_VALUES = {
     "use_dora": "DoRA",
     "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
     "target_parameters": "LoRA with target_parameters",
 }
 
-# What variants of LoRA do to the weight; KaSA came with peft 0.20 or 0.21, VeLoRA too.
+# What variants of LoRA do to the weight. Older peft has no KaSA.
 _VARIANTS = {
     "DoraLinearVariant": "DoRA) computes with its weight",
     "KasaLinearVariant": "KaSA) replaces its weight",
-    "VeloraLinearVariant": "VeLoRA) takes the dtype of its weight",
 }
 
 
@@ -90,7 +86,7 @@ def objection(config: Any, *, is_packed: bool) -> str | None:
     is_dora = method == "lora" and config.use_dora
     if is_packed:
         found = [name for field, name in _ON_VALUES.items() if method == "lora" and getattr(config, field, None)]
-        if found or method in _COMPUTE_WITH_THE_WEIGHT | _TAKE_ITS_DTYPE:
+        if found or method in _COMPUTE_WITH_THE_WEIGHT:
             return f"{found[0] if found else method} computes with the weight of what it sits on, which is packed"
     if is_dora and config.lora_dropout and not config.inference_mode:
         return f"DoRA with lora_dropout {past} while it trains; set lora_dropout=0"
@@ -122,9 +118,6 @@ def _into_what_it_holds(layer: Any) -> str | None:
     if methods & _COMPUTE_WITH_THE_WEIGHT:
         method = min(methods & _COMPUTE_WITH_THE_WEIGHT)
         return f"the adapter on it ({kind} of peft's {method}) computes with its weight, which is packed"
-    if methods & _TAKE_ITS_DTYPE:
-        method = min(methods & _TAKE_ITS_DTYPE)
-        return f"the adapter on it ({kind} of peft's {method}) takes the dtype of its weight, which is packed"
     if "lora" in methods and kind == "ParamWrapper":
         return "the adapter on it (LoRA's target_parameters) adds to its weight, which is packed"
     if "lora" in methods and variants is not None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from qsurgeon.errors import SurgeryError
 from qsurgeon.layers import PackedLinear, QuantLinear, quant_linears
+from qsurgeon.storage import MASTER
 from qsurgeon.surgery.inventory import inventory, plain_model
 from qsurgeon.surgery.plan import Excluded
 from qsurgeon.surgery.record import Header, Record, make_record
@@ -73,13 +74,19 @@ def current_record(model: nn.Module) -> Record | None:
 
 
 def _storage(layers: Mapping[str, QuantLinear]) -> Storage:
-    packed = [name for name, layer in layers.items() if isinstance(layer, PackedLinear)]
+    packed = {name: layer for name, layer in layers.items() if isinstance(layer, PackedLinear)}
     if not packed:
-        return "master"
+        return MASTER
     master = [name for name, layer in layers.items() if name not in packed and layer.quantization.weight is not None]
     if master:
         raise SurgeryError(
-            f"the weight of {packed[0]} is packed and that of {master[0]} is not; a checkpoint has one storage: "
-            "apply recipes with the same storage to both"
+            f"the weight of {next(iter(packed))} is packed and that of {master[0]} is not; a checkpoint has one "
+            "storage: apply recipes with the same storage to both"
         )
-    return "packed"
+    names = list(dict.fromkeys(layer.encoding.name for layer in packed.values()))
+    if names[1:]:
+        raise SurgeryError(
+            f"some weights are stored as {names[0]} and some as {names[1]}; a checkpoint has one storage: apply "
+            "recipes with the same storage"
+        )
+    return names[0]

@@ -1,4 +1,4 @@
-"""Names of modules that differ only in a number, written as one pattern."""
+"""Group module names that differ only in a number into one pattern."""
 
 import re
 from collections import defaultdict

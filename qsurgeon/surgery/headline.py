@@ -1,4 +1,4 @@
-"""The one line that says how much of a model is wrapped: by its parameters first, since modules are not alike.
+"""One line that says how much of a model is wrapped: by parameters first, because modules differ in size.
 
 Everything that says it says it with this: ``plan``, ``inspect`` of a live model, a folder or a hub id, ``apply``,
 ``qsurgeon run`` and the model card.

@@ -44,8 +44,8 @@ def uninterrupted() -> Iterator[Interrupts]:
     """
     found = _here.interrupts
     handler = signal.getsignal(signal.SIGINT) if not found.depth else None
-    # None: a handler that Python did not install.
-    takes = handler is not None and threading.current_thread() is threading.main_thread()
+    # None: a handler that Python did not install. SIG_IGN: a program in the background, which no Ctrl-C is meant for.
+    takes = handler not in (None, signal.SIG_IGN) and threading.current_thread() is threading.main_thread()
     if takes:
         signal.signal(signal.SIGINT, found.receive)
     found.depth += 1

@@ -14,12 +14,9 @@ import torch
 from torch import nn
 
 from qsurgeon.layers import PackedLinear, QuantLinear
-from qsurgeon.layers.compiling import HELD
 from qsurgeon.surgery.parts import output_heads, towers
 from qsurgeon.surgery.reader import Reader
-
-# Under which names torch 2.13 holds a part that it compiles, shards (FSDP1) or checkpoints (checkpoint_wrapper).
-_HOLDING = (HELD, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from qsurgeon.torch_private import HOLDING, children
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def plain_model(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _inside(model: nn.Module) -> nn.Module:
     """Return what one layer of wrapping holds, or the model itself if it is not wrapped."""
-    held = next((model._modules[name] for name in _HOLDING if name in model._modules), None)
+    held = next((children(model)[name] for name in HOLDING if name in children(model)), None)
     if held is not None:
         return held
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -121,7 +118,7 @@ def _held(module: nn.Module) -> str | None:
 
     None for the model's own modules.
     """
-    held = next((name for name in _HOLDING if name in module._modules), None)
+    held = next((name for name in HOLDING if name in children(module)), None)
     if held is not None:
         return held
     if isinstance(module, nn.parallel.DistributedDataParallel):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsurgeon.errors import FormatError, ShapeError, SurgeryError
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
+from qsurgeon.storage import MASTER, PACKED, encoding_of
 from qsurgeon.surgery.adapters import bypass, misreading
 from qsurgeon.surgery.interrupts import uninterrupted
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
@@ -48,9 +49,13 @@ def operate(
     tied = [name for name in linears if untie and (modules[name].tied_to or name in owners)]
     packed = [name for name in linears if _is_packed(quantizations[name], storage)]
     copies = {name: _copied(linears[name]) for name in tied if name not in packed}  # of packed ones the codes are
+    encoding = encoding_of(storage)
     sizes = {name: linears[name].get_parameter("weight").numel() for name in packed}
     with uninterrupted():
         _pack_all({name: linears[name] for name in sorted(packed, key=sizes.__getitem__, reverse=True)}, quantizations)
+        for name in packed if encoding not in (None, PACKED) else ():
+            layer: Any = linears[name]
+            layer.encode_as(encoding)
         for name, linear in linears.items():
             if name not in packed:
                 QuantLinear.wrap(linear, quantizations[name], name)
@@ -132,7 +137,7 @@ def _pack_all(linears: Mapping[str, nn.Module], quantizations: Mapping[str, Quan
 
 
 def _is_packed(how: Quantization, storage: Storage) -> bool:
-    return storage == "packed" and how.weight is not None
+    return storage != MASTER and how.weight is not None
 
 
 def _copied(linear: nn.Module) -> Tensor:

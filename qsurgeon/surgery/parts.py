@@ -1,4 +1,4 @@
-"""What a model says of its own parts: which modules compute its outputs, and which sub-models read no text."""
+"""What a model says about its parts: which modules compute its outputs, and which sub-models read no text."""
 
 from collections.abc import Iterator
 from typing import Any

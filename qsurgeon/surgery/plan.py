@@ -1,4 +1,4 @@
-"""What a recipe does to one model, module by module, decided before any tensor is read. Pure."""
+"""What a recipe does to each module of one model, decided before any tensor is read. Pure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from qsurgeon.errors import FormatError, Mistake, PlanError
 from qsurgeon.formats import Format
 from qsurgeon.layers import Quantization, packed_format
+from qsurgeon.layers.packed import refused_by_packing
 from qsurgeon.recipe import Recipe
 from qsurgeon.recipe.select import OUTPUT_HEAD, Match, Namespace, parse_pattern
-from qsurgeon.storage.packed import stored_bytes
+from qsurgeon.storage import Encoding
 from qsurgeon.surgery.headline import Part, headline
 from qsurgeon.surgery.inventory import Module
 from qsurgeon.surgery.reader import Reader
@@ -37,29 +38,26 @@ class Step:
         """How the module computes; None if it stays as it is."""
         return self.fate if isinstance(self.fate, Quantization) else None
 
-    @property
-    def packed_bytes(self) -> int:
-        """What the module takes once its weight is packed, which is not tied to another's then."""
+    def packed_bytes(self, encoding: Encoding) -> int:
+        """Return what the module takes once its weight is packed, which is not tied to another's then."""
         how = self.quantization
         if how is None or how.weight is None or len(self.module.shape) != 2:  # a record may name anything
             return self.module.bytes
         own = 0 if self.module.tied_to is not None else self.module.weight_bytes
-        return self.module.bytes - own + stored_bytes(packed_format(how), *self.module.shape)
+        return self.module.bytes - own + encoding.bytes(packed_format(how), *self.module.shape)
 
     @property
     def remark(self) -> str:
         """Say which code may compute past the module, if any; what is sure to is refused when a plan is made."""
-        past = [one.where for one in self.module.readers if one.takes_values]
-        if not past or self.quantization is None:
-            return ""
-        return f"{past[0]} takes its weight itself in some calls, unrounded"
+        past = [one for one in self.module.readers if one.takes_values]
+        return past[0].remark if past and self.quantization is not None else ""
 
     @property
     def why(self) -> str:
         """Return the reason in words; nothing for a module that only holds others."""
         match self.fate:
-            case Quantization(rule=rule, when=when):
-                return f"rule '{rule}'" + (f", {when}" if when else "") + (f"; {self.remark}" if self.remark else "")
+            case Quantization(why=why):
+                return why + (f"; {self.remark}" if self.remark else "")
             case Excluded(rule, pattern):
                 return f"excluded by '{pattern}' of rule '{rule}'"
         if self.module.adapter and self.module.parameters:
@@ -98,8 +96,9 @@ class Plan:
         for step in self.wrapped:
             how, module = step.quantization, step.module
             stays = module.weight_bytes if module.name in owners else 0  # with those that are tied to it
-            if self.recipe.storage == "packed" and how is not None and how.weight is not None:
-                grown += step.packed_bytes - module.bytes + stays
+            encoding = self.recipe.encoding
+            if encoding is not None and how is not None and how.weight is not None:
+                grown += step.packed_bytes(encoding) - module.bytes + stays
             elif module.tied_to is not None:
                 grown += module.weight_bytes  # a copy of its own
             else:
@@ -213,16 +212,14 @@ class _Planner:
             except FormatError as error:
                 self.report(str(error), "rules", place, role)
                 return None
-        if self.recipe.storage == "packed" and formats["weight"] is not None:
+        if self.recipe.encoding is not None and formats["weight"] is not None:
             self._check_packing(place, formats["weight"])
         try:
             return Quantization(
                 formats["weight"],
                 formats["input"],
-                rule.gradient,
+                self.recipe.behavior(place),
                 self.recipe.rule_name(place),
-                rule.phases,
-                self.recipe.saved_inputs,
             )
         except FormatError as error:
             self.report(f"rule '{self.recipe.rule_name(place)}': {error}", "rules", place)
@@ -230,14 +227,14 @@ class _Planner:
 
     def _check_packing(self, place: int, weight: Format) -> None:
         """Report what a rule asks of a weight that a packed one cannot do."""
-        rule, name = self.recipe.rules[place], self.recipe.rule_name(place)
-        if rule.phases != "both":
+        name = self.recipe.rule_name(place)
+        if refused := refused_by_packing(self.recipe.behavior(place)):
+            field, why = refused
             self.report(
-                f"rule '{name}' rounds in {rule.phases} only: a packed weight is rounded in every phase; say "
-                "'storage: master', or leave the weight out of the rule",
+                f"rule '{name}': {why}; say 'storage: master', or leave the weight out of the rule",
                 "rules",
                 place,
-                "phases",
+                field,
             )
         if weight.tensor_scale == "static" and weight.static_scale is None:
             self.report(
@@ -264,7 +261,7 @@ class _Planner:
 
     def _check_readers(self, how: Quantization, names: list[str], place: int) -> None:
         """Report modules whose weight is taken by code that would compute past them, or misread what is packed."""
-        packs = self.recipe.storage == "packed" and how.weight is not None
+        packs = self.recipe.encoding is not None and how.weight is not None
         found: dict[tuple[str, str], dict[str, Reader]] = {}
         for one in names:
             for reader in self.modules[one].readers:

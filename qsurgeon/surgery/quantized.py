@@ -1,4 +1,4 @@
-"""What a config says of a quantization that its model has already."""
+"""What a config says about a model that another tool has quantized."""
 
 from typing import Any
 
@@ -7,11 +7,9 @@ from transformers import PreTrainedConfig
 from qsurgeon.errors import CheckpointError
 from qsurgeon.surgery.record import QUANT_METHOD
 
-# Published models that exist in no other form, and how transformers writes them in full precision.
-_DEQUANTIZED = {
-    "mxfp4": "from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)), then save_pretrained(…)",
-    "fp8": "from_pretrained(…, quantization_config=FineGrainedFP8Config(dequantize=True)), then save_pretrained(…)",
-}
+# Published models that exist in no other form, and what transformers (5.23) dequantizes them with. What it saves of
+# them by itself does not load as what it was: it does the quantizer's conversions backwards.
+_DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 # Where a config says it; the second is what compressed-tensors wrote at first.
 _SECTIONS = ("quantization_config", "compression_config")
 
@@ -30,7 +28,13 @@ def refuse_foreign(config: Any, name: str) -> None:
     """Do nothing for a config in full precision or of ours. Raises: CheckpointError if something else quantized it."""
     method = foreign_method(config)
     if method is not None:
-        hint = f". transformers has it so: {_DEQUANTIZED[method]}" if method in _DEQUANTIZED else ""
+        hint = ""
+        if method in _DEQUANTIZED:
+            hint = (
+                ". transformers has it so: model = from_pretrained(…, "
+                f"quantization_config={_DEQUANTIZED[method]}(dequantize=True)); wrap and save that: "
+                "qsurgeon.apply(recipe, model), then model.save_pretrained(…)"
+            )
         raise CheckpointError(
             f"{name} is quantized already, by {method}; expected a checkpoint in full precision{hint}"
         )

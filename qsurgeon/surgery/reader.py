@@ -1,4 +1,4 @@
-"""What code that takes a weight itself gets of it, where the weight is rounded in its Linear or packed."""
+"""What code that reads a weight itself gets, if the weight is rounded in its layer or packed."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,6 +8,7 @@ from torch import nn
 
 from qsurgeon.formats import get_format
 from qsurgeon.layers import PackedLinear, Quantization
+from qsurgeon.surgery.source import HANDED
 
 # What describes a weight; all else that is asked of one are its values.
 _DESCRIBES = {
@@ -35,9 +36,16 @@ class Reader:
         return self.what not in _DESCRIBES
 
     @property
+    def remark(self) -> str:
+        """Say that it may compute with the weight past its Linear."""
+        if self.what == HANDED:
+            return f"{self.where} is handed its weight, and a kernel in the place of that computes with it, unrounded"
+        return f"{self.where} takes its weight itself in some calls, unrounded"
+
+    @property
     def misreads_codes(self) -> bool:
-        """Whether it gets another answer from a weight that is packed."""
-        return self.takes_values or not _is_the_same_packed(self.what)
+        """Whether it gets another answer from a weight that is packed. A kernel that is handed codes fails on them."""
+        return self.what != HANDED and (self.takes_values or not _is_the_same_packed(self.what))
 
 
 @cache

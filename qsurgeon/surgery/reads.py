@@ -1,4 +1,4 @@
-"""Which code takes the weight of a Linear itself, instead of calling the Linear."""
+"""Which code reads the weight of a layer itself instead of calling the layer."""
 
 import ast
 import operator
@@ -11,7 +11,8 @@ from torch import nn
 
 from qsurgeon.surgery.inventory import Module, inventory
 from qsurgeon.surgery.reader import Reader
-from qsurgeon.surgery.source import ANY, FIRST, Path, Test, uses_in
+from qsurgeon.surgery.source import ANY, CALLED, FIRST, Path, Test, Use, uses_in
+from qsurgeon.torch_private import children
 from qsurgeon.transformers_private.attributes import SET_ON_CONFIGS
 
 _MOST_DEEP = 4  # methods of held modules that call such methods
@@ -28,16 +29,26 @@ def modules_of(model: nn.Module) -> tuple[Module, ...]:
 
 
 def weight_readers(model: nn.Module) -> dict[str, tuple[Reader, ...]]:
-    """Return what takes the weight of each Linear of ``model`` that something takes, by the Linear's path."""
+    """Return what takes the weight of each Linear of ``model`` that something takes, by the Linear's path.
+
+    Where nothing calls the Linear, whatever takes its values is certain to compute past it.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[str, dict[Reader, None]] = defaultdict(dict)
+    called = set[str]()
     for module in model.modules():
         if type(module).__module__.startswith("peft."):  # adapters.py says what was measured of those
             continue
         for owner, reader in _taken(module, "forward", True, 0):
             if isinstance(owner, nn.Linear) and owner is not module and id(owner) in paths:
-                found[paths[id(owner)]][reader] = None
-    return {path: tuple(readers) for path, readers in found.items()}
+                if reader.what == CALLED:
+                    called.add(paths[id(owner)])
+                else:
+                    found[paths[id(owner)]][reader] = None
+    return {
+        path: tuple(one if path in called else replace(one, certain=one.certain or one.what == "") for one in readers)
+        for path, readers in found.items()
+    }
 
 
 def _taken(module: nn.Module, method: str, certain: bool, depth: int) -> Iterator[tuple[nn.Module, Reader]]:
@@ -47,7 +58,7 @@ def _taken(module: nn.Module, method: str, certain: bool, depth: int) -> Iterato
     for use in uses:
         outcome = _outcome(module, use.tests)
         if outcome is not False:
-            for owner in _owners(module, use.path):
+            for owner in _owners(module, use):
                 yield owner, Reader(use.where, use.what, certain and use.certain and outcome is True)
     if depth == _MOST_DEEP:
         return
@@ -55,23 +66,29 @@ def _taken(module: nn.Module, method: str, certain: bool, depth: int) -> Iterato
         outcome = _outcome(module, call.tests)
         if outcome is not False:
             for held in _at(module, call.path):
+                if isinstance(held, nn.Linear):  # called by its forward, which a wrapped one has too
+                    continue
                 yield from _taken(held, call.method, certain and call.certain and outcome is True, depth + 1)
 
 
-def _owners(module: nn.Module, path: Path) -> Iterator[nn.Module]:
-    if path[-1:] != (FIRST,):
-        yield from _at(module, path)
+def _owners(module: nn.Module, use: Use) -> Iterator[nn.Module]:
+    """Yield the modules whose weight code takes, or that it may call."""
+    if use.path[-1:] == (FIRST,):
+        for held in _at(module, use.path[:-1]):
+            first = next(held.named_parameters(), ("", None))[0]
+            if first.rpartition(".")[2] == "weight":
+                yield held.get_submodule(first.rpartition(".")[0])
         return
-    for held in _at(module, path[:-1]):
-        first = next(held.named_parameters(), ("", None))[0]
-        if first.rpartition(".")[2] == "weight":
-            yield held.get_submodule(first.rpartition(".")[0])
+    for held in _at(module, use.path):
+        yield held
+        if use.what == CALLED and isinstance(held, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            yield from held.children()
 
 
 def _at(module: nn.Module, path: Path) -> Iterator[nn.Module]:
     """Yield the modules that a path leads to; a layer of peft's is passed over for the layer that it holds."""
     if not path:
-        held = module._modules.get("base_layer")
+        held = children(module).get("base_layer")
         yield module if held is None else held
         return
     for name, held in module.named_children():

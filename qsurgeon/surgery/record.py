@@ -1,21 +1,24 @@
-"""What a plan leaves in a checkpoint's config.json: explicit module names and the formats in full.
+"""The record in a checkpoint's config.json: explicit module names and complete formats.
 
 Globs are never run again: a model is rebuilt from this record alone.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, fields, replace
 from itertools import chain, count
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from qsurgeon.errors import CheckpointError, FormatError, nearest
 from qsurgeon.formats import CATALOG, Format
+from qsurgeon.formats.fields import FIELDS
 from qsurgeon.layers import Quantization
+from qsurgeon.storage import Encoding, StorageName, encoding_of
+from qsurgeon.surgery import versions
 from qsurgeon.surgery.plan import Excluded, Plan
-from qsurgeon.words import Gradient, Phases, SavedInputs, Storage
+from qsurgeon.words import Behavior
 
 QUANT_METHOD = "qsurgeon"
 Role = Literal["weight", "input"]
@@ -25,41 +28,56 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FormatRecord(_Part):
+def _compact(part: _Part, always: Set[str]) -> dict[str, Any]:
+    """Return the keys that are written ``always``, and of the newer ones those that are not at their default."""
+    keys = type(part).model_fields
+    new = {key for key, field in keys.items() if key not in always and getattr(part, key) == field.default}
+    return part.model_dump(mode="json", exclude=new)
+
+
+def _format_keys() -> dict[str, Any]:
+    """Return each field of a format; of those that 0.1.0 did not have, with the value that all had then."""
+    one = next(iter(CATALOG.values()))
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(one)}
+    return {
+        key: (Any, ... if key in versions.FORMAT else replace(one, **{key: defaults[key]}).to_dict()[key])
+        for key in FIELDS
+    }
+
+
+class FormatRecord(create_model("_Format", __base__=_Part, **_format_keys())):  # type: ignore[misc]  # seen when it runs
     """Every field of a format: what a name means must not depend on the catalogue of the day."""
 
-    element: str
-    block: int | tuple[int, int] | str
-    scale: str
-    scale_rule: str
-    tensor_scale: str
-    static_scale: float | str
-    rounding: str
-    hadamard: int | str
-    four_over_six: bool
-    seed: int
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json keeps."""
+        return _compact(self, versions.FORMAT)
 
 
-class RuleRecord(_Part):
-    """A rule as it was resolved: the modules it took, and those its patterns excluded."""
+class _Resolved(_Part):
+    """The modules that a rule took, those that its patterns excluded, and the formats it gives."""
 
     name: str
     weight: str | None
     input: str | None
-    gradient: Gradient
-    phases: Phases = "both"
     modules: tuple[str, ...]
     excluded: dict[str, tuple[str, ...]]
+
+
+class RuleRecord(Behavior, _Resolved):
+    """A rule as it was resolved."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json keeps."""
+        return _compact(self, versions.RULE)
 
 
 class Record(_Part):
     """All that is needed to rebuild a model's wrapping, and to say why a Linear was left."""
 
-    version: Literal[1]
+    version: int
     qsurgeon_version: str
-    storage: Storage
+    storage: StorageName
     formats: dict[str, FormatRecord]
-    saved_inputs: SavedInputs = "packed"
     rules: tuple[RuleRecord, ...]
     # Where the model came from: `owner/name@commit` on the hub, or a folder's name; and the recipe's text in full. The
     # model card is made of this record alone, also by whoever loads the model and pushes it on.
@@ -70,24 +88,35 @@ class Record(_Part):
 
     def quantizations(self) -> dict[str, Quantization]:
         """Return how each wrapped module computes, by its name. Raises: CheckpointError for a broken format."""
-        any_format = next(iter(CATALOG.values()))
         try:
-            formats = {name: any_format.with_fields(name, **vars(one)) for name, one in self.formats.items()}
+            formats = {name: Format.from_dict(name, dict(vars(one))) for name, one in self.formats.items()}
             return {
                 module: Quantization(
                     _named(rule.weight, formats, scales.get("weight")),
                     _named(rule.input, formats, scales.get("input")),
-                    rule.gradient,
+                    Behavior.of(rule),
                     rule.name,
-                    rule.phases,
-                    self.saved_inputs,
                 )
                 for rule in self.rules
                 for module in rule.modules
                 for scales in [self.static_scales.get(module, {})]
             }
         except FormatError as error:
-            raise CheckpointError(f"quantization_config: {error}") from error
+            by = versions.written_by(self.qsurgeon_version)
+            raise CheckpointError(f"quantization_config: {error}{by}") from error
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How weights are stored that have a format; None where they stay in full precision."""
+        return encoding_of(self.storage)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json keeps, in the oldest version of a record that can say it."""
+        parts = {
+            "formats": {name: one.to_dict() for name, one in self.formats.items()},
+            "rules": [rule.to_dict() for rule in self.rules],
+        }
+        return versions.lowered({**self.model_dump(mode="json"), **parts})
 
     def exclusions(self) -> dict[str, Excluded]:
         """Return what excluded each module that a rule named and did not take."""
@@ -112,7 +141,7 @@ def record_of(plan: Plan, version: str, source: str = "") -> Record:
     taken = {step.module.name: step.fate for step in plan.steps if isinstance(step.fate, Quantization)}
     left = {step.module.name: step.fate for step in plan.steps if isinstance(step.fate, Excluded)}
     header = Header(version, plan.recipe.storage, source, plan.recipe.text)
-    return make_record(header, taken, left, plan.recipe.saved_inputs)
+    return make_record(header, taken, left)
 
 
 @dataclass(frozen=True)
@@ -120,7 +149,7 @@ class Header:
     """What a record says of the model as a whole: the fields of ``Record`` with the same names."""
 
     version: str
-    storage: Storage
+    storage: str
     source: str
     recipe: str
 
@@ -129,38 +158,31 @@ def make_record(
     header: Header,
     taken: Mapping[str, Quantization],
     left: Mapping[str, Excluded],
-    saved_inputs: SavedInputs = "packed",
 ) -> Record:
-    """Return the record of the modules ``taken``, and of those that a rule named and ``left``, by their names.
-
-    ``saved_inputs`` is what no module says itself.
-    """
+    """Return the record of the modules ``taken``, and of those that a rule named and ``left``, by their names."""
     formats = _Formats()
     rules: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for module, how in taken.items():
         weight, input_ = formats.note(module, "weight", how.weight), formats.note(module, "input", how.input)
-        rules[how.rule, weight, input_, how.gradient, how.phases].append(module)
-        saved_inputs = how.saved_inputs
+        rules[how.rule, weight, input_, how.behavior].append(module)
     excluded: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for module, fate in left.items():
         excluded[fate.rule][fate.pattern].append(module)
     return Record(
-        version=1,
+        version=versions.PRESENT,
         qsurgeon_version=header.version,
         storage=header.storage,
-        saved_inputs=saved_inputs,
         formats=formats.records(),
         rules=tuple(
             RuleRecord(
                 name=name,
                 weight=weight,
                 input=input_,
-                gradient=gradient,
-                phases=phases,
                 modules=tuple(modules),
                 excluded={pattern: tuple(names) for pattern, names in excluded[name].items()},
+                **behavior.fields,
             )
-            for (name, weight, input_, gradient, phases), modules in rules.items()
+            for (name, weight, input_, behavior), modules in rules.items()
         ),
         source=header.source,
         recipe=header.recipe,
@@ -216,15 +238,19 @@ class _Formats:
 def read_record(data: dict[str, Any], source: str) -> Record:
     """Return the record in a ``quantization_config``, without its ``quant_method``.
 
-    Raises: CheckpointError, naming ``source``, if it is not one of ours.
+    Raises: CheckpointError, naming ``source``, if it is not one of ours, or says what this version does not know.
     """
-    fields = {key: value for key, value in data.items() if key != "quant_method"}
+    own = {key: value for key, value in data.items() if key != "quant_method"}
     try:
-        return Record.model_validate(fields)
+        return Record.model_validate(versions.raised(own))
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, ("quantization_config", *first["loc"])))
-        raise CheckpointError(f"{source}: {at}: {first['msg']}") from error
+        what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        by = versions.written_by(data.get("qsurgeon_version"))
+        raise CheckpointError(f"{source}: {at}: {what}{by}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def record_in(config: Any) -> Record | None:

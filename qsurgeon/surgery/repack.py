@@ -1,4 +1,4 @@
-"""A model with master weights becomes one with packed weights, and computes what it did: the storage alone may differ.
+"""Convert a model with master weights to packed weights without changing what it computes.
 
 Master weights may have been trained since they were wrapped, so that the model that they came from is not the model.
 """
@@ -15,6 +15,7 @@ from qsurgeon.formats import Format
 from qsurgeon.layers import Quantization, QuantLinear, packed_linears, quant_linears
 from qsurgeon.surgery.plan import Plan, Step
 from qsurgeon.surgery.record import Record
+from qsurgeon.words import FIELDS
 
 _SHOWN = 3
 
@@ -25,9 +26,9 @@ def repacked(plan: Plan, record: Record, name: str) -> Plan:
     Raises: CheckpointError, calling the model ``name``, if its weights are packed already, or if the plan would change
     anything but the storage.
     """
-    if record.storage == "packed":
+    if record.encoding is not None:
         raise CheckpointError(f"{name} was rewritten by qsurgeon already; apply the recipe to the model it came from")
-    if plan.recipe.storage != "packed":
+    if plan.recipe.encoding is None:
         raise CheckpointError(
             f"{name} was rewritten by qsurgeon already; apply the recipe to the model it came from. If it was trained "
             "since: a recipe that says the same and 'storage: packed' packs its weights as they are now, and without "
@@ -70,8 +71,10 @@ def _differences(plan: Plan, record: Record) -> Iterator[str]:
         for role, one, other in (("weight", was.weight, new.weight), ("input", was.input, new.input)):
             if not _same(one, other):
                 yield f"the {role} of {name} is rounded to {_named(one)}, and would be to {_named(other)}"
-        if was.phases != new.phases:
-            yield f"{name} rounds {was.when or 'always'}, and would {new.when or 'always'}"
+        told, asked = was.behavior.fields, new.behavior.fields
+        for field in (one.name for one in FIELDS if one.shown.forward):
+            if told[field] != asked[field]:
+                yield f"{field} of {name} is {told[field]}, and would be {asked[field]}"
 
 
 def _same(was: Format | None, new: Format | None) -> bool:

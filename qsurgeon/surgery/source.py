@@ -1,4 +1,4 @@
-"""What a module's own code does with the weights of the modules that it holds, found by reading that code.
+"""What a module's code does with the weights of its submodules, found by reading its source.
 
 A Linear that is called rounds; one whose ``weight`` its parent takes and multiplies with itself does not. No hook sees
 that, and which inputs would show it is different for each model. So the source of ``forward`` is followed, and of what
@@ -17,6 +17,8 @@ from typing import Any
 
 ANY = "*"  # in a path: any of what a module holds
 FIRST = "next(parameters())"  # in a path: the first of all its parameters
+CALLED = "()"  # asked of a module: that it computes
+HANDED = "(…)"  # asked of a weight: to be handed to a function that leaves it alone, in whose place a kernel may stand
 _MOST_DEEP = 6  # functions that call each other
 
 Path = tuple[str, ...]
@@ -29,7 +31,8 @@ class Use:
     """A weight that code takes.
 
     path: from the module whose code it is. what: the attribute that it asks of the weight, such as ``dtype``; nothing
-    if it takes the values. certain: whether it does so in every call in which ``tests`` hold. where: the function.
+    if it takes the values, HANDED if others may; CALLED for a module that may be called there, or is handed to who may.
+    certain: whether it does so in every call in which ``tests`` hold. where: the function.
     """
 
     path: Path
@@ -101,6 +104,7 @@ class _Reader(ast.NodeVisitor):
         self.tests: tuple[Test, ...] = () if caller is None else caller.tests
         self.depth: int = 0 if caller is None else caller.depth + 1
         self.knows_bytes = False  # here a dtype is asked for by code that knows that it may be uint8
+        self.is_owner = False  # what is visited owns an attribute that is asked for, which calls nothing
 
     def run(self) -> None:
         tree = _parsed(self.function)
@@ -239,14 +243,25 @@ class _Reader(ast.NodeVisitor):
         own = [path for path in self._paths(node) if path[-1:] == ("weight",)]
         for path in own:
             self._use(path, "")
+        self._may_call(node)
         if not weights and not own:
+            before, self.is_owner = self.is_owner, isinstance(node.value, ast.Attribute | ast.Name)
             self.visit(node.value)
+            self.is_owner = before
 
     def visit_Name(self, node: ast.Name) -> None:
+        self._may_call(node)
         if isinstance(node.ctx, ast.Load):
             for path in self.names.get(node.id, set()):
                 if path[-1:] in (("weight",), (FIRST,)):
                     self._use(path, "")
+
+    def _may_call(self, node: ast.expr) -> None:
+        """Note the modules that an expression stands for, unless it only owns what is asked for."""
+        for path in set() if self.is_owner else self._paths(node):
+            module = path[:-1] if path[-1:] in (("forward",), ("__call__",)) else path
+            if module and module[-1] not in ("weight", FIRST):
+                self.found.uses.append(Use(module, CALLED, self.certain, self.function.__qualname__, self.tests))
 
     def _use(self, path: Path, what: str) -> None:
         if what == "dtype" and self.knows_bytes:
@@ -287,7 +302,14 @@ class _Reader(ast.NodeVisitor):
             return False
         if self.depth < _MOST_DEEP:
             _Reader(owner, function, bound, self.found, self).run()
+            self._note_handed(function, bound)
         return True
+
+    def _note_handed(self, function: FunctionType, bound: Names) -> None:
+        """Note the weights that a function got of which it uses nothing."""
+        used = {use.path for use in self.found.uses if use.what != CALLED}
+        handed = {path[:-1] for paths in bound.values() for path in paths if path[-1:] == ("weight",)}
+        self.found.uses += [Use(one, HANDED, False, function.__qualname__, self.tests) for one in handed - used]
 
     def _called(self, called: ast.expr) -> tuple[FunctionType | None, type, set[Path] | None]:
         """Return the function that an expression names, the class to look further in, and what its ``self`` is."""

@@ -174,12 +174,16 @@ def copy_of_converter(converter: WeightConverter, kind: type[WeightConverter]) -
 
 @dataclass(frozen=True)
 class Loaded:
-    """One tensor of a checkpoint, and what it is loaded into: the names, or the ends of names, of parameters."""
+    """One tensor of a checkpoint, and what it is loaded into: the names, or the ends of names, of parameters.
+
+    dtype: what the model's class asks for it, where it asks.
+    """
 
     stored: str
     targets: Sequence[str]
     is_converted: bool
     tensor: Any
+    dtype: torch.dtype | None
 
 
 def loads(model: Any, state_dict: Mapping[str, Any], load_config: Any) -> Iterator[Loaded]:
@@ -191,7 +195,9 @@ def loads(model: Any, state_dict: Mapping[str, Any], load_config: Any) -> Iterat
         name, pattern = loaded_name(stored, transforms, prefix, state)
         if name in state:
             targets = [name] if pattern is None else patterns[pattern].target_patterns
-            yield Loaded(stored, targets, pattern is not None, state_dict[stored])
+            plan = (load_config.dtype_plan or {}).items()
+            asked = next((dtype for glob, dtype in plan if re.search(glob.replace("*", ".*"), name)), None)
+            yield Loaded(stored, targets, pattern is not None, state_dict[stored], asked)
 
 
 def not_casting(load_config: Any, names: Iterable[str]) -> Any:

@@ -30,4 +30,4 @@ def new_dtype(quantizer: HfQuantizer, converter: Any, tensor: Any, dtype: torch.
 
 def assign_is_quantized(model: Any) -> None:
     """Mark the configs in ``model`` as transformers marks those of each model that has a quantizer."""
-    _assign_is_quantized(model)  # type: ignore[no-untyped-call]
+    _assign_is_quantized(model)

@@ -1,4 +1,4 @@
-"""Numbers about the quantizers while a model trains: for any loop, and for transformers' Trainer."""
+"""Measures quantizers while a model trains: for any loop, and for transformers' Trainer."""
 
 from qsurgeon.watch.trainer import WatchCallback
 from qsurgeon.watch.training import Watch

@@ -1,4 +1,4 @@
-"""What goes into a layer's call and what comes out, as a sample, and whether it rounded as its rule says."""
+"""A sample of the input and output of a call, and whether the layer rounded as its rule says."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""A sample of a tensor: whole rows of a weight, tokens of an input, and what says how they are rounded."""
+"""A sample of a tensor: whole rows of a weight, or tokens of an input, and how they are rounded."""
 
 import random
 from collections.abc import Hashable
@@ -11,6 +11,7 @@ from torch import Tensor
 from qsurgeon.formats import Format
 from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.rotation import Rotation, rotated
+from qsurgeon.torch_private import writes
 
 _SEED = 0
 
@@ -50,7 +51,7 @@ def sample(
     if format is not None and format.tensor_scale == "static":
         above = arithmetic.tensor_scale(rotated(taken, rotation), format)
     elif format is not None and format.tensor_scale == "tensor":
-        state = None if x.is_inference() else (x.data_ptr(), x._version)
+        state = None if x.is_inference() else (x.data_ptr(), writes(x))
         if (
             known is not None
             and known.state == state is not None

@@ -1,4 +1,4 @@
-"""Samples of one kind, stacked, so that an operation is called once for all layers that they are of."""
+"""Stacked samples of one kind, so that one operation handles all layers of that kind."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -11,6 +11,7 @@ from qsurgeon.formats import Format, Quantized, kernels
 from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.packing import pack
 from qsurgeon.formats.rotation import rotated
+from qsurgeon.formats.tensor_scale import kept_by_row
 from qsurgeon.watch.sample import Sample
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class Stack:
         if self._samples[0].above is None:
             return format.quantize(self.turned)
         above = _joined([one.above for one in self._samples])
-        data, scale = kernels.quantize_under(self.turned, above, format)
+        data, scale, _ = kernels.quantize(self.turned, format, above)
         return _quantized(data, scale, above, format, self.turned)
 
     @cached_property
@@ -98,5 +99,5 @@ def _joined(aboves: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _quantized(data: Tensor, scale: Tensor | None, above: Tensor | None, format: Format, turned: Tensor) -> Quantized:
-    by_row = None if above is None else above.expand(*turned.shape[:-1], 1).squeeze(-1)
+    by_row = None if above is None else kept_by_row(above, turned.shape[:-1])
     return Quantized(data, scale, by_row, format, turned.dtype, turned.shape[-1])

@@ -1,4 +1,4 @@
-"""Watch: do the quantizers act, do the weights' codes move, how much is lost; of a sample, at little cost."""
+"""Watch: do the quantizers act, do the codes of weights change, how much is lost; by samples, at little cost."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -6,14 +6,13 @@ from math import inf, log10
 from statistics import fmean
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import nn
 
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
 from qsurgeon.layers import QuantLinear, current_phase, quant_linears
 from qsurgeon.layers.compiling import is_compiled, uncompiled_name
 from qsurgeon.layers.sharded import is_sharded
+from qsurgeon.observing import Seen, observed
 from qsurgeon.watch.calls import Call, Calls, by_kind
 from qsurgeon.watch.weights import Weights, fetched
 
@@ -171,7 +170,7 @@ class Watch:
             f"{PREFIX}/called": len(calls) / len(self._layers),
             f"{PREFIX}/active": sum(active.values()) / len(self._layers),
         }
-        if any(layer.quantization.phases != "both" for layer in self._layers.values()):
+        if any(layer.quantization.behavior.phases != "both" for layer in self._layers.values()):
             numbers[f"{PREFIX}/in_phase"] = sum(call.due for call in calls.values()) / len(self._layers)
         return numbers, found
 
@@ -227,37 +226,25 @@ class _Window:
             # Compiled code does not look for hooks that came later.
             stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
             self._stack.enter_context(stance)
-        for name, layer in layers.items():
-            # First: FSDP has the whole weight there by then, and takes it away in a hook of its own.
-            hook = layer.register_forward_hook(self._after(name), with_kwargs=True, prepend=True)
-            self._stack.callback(hook.remove)
+        self._stack.enter_context(observed(layers, self._see))
 
     def close(self) -> None:
         """Remove the hooks."""
         self._stack.close()
 
-    def _after(self, name: str) -> Callable[[QuantLinear, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
-        def hook(layer: QuantLinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            # Recomputing under gradient checkpointing is a later call.
-            if torch.compiler.is_compiling() or not output.numel():
-                return
-            trains, due = torch.is_grad_enabled(), layer.quantization.phases in ("both", current_phase())
-            if not self._wants(name, due=due, trains=trains):
-                return
-            x = args[0] if args else kwargs["input"]
-            if is_fake(x):
-                return
-            if is_sharded(layer.weight):  # FSDP has put it together by now
-                raise SurgeryError(
-                    f"the weight of {name} is split by tensor parallelism, and Watch cannot tell from a part whether a "
-                    "layer rounds; close it"
-                )
-            # Selective checkpointing counts the operations that it sees.
-            with torch.no_grad(), _disable_current_modes():
-                known = self._weights.known.get(name)
-                self.calls[name] = Call(layer, x, output, self._rows, known, trains=trains, due=due)
-
-        return hook
+    def _see(self, seen: Seen[QuantLinear]) -> None:
+        """Sample a call. Gradient checkpointing recomputes in a later one."""
+        name, layer = seen.name, seen.layer
+        due = layer.quantization.behavior.phases in ("both", current_phase())
+        if not seen.output.numel() or not self._wants(name, due=due, trains=seen.trains):
+            return
+        if is_sharded(layer.weight):  # FSDP has put it together by now
+            raise SurgeryError(
+                f"the weight of {name} is split by tensor parallelism, and Watch cannot tell from a part whether a "
+                "layer rounds; close it"
+            )
+        known = self._weights.known.get(name)
+        self.calls[name] = Call(layer, seen.input, seen.output, self._rows, known, trains=seen.trains, due=due)
 
     def _wants(self, name: str, *, due: bool, trains: bool) -> bool:
         """Return whether a call of the layer is to be looked at: the first in a phase of its rule, with gradients."""

@@ -1,4 +1,4 @@
-"""The weights of a model in training, by samples: what rounding loses, and how many codes change."""
+"""Samples of the weights of a model in training: the loss by rounding, and how many codes change."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 

@@ -4,9 +4,12 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -245,11 +248,38 @@ def handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class Server(ThreadingHTTPServer):
+    """A server of which nothing is left when it is closed.
+
+    A thread that waits for a client's next request would write of its broken connection on the next test's stderr.
+    """
+
+    daemon_threads = False
+
+    def __init__(self, *arguments: Any) -> None:
+        self.connections: list[socket.socket] = []
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # of a client that went away
+            super().handle_error(request, client_address)
+
+    def server_close(self) -> None:
+        for connection in self.connections:
+            with suppress(OSError):  # it is closed already
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()  # waits for the threads
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     """A hub that this process, and those it starts, take for the real one; with an empty cache, and a token."""
     fake = FakeHub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(fake))
+    server = Server(("127.0.0.1", 0), handler(fake))
     fake.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

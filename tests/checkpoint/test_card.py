@@ -73,7 +73,7 @@ pass, so that they can be trained (`storage: master`). All other modules are in 
 | mxfp4 | e2m1 | 32 | e8m0, floor | none | 4.25 |
 | nvfp4 | e2m1 | 16 | e4m3, nearest | by_role | 4.5 |
 
-Bits are per value, block scales counted. Gradient: how it passes the rounding; `ste`, straight through.
+Bits are per value, block scales counted. Gradient: how the gradient passes the rounding.
 
 To load it:
 
@@ -97,7 +97,7 @@ The recipe:
 
 
 def test_the_hub_reads_its_front_matter(record: Record) -> None:
-    data = ModelCard(with_record("", record, SUMMARY)).data
+    data: Any = ModelCard(with_record("", record, SUMMARY)).data
     assert (data.base_model, data.library_name) == ("Qwen/Qwen2.5-1.5B", "transformers")
     assert data.tags == ["qsurgeon", "dither", "mxfp4", "nvfp4"]
 
@@ -187,7 +187,8 @@ def test_what_is_said_anew_replaces_what_was_said_before(record: Record, tiny_qw
     assert f"Rewritten by qsurgeon 1.2.4 from [me/other](https://huggingface.co/me/other): {plan.summary}. " in card
     assert card.endswith("<!-- /qsurgeon -->\n" + after)
     assert "nvfp4" not in card.partition("\n---\n")[2]
-    assert ModelCard(card).data.base_model == "me/other"
+    data: Any = ModelCard(card).data
+    assert data.base_model == "me/other"
 
 
 def test_a_fence_in_a_recipe_does_not_end_it(record: Record) -> None:

@@ -24,7 +24,7 @@ RECIPE = Recipe.model_validate(
     {"version": 1, "storage": "packed", "rules": [{"target": ["layers"], "weight": "nvfp4", "input": "nvfp4"}]}
 )
 ALONE = Options(workers=1)
-KEPT = "; what is done is kept in {out}.partial, and the same command goes on with it"
+KEPT = "; finished work is kept in {out}.partial, and the same command resumes it"
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up(source: Path, tmp_path: Path, number: int, monkeyp
 def test_a_disk_without_room_is_told_before_the_first_byte(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     message = fails(OSError, source, tmp_path / "out")
     assert message.endswith("GB are to be written, 0.00 GB are free")
     assert not (tmp_path / "out.partial").exists()
@@ -89,7 +89,7 @@ def test_what_lies_beside_the_weights_needs_room_too(
 ) -> None:
     (source / "checkpoint-7").mkdir()
     (source / "checkpoint-7" / "model.safetensors").write_bytes(bytes(20_000_000))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**7))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**7))
     assert "0.02 GB are to be written, 0.01 GB are free" in fails(OSError, source, tmp_path / "out")
 
 
@@ -109,7 +109,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_file_system_that_is_too_small(source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GB are to be written" in fails(OSError, source, small_disk / "out")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
     message = fails(OSError, source, small_disk / "out")
     assert message == (
         f"{small_disk}/out.partial/out/model.safetensors: No space left on device" + KEPT.format(out=small_disk / "out")
@@ -177,7 +177,8 @@ def test_a_file_system_where_a_file_that_is_open_stays(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NFS gives an open file another name when it is removed, so that its folder cannot be removed."""
-    original, removed = os.rmdir, []
+    removed: list[Any] = []
+    original = os.rmdir
 
     def rmdir(path: Any, **where: Any) -> None:
         if Path(path).name == "out.partial" and not removed:

@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         peft.LoraConfig(r=2, target_modules=["up_proj", "q_proj"], task_type="CAUSAL_LM"),
     )
     model.peft_config["default"].base_model_name_or_path = str(root / "master")
-    model.save_pretrained(root / "adapter")
+    model.save_pretrained(str(root / "adapter"))
     return {path.name: path for path in root.iterdir()}
 
 
@@ -168,7 +168,8 @@ def opened(folder: Path, _out: Path) -> None:
     """Load, and see that every value is what the files have: no parameter is random."""
     model = qsurgeon.load(folder)
     assert quant_linears(model)
-    state, tensors = model.state_dict(), {}
+    tensors: dict[str, torch.Tensor] = {}
+    state = model.state_dict()
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
     for name, tensor in state.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import qsurgeon
 from qsurgeon.checkpoint.reading.gate import check_checkpoint
-from qsurgeon.errors import CheckpointError, QSurgeonError
+from qsurgeon.errors import CheckpointError, NothingWrappedError, QSurgeonError
 from qsurgeon.recipe import Recipe
 
 Act = Callable[[Path, Path], Any]
@@ -31,7 +31,7 @@ def maker(kind: str) -> Any:
     """Return a tiny model with biases, a head, and more than one kind of tensor."""
     import transformers as hf
 
-    tiny = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
+    tiny: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
     torch.manual_seed(0)
     match kind:
         case "qwen2":
@@ -161,7 +161,7 @@ def test_a_pipe_by_any_name_is_refused(copy: Callable[[str], Path], tmp_path: Pa
 def adapter(folders: dict[str, Path], tmp_path: Path) -> Path:
     model = qsurgeon.load(folders["qwen2-master"])
     config = peft.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
     data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     data["base_model_name_or_path"] = str(folders["qwen2-master"])
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(data))
@@ -332,16 +332,21 @@ def test_a_record_of_another_model_is_refused(copy: Callable[[str], Path], tmp_p
 
 def test_a_folder_in_full_precision_is_left_to_whoever_asked(folders: dict[str, Path]) -> None:
     check_checkpoint(folders["qwen2"])
+    with pytest.raises(NothingWrappedError, match=r"no module is wrapped; its config\.json has no quantization_config"):
+        qsurgeon.load(folders["qwen2"])
 
 
 def test_a_tensor_that_is_tied_need_not_be_there_and_may_be(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("tied-master")
     assert "lm_head.weight" not in all_tensors(folder)
-    qsurgeon.load(folder)
-    change(folder, {"lm_head.weight": all_tensors(folder)["model.embed_tokens.weight"].clone()})
-    qsurgeon.load(folder)
+    embedding = all_tensors(folder)["model.embed_tokens.weight"].clone()
+    for _ in range(2):
+        model = qsurgeon.load(folder)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, embedding.to(model.lm_head.weight.dtype))
+        change(folder, {"lm_head.weight": embedding})
     change(folder, {"model.embed_tokens.weight": None})
-    check_checkpoint(folder)
+    assert torch.equal(qsurgeon.load(folder).model.embed_tokens.weight, model.lm_head.weight)
 
 
 @pytest.mark.parametrize("name", ["old.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
@@ -351,7 +356,12 @@ def test_a_tensor_that_the_model_has_no_place_for_is_no_mistake(
     folder = copy("qwen2")
     change(folder, {name: torch.ones(3)})
     rewrite(folder, tmp_path / "out")
-    qsurgeon.load(tmp_path / "out")
+    loaded = qsurgeon.load(tmp_path / "out")
+    assert qsurgeon.inspect(loaded).wrapped > 0
+    assert (
+        loaded.state_dict().keys()
+        == all_tensors(tmp_path / "out").keys() - {name} | loaded.all_tied_weights_keys.keys()
+    )
 
 
 def test_a_folder_inside_of_a_folder_is_looked_at(copy: Callable[[str], Path], tmp_path: Path) -> None:

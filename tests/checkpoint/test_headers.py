@@ -170,12 +170,12 @@ def test_a_header_that_is_no_json_object_is_refused(write: Write, header: Any, e
 
 def test_a_name_that_stands_twice_is_refused(write: Write) -> None:
     entry = json.dumps(ONE)
-    assert refused(write(f'{{"a": {entry}, "a": {entry}}}'), stricter=True) == "its header key 'a' stands twice"
+    assert refused(write(f'{{"a": {entry}, "a": {entry}}}'), stricter=True) == "its header key 'a' appears twice"
 
 
 def test_a_field_that_stands_twice_is_refused(write: Write) -> None:
     text = '{"a": {"dtype": "F32", "shape": [2, 3], "shape": [3, 2], "data_offsets": [0, 24]}}'
-    assert refused(write(text)) == "its header key 'shape' stands twice"
+    assert refused(write(text)) == "its header key 'shape' appears twice"
 
 
 # --- the entries

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import qsurgeon.reading
 from qsurgeon.checkpoint.hub import fetch
 from qsurgeon.checkpoint.writing.journal import entries
 from qsurgeon.errors import CheckpointError
@@ -60,7 +59,12 @@ def test_a_file_that_becomes_a_pipe_before_it_is_opened_is_not_waited_for(
 def test_a_file_is_closed_if_it_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[int] = []
     close = os.close
-    monkeypatch.setattr(qsurgeon.reading.os, "close", lambda one: closed.append(one) or close(one))
+
+    def watched(one: int) -> None:
+        closed.append(one)
+        close(one)
+
+    monkeypatch.setattr(os, "close", watched)
     with pytest.raises(IsADirectoryError):
         read_regular(tmp_path, 10)
     assert len(closed) == 1

@@ -39,26 +39,26 @@ def refused(folder: Path, tensors: dict[str, torch.Tensor], name: str = WEIGHT) 
     [
         pytest.param(
             {WEIGHT: FP8, f"{WEIGHT}_scale_inv": FLOATS},
-            f"as DeepSeek's FP8 models are ({WEIGHT}_scale_inv lies beside it)",
+            f"as DeepSeek's FP8 models are ({WEIGHT}_scale_inv is beside it)",
             id="deepseek",
         ),
         pytest.param(
             {WEIGHT: FP8, f"{WEIGHT}_scale": FLOATS},
-            f"by compressed-tensors or ModelOpt ({WEIGHT}_scale lies beside it)",
+            f"by compressed-tensors or ModelOpt ({WEIGHT}_scale is beside it)",
             id="fp8-with-a-scale",
         ),
         pytest.param(
             {WEIGHT: BYTES, f"{WEIGHT}_scale": FP8, f"{WEIGHT}_scale_2": FLOATS},
-            f"by ModelOpt ({WEIGHT}_scale_2 lies beside it)",
+            f"by ModelOpt ({WEIGHT}_scale_2 is beside it)",
             id="modelopt",
         ),
         pytest.param(
             {WEIGHT: BYTES, f"{WEIGHT}.absmax": FLOATS, f"{WEIGHT}.quant_map": FLOATS},
-            f"by bitsandbytes ({WEIGHT}.absmax lies beside it)",
+            f"by bitsandbytes ({WEIGHT}.absmax is beside it)",
             id="bitsandbytes-4",
         ),
         pytest.param(
-            {WEIGHT: CODES, f"{PROJ}.SCB": FLOATS}, f"by bitsandbytes ({PROJ}.SCB lies beside it)", id="bitsandbytes-8"
+            {WEIGHT: CODES, f"{PROJ}.SCB": FLOATS}, f"by bitsandbytes ({PROJ}.SCB is beside it)", id="bitsandbytes-8"
         ),
     ],
 )

@@ -1,23 +1,13 @@
 """Processes that share an output: who speaks, and how long one waits for another."""
 
-from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from qsurgeon.checkpoint.writing.ranks import launched, leads, ranks, together
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")

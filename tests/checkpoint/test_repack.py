@@ -119,7 +119,7 @@ def test_a_plan_of_a_trained_folder_says_what_would_be_packed(folder: Path, mast
         assert [step.module.name for step in plan.wrapped] == list(quant_linears(master))
 
 
-DIFFERENT = {
+DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "weight": (
         {"weight": "nvfp4"},
         "the weight of model.layers.0.self_attn.q_proj is rounded to mxfp4 (element e2m1, block 32, scale e8m0), and "

@@ -174,7 +174,11 @@ def test_what_is_being_made_is_on_the_disk_before_it_has_its_name(
         assert target.name != RUN or any(os.path.samestat(one, file.stat()) for one in flushed)
         return replace(file, target)
 
-    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle)), fsync(handle)))
+    def seen(handle: int) -> None:
+        flushed.append(os.fstat(handle))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
     monkeypatch.setattr(Path, "replace", renamed)
     rewrite(RECIPE, source, tmp_path / "out", options=OPTIONS)
 
@@ -195,15 +199,15 @@ def refused(source: Path, out: Path, recipe: Recipe = RECIPE, options: Options =
         rewrite(recipe, source, out, options=options)
     assert contents(partial) == before
     start, _, rest = str(caught.value).partition(": ")
-    assert start == f"{partial} is an unfinished run that this one cannot go on with"
+    assert start == f"{partial} was started by a run that this one cannot resume"
     reason, _, end = rest.rpartition(". ")
-    assert end == "Remove it to begin anew, or repeat the run that began it"
+    assert end == "Delete it to start over, or repeat the original run"
     return reason
 
 
 def test_another_recipe_is_refused(source: Path, unfinished: Path) -> None:
     other = Recipe.model_validate({**RECIPE.model_dump(exclude_unset=True), "saved_inputs": "full"})
-    assert refused(source, unfinished, other) == "the recipe is another"
+    assert refused(source, unfinished, other) == "the recipe differs"
 
 
 def test_another_size_of_files_is_refused(source: Path, unfinished: Path) -> None:

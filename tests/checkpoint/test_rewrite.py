@@ -174,7 +174,7 @@ def test_an_output_that_is_the_source_is_refused(source: Path) -> None:
 
 
 def test_an_output_inside_the_source_is_refused(source: Path) -> None:
-    assert fails(source, source / "out") == f"{source}/out lies inside the source {source}; write somewhere else"
+    assert fails(source, source / "out") == f"{source}/out is inside the source {source}; write somewhere else"
 
 
 def test_an_output_that_exists_is_left_alone(source: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_an_upload_that_fails_says_how_to_repeat_it(run: Run, monkeypatch: pytes
     result = run("apply", "mine.yaml", "--model", "tiny", "--output", "done", "--push-to-hub", "me/x")
     assert result.code == 1
     assert result.err.splitlines()[-2:] == [
-        "done is whole; upload it with: hf upload me/x done",
+        "done is complete; upload it with: hf upload me/x done",
         "error: me/x: the upload was cut off",
     ]
     assert Path("done/config.json").is_file()
@@ -175,6 +175,8 @@ def test_plan_prints_json(run: Run) -> None:
         "weight": "mxfp4",
         "input": "-",
         "gradient": "ste",
+        "phases": "both",
+        "saved_inputs": "packed",
         "why": "rule 'rule 1'",
         "parameters": 4160,
         "bits": 4.25,
@@ -368,12 +370,12 @@ def mistake(result: Result) -> str:
 
 @pytest.mark.parametrize("command", ["plan", "apply"])
 def test_a_command_without_a_model_is_a_mistake(run: Run, command: str) -> None:
-    assert mistake(run(command, "mine.yaml")) == "error: no model: say --model FOLDER, or 'model:' in the recipe\n"
+    assert mistake(run(command, "mine.yaml")) == "error: no model: pass --model FOLDER, or set 'model:' in the recipe\n"
 
 
 def test_apply_without_an_output_is_a_mistake(run: Run) -> None:
     assert mistake(run("apply", "mine.yaml", "--model", "tiny")) == (
-        "error: no folder to write: say --output FOLDER, or 'output:' in the recipe\n"
+        "error: no output folder: pass --output FOLDER, or set 'output:' in the recipe\n"
     )
 
 
@@ -454,13 +456,13 @@ def test_an_output_beneath_a_file_is_a_mistake(run: Run) -> None:
 
 
 def test_an_output_inside_the_source_is_a_mistake(run: Run) -> None:
-    assert apply(run, output="tiny/out") == "error: tiny/out lies inside the source tiny; write somewhere else\n"
+    assert apply(run, output="tiny/out") == "error: tiny/out is inside the source tiny; write somewhere else\n"
 
 
 def test_public_without_a_repository_is_a_mistake(run: Run) -> None:
     result = run("apply", "mine.yaml", "--model", "tiny", "--output", "done", "--public")
     assert (result.code, result.err) == (
-        2, "error: --public is of a repository that is pushed to: say --push-to-hub REPO too\n"
+        2, "error: --public requires --push-to-hub REPO\n"
     )  # fmt: skip
     assert not Path("done").exists()
 
@@ -541,7 +543,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(run: Run) -> None:
     done = interrupted(after=20)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.splitlines()[-1] == (
-        "interrupted; what is done is kept in done.partial, and the same command goes on with it"
+        "interrupted; finished work is kept in done.partial, and the same command resumes it"
     )
     assert "Traceback" not in done.stderr
     assert run("apply", "mine.yaml", "--model", "tiny", "--output", "done", "--resume").code == 0

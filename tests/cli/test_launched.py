@@ -1,6 +1,7 @@
 """``qsurgeon apply`` below torchrun: the processes share the files of one output."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def test_one_message_where_all_would_fail(source: Path, recipe: Path, tmp_path: 
 
 
 def test_what_one_process_finds_stops_all_and_is_kept(source: Path, recipe: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(source, tmp_path / "source"))
     for file in source.glob("*.safetensors"):
         tensors = load_file(file)
         for name, tensor in tensors.items():

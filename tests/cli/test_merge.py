@@ -54,7 +54,7 @@ def test_merge_writes_a_folder_and_shows_what_changed(run: Run) -> None:
         ["model.layers.{0..2}.self_attn.q_proj", "3", "64x64", "mxfp4"],
         ["model.layers.{0..2}.mlp.up_proj", "3", "128x64", "mxfp4"],
     ]
-    assert lines[4].startswith("6 modules are merged, 6 of them rounded anew: ΔW/W ")
+    assert lines[4].startswith("6 modules are merged, 6 of them rounded again: ΔW/W ")
     assert err.splitlines()[-1] == "load it with: qsurgeon.load('out')"
     assert len(quant_linears(qsurgeon.load("out"))) == 21
 

@@ -140,7 +140,7 @@ def test_e8m0_spans_the_powers_of_two_of_float32_and_ends_in_nan() -> None:
         pytest.param(E5M2, (8, 15, 15, 57344.0, 2.0**-14, 2.0**-16), id="e5m2"),
     ],
 )
-def test_the_limits_are_those_of_the_definition(element: Element, expected: tuple[float, ...]) -> None:
+def test_the_limits_are_those_of_the_definition(element: FloatElement, expected: tuple[float, ...]) -> None:
     limits = (element.bits, element.bias, element.emax, element.max, element.min_normal, element.smallest)
     assert limits == expected
 

@@ -1,49 +1,23 @@
 """Every kind of kernel, for real, over all formats, row lengths, roles, acts and dtypes: the bits of the eager one.
 
-The formats are generated from the registries, so that a new element, scale or rule is here at once. Native code runs
-over the full product. A kernel of torch.compile takes seconds to make: there each format has one act and one dtype, in
-turn, so that each act meets each dtype, each kind of scale and each layout of blocks.
+The formats are generated from the registries, so that a new element, scale or rule is here at once. A kernel of
+torch.compile takes seconds to make: there each format has one act and one dtype, in turn, so that each act meets each
+dtype, each kind of scale and each layout of blocks.
 """
 
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
-from typing import Any, get_args
+from itertools import chain, cycle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from variants import CASES, DTYPES, axes, covering, roles
 
 from qsurgeon.formats import CATALOG, Format, Quantized, get_format, kernels
 from qsurgeon.formats.kernels import arithmetic
-from qsurgeon.formats.scale import ScaleRule, rules_for
-
-MXFP4, NVFP4, FP8 = get_format("mxfp4"), get_format("nvfp4"), get_format("fp8_e4m3")
-MADE = (
-    *(MXFP4.with_fields(rule, scale_rule=rule) for rule in get_args(ScaleRule) if rule in rules_for(MXFP4.scale)),
-    get_format("mxint8").with_fields("mxint8-even", scale_rule="even"),
-    MXFP4.with_fields("e5m2-rceil-block-7", element="e5m2", scale_rule="rceil", block=7),
-    MXFP4.with_fields("int4-block-12", element="int4", block=12),
-    MXFP4.with_fields("32x32", block=[32, 32]),
-    MXFP4.with_fields("stochastic", rounding="stochastic", seed=5),
-    NVFP4.with_fields("16x16", block=[16, 16]),
-    NVFP4.with_fields("static", tensor_scale="static", static_scale=0.01),
-    NVFP4.with_fields("four-over-six", four_over_six=True),
-    NVFP4.with_fields("four-over-six-16x16", four_over_six=True, block=[16, 16]),
-    NVFP4.with_fields("stochastic-16x16", rounding="stochastic", seed=7, block=[16, 16]),
-    NVFP4.with_fields("hadamard", hadamard=16, seed=3),
-    FP8.with_fields("fp8-static", tensor_scale="static", static_scale=0.01),
-)
-
-
-def by_role(formats: tuple[Format, ...]) -> list[Format]:
-    """Return what each format is for a weight and for an input, the same thing once."""
-    both = [one for fmt in formats for one in (fmt.as_weight, None if fmt.is_two_dimensional else fmt.as_input) if one]
-    return list({(fmt.name, fmt.key): fmt for fmt in both}.values())
-
-
-VARIANTS = by_role((*CATALOG.values(), *MADE))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from qsurgeon.formats.scale import SCALES
 
 
 def lengths(fmt: Format) -> tuple[int, ...]:
@@ -114,10 +88,10 @@ def assert_alike(kind: str, act: str, fmt: Format, x: Tensor, monkeypatch: pytes
     for one in (kind, "eager"):
         monkeypatch.setenv(kernels.VARIABLE, one)
         found[one] = acts(monkeypatch)[act](fmt, x)
-    for one, other in zip(found[kind], found["eager"], strict=True):
-        assert (one.shape, one.dtype) == (other.shape, other.dtype), (act, x.shape)
-        differ = (bits(one) != bits(other)).sum().item()
-        assert not differ, f"{kind} {act} of {tuple(x.shape)}: {differ} of {one.numel()} differ"
+    for ours, other in zip(found[kind], found["eager"], strict=True):
+        assert (ours.shape, ours.dtype) == (other.shape, other.dtype), (act, x.shape)
+        differ = (bits(ours) != bits(other)).sum().item()
+        assert not differ, f"{kind} {act} of {tuple(x.shape)}: {differ} of {ours.numel()} differ"
 
 
 def check(kind: str, act: str, fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,23 +101,28 @@ def check(kind: str, act: str, fmt: Format, dtype: torch.dtype, monkeypatch: pyt
     assert_alike(kind, act, fmt, tame(lengths(fmt)[-2], dtype).view(3, 7, -1), monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", VARIANTS, ids=lambda fmt: f"{fmt.name}-{fmt.tensor_scale}")
+@pytest.mark.parametrize(
+    ("fmt", "dtype"),
+    [(role, dtype) for fmt, dtype in CASES for role in roles(fmt)],
+    ids=lambda one: f"{one.name}-{one.tensor_scale}" if isinstance(one, Format) else str(one),
+)
 def test_native_code_is_eager_to_the_bit(fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for act in ACTS:
         check("native", act, fmt, dtype, monkeypatch)
 
 
 def selection() -> list[Any]:
-    """Return (act, dtype, format): acts and dtypes in turn, and one format of each make."""
+    """Return (act, dtype, format): acts and dtypes in turn, one format of each make.
+
+    The catalogue's, and some that have each value of each field once.
+    """
     kinds: dict[Any, Format] = {}
-    for fmt in VARIANTS:
+    for fmt in chain.from_iterable(map(roles, [*covering(axes(), 1), *CATALOG.values()])):
         if fmt.four_over_six and fmt.is_two_dimensional:
             continue  # inductor takes minutes for it on a CPU, where nothing but this test asks it
         (height, width), element = fmt.block_shape, fmt.element
         layout = height > 1, width * element.bits % 8
-        kind = type(element), element.bits, fmt.scale, fmt.scale_rule, layout, fmt.rounding, fmt.four_over_six
-        kinds.setdefault(kind, fmt)
+        kinds.setdefault((type(element), element.bits, fmt.scale, fmt.scale_rule, layout, fmt.rounding), fmt)
     cases = zip(cycle(ACTS), cycle(DTYPES), kinds.values(), strict=False)
     return [pytest.param(*one, id=f"{one[2].name}-{one[2].tensor_scale}-{one[0]}-{one[1]}") for one in cases]
 
@@ -161,7 +140,7 @@ def test_the_selection_has_each_act_with_each_dtype_each_layout_and_each_kind_of
     for act in ACTS:
         assert {dtype for one, dtype, _ in seen if one == act} == set(DTYPES)
     assert {fmt.is_two_dimensional for _, _, fmt in seen} == {True, False}
-    assert {type(fmt.scale) for _, _, fmt in seen} == {type(fmt.scale) for fmt in VARIANTS}
+    assert {type(fmt.scale) for _, _, fmt in seen} == {type(scale) for scale in (*SCALES.values(), None)}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -22,7 +22,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_am
 from torchao.quantization.quant_primitives import _choose_scale_float8 as choose_scale
 from torchao.quantization.quant_primitives import _quantize_affine_float8 as to_float8
 
-from qsurgeon.formats import get_format
+from qsurgeon.formats import Quantized, get_format
 from qsurgeon.formats.element import E2M1, E2M3, E4M3, ELEMENTS, Element
 from qsurgeon.formats.packing import pack, unpack
 from qsurgeon.formats.scale import E8M0
@@ -51,6 +51,11 @@ each_wide_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat1
 each_element = pytest.mark.parametrize("element", TORCHAO_DTYPES)
 each_rule = pytest.mark.parametrize("rule", ["floor", "even", "rceil", "ceil"])
 each_seed = pytest.mark.parametrize("seed", range(4))
+
+
+def scale_of(quantized: Quantized) -> Tensor:
+    assert quantized.scale is not None
+    return quantized.scale
 
 
 def bits(x: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ def test_mx_is_torchaos(element: str, rule: str, dtype: torch.dtype) -> None:
     x = torch.cat([blocks(dtype), blocks_of_amax(at_edges)])
     fmt = MXFP4.with_fields("mine", element=element, scale_rule=rule)
     theirs, ours = to_torchao(x, element, rule), fmt.quantize(x)
-    assert torch.equal(ours.scale, theirs.scale.view(torch.uint8))
+    assert torch.equal(scale_of(ours), theirs.scale.view(torch.uint8))
     assert torch.equal(bits(ours.dequantize()), bits(theirs.dequantize(dtype)))
     assert torch.equal(bits(fmt.fake_quantize(x)), bits(theirs.dequantize(dtype)))
 
@@ -119,7 +124,7 @@ def test_rceil_is_torchaos_where_its_logarithm_is_exact_and_else_one_power_of_tw
     largest = ELEMENTS[element].max
     amax = edges(torch.float32, beside=(torch.inf,))
     fmt = MXFP4.with_fields("mine", element=element, scale_rule="rceil")
-    ours = fmt.quantize(amax[:, None]).scale.squeeze(-1)
+    ours = scale_of(fmt.quantize(amax[:, None])).squeeze(-1)
     theirs = to_torchao(blocks_of_amax(amax), element, "rceil").scale.view(torch.uint8).squeeze(-1)
     differs = ours != theirs
     assert differs.any()
@@ -150,7 +155,7 @@ def test_a_block_with_nan_is_torchaos(rule: str) -> None:
     x[1, 40] = torch.nan
     ours = MXFP4.with_fields("mine", scale_rule=rule).quantize(x)
     theirs = to_torchao(x, "e2m1", rule)
-    assert torch.equal(ours.scale, theirs.scale.view(torch.uint8))
+    assert torch.equal(scale_of(ours), theirs.scale.view(torch.uint8))
     torch.testing.assert_close(ours.dequantize(), theirs.dequantize(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -163,7 +168,7 @@ def test_even_is_the_scale_of_compressed_tensors(element: str, width: int, dtype
     amax = torch.cat([blocks(dtype).abs().amax(-1), edges(dtype)])
     fmt = MXFP4.with_fields("mine", element=element, scale_rule="even")
     theirs = generate_mx_scales(amax, num_bits=width).to(torch.uint8)
-    assert torch.equal(fmt.quantize(amax[:, None]).scale.squeeze(-1), theirs)
+    assert torch.equal(scale_of(fmt.quantize(amax[:, None])).squeeze(-1), theirs)
 
 
 # NVFP4
@@ -242,7 +247,7 @@ def test_nvfp4_is_torchaos_but_for_ties(seed: int, dtype: torch.dtype) -> None:
     ours, theirs = NVFP4.quantize(x), to_torchao_nvfp4(x)
     scale = theirs.scale.view(torch.uint8)
     assert scale.min() > 0b0_0001_000
-    assert_only_ties_differ(x, (ours.codes, ours.scale), (unpack(theirs.qdata, 4, 512), scale))
+    assert_only_ties_differ(x, (ours.codes, scale_of(ours)), (unpack(theirs.qdata, 4, 512), scale))
 
 
 @each_wide_dtype
@@ -251,14 +256,14 @@ def test_nvfp4_is_that_of_compressed_tensors_but_for_ties(seed: int, dtype: torc
     x = nvfp4_weight(seed, dtype)
     ours = NVFP4.quantize(x)
     packed, scale, _ = to_compressed_tensors(x)
-    assert_only_ties_differ(x, (ours.codes, ours.scale), (unpack(packed, 4, 512), scale))
+    assert_only_ties_differ(x, (ours.codes, scale_of(ours)), (unpack(packed, 4, 512), scale))
 
 
 @each_wide_dtype
 def test_nvfp4_is_torchaos_to_the_bit_where_nothing_is_rounded_but_elements(dtype: torch.dtype) -> None:
     x = nvfp4_weight_without_rounding_errors(dtype)
     ours, theirs = NVFP4.quantize(x), to_torchao_nvfp4(x)
-    assert torch.equal(ours.scale, theirs.scale.view(torch.uint8))
+    assert torch.equal(scale_of(ours), theirs.scale.view(torch.uint8))
     assert torch.equal(ours.data, theirs.qdata)
     assert torch.equal(bits(ours.dequantize()), bits(theirs.dequantize(dtype)))
     assert torch.equal(bits(NVFP4.fake_quantize(x)), bits(theirs.dequantize(dtype)))
@@ -274,13 +279,13 @@ def test_nvfp4_is_that_of_compressed_tensors_to_the_bit_where_nothing_is_rounded
     assert ours.tensor_scale is not None
     assert divisor.item() == 8.0
     assert ours.tensor_scale.item() == 1 / 8
-    assert torch.equal(ours.scale, scale)
+    assert torch.equal(scale_of(ours), scale)
     assert torch.equal(ours.data, packed)
 
 
 def test_there_are_ties_of_every_kind_where_nothing_is_rounded_but_elements() -> None:
     x = nvfp4_weight_without_rounding_errors(torch.float32)
-    _, of_elements = nvfp4_quotients(x, NVFP4.quantize(x).scale)
+    _, of_elements = nvfp4_quotients(x, scale_of(NVFP4.quantize(x)))
     assert {0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0} <= set(of_elements.abs().flatten().tolist())
 
 
@@ -324,7 +329,7 @@ def test_an_mxfp6_weight_has_the_bytes_of_compressed_tensors() -> None:
     fmt = get_format("mxfp6_e2m3").with_fields("mine", scale_rule="even")
     ours = fmt.quantize(x)
     scale = generate_mx_scales(x.view(16, 2, 32).abs().amax(-1), num_bits=6).to(torch.uint8)
-    assert torch.equal(ours.scale, scale)
+    assert torch.equal(scale_of(ours), scale)
     values = ours.dequantize() / E8M0.decode(scale).repeat_interleave(32, -1)
     assert torch.equal(ours.data, pack_fp6_to_uint8(values))
 
@@ -346,6 +351,7 @@ def test_fp8_is_a_cast_of_torch_under_amax_over_the_largest_value(
     theirs = (x.float() / scale).to(oracle)
     ours = get_format("fp8_e4m3").with_fields("mine", element=element, tensor_scale=kind).quantize(x)
     assert torch.equal(ours.data, theirs.view(torch.uint8))
+    assert ours.tensor_scale is not None
     assert torch.equal(ours.tensor_scale.flatten(), scale.flatten())
     assert torch.equal(bits(ours.dequantize()), bits((theirs.float() * scale).to(dtype)))
 
@@ -357,7 +363,7 @@ def test_fp8_by_squares_is_torchaos_blockwise_quantization(seed: int, dtype: tor
     scale = choose_scale(x.float(), [128, 128])  # in bfloat16, torchao would round amax / 448 to it first
     theirs = to_float8(x, scale)
     ours = get_format("fp8_e4m3_128x128").quantize(x)
-    assert torch.equal(ours.scale, scale)
+    assert torch.equal(scale_of(ours), scale)
     assert torch.equal(ours.data, theirs.view(torch.uint8))
 
 
@@ -366,6 +372,7 @@ def test_int8_by_row_is_that_of_compressed_tensors(seed: int) -> None:
     # Theirs is amax / 127.5 and has the code -128; given the scale, the codes inside ±127 are the same.
     x = nvfp4_weight(seed, torch.float32)
     ours = get_format("int8").quantize(x)
+    assert ours.tensor_scale is not None
     scale = ours.tensor_scale[:, None]
     assert torch.equal(scale, x.abs().amax(-1, keepdim=True) / 127)
     args = QuantizationArgs(num_bits=8, type="int", strategy="channel", symmetric=True)
@@ -379,15 +386,15 @@ def test_int4_in_blocks_is_that_of_compressed_tensors(block: int, seed: int) -> 
     x = nvfp4_weight(seed, torch.float32)
     ours = get_format(f"int4_b{block}").quantize(x)
     amax = x.view(64, -1, block).abs().amax(-1)
-    assert torch.equal(ours.scale, (amax / 7).bfloat16())
+    assert torch.equal(scale_of(ours), (amax / 7).bfloat16())
     args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=block, symmetric=True)
-    theirs = ct_quantize(x, ours.scale.float(), torch.zeros_like(amax), args, dtype=torch.int8)
+    theirs = ct_quantize(x, scale_of(ours).float(), torch.zeros_like(amax), args, dtype=torch.int8)
     assert torch.equal(ours.codes, theirs.clamp(-7, 7).view(torch.uint8) & 15)  # theirs has the code -8
 
 
 def test_an_mxfp4_weight_has_the_bytes_of_compressed_tensors() -> None:
     x = torch.randn(16, 64, generator=generator(0))
     ours = MXFP4.quantize(x)
-    values = ours.dequantize() / E8M0.decode(ours.scale).repeat_interleave(32, -1)
+    values = ours.dequantize() / E8M0.decode(scale_of(ours)).repeat_interleave(32, -1)
     assert values.signbit()[values == 0].any()  # a negative zero is among them
     assert torch.equal(ours.data, pack_fp4_to_uint8(values))

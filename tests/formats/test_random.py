@@ -2,6 +2,7 @@
 
 import math
 from operator import attrgetter
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,7 @@ def test_a_value_that_changed_in_its_last_bit_gets_a_fresh_number() -> None:
 def test_each_value_goes_to_one_of_its_two_neighbours(seed: int, columns: int) -> None:
     x = gaussian()[:3, :columns]
     rounded = stochastic(seed).quantize(x)
+    assert rounded.scale is not None
     scale = torch.exp2(rounded.scale.float() - 127).repeat_interleave(32, -1)[:, :columns]
     grid = torch.tensor(sorted(set(MXFP4.element.values)))
     place = torch.bucketize(x / scale, grid)
@@ -86,7 +88,7 @@ def test_recomputing_under_gradient_checkpointing_rounds_to_the_same_values() ->
 
     from qsurgeon.layers import Quantization, QuantLinear
 
-    def grads(checkpointed: bool) -> list[Tensor]:
+    def grads(checkpointed: bool) -> list[Any]:
         torch.manual_seed(0)
         layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
         for layer in (layers[0], layers[2]):
@@ -185,6 +187,8 @@ def test_four_over_six_takes_four_where_that_is_better() -> None:
     x = torch.tensor([6.0, 4.6, 5.0] + [4.5] * 13)
     fmt = get_format("nvfp4").with_fields("mine", tensor_scale="none", four_over_six=True)
     quantized = fmt.quantize(x)
+    assert fmt.scale is not None
+    assert quantized.scale is not None
     assert fmt.scale.decode(quantized.scale).item() == 1.5
     assert quantized.dequantize().tolist() == [6.0, 4.5, 4.5] + [4.5] * 13
 
@@ -192,7 +196,9 @@ def test_four_over_six_takes_four_where_that_is_better() -> None:
 def test_the_tensor_scale_leaves_room_for_a_scale_one_and_a_half_times_as_large() -> None:
     x = gaussian()
     fmt = NVFP4.with_fields("mine", four_over_six=True)
-    assert fmt.quantize(x).tensor_scale.item() == (x.abs().max() / (6 * 256)).item()
+    tensor_scale = fmt.quantize(x).tensor_scale
+    assert tensor_scale is not None
+    assert tensor_scale.item() == (x.abs().max() / (6 * 256)).item()
 
 
 # Static scales
@@ -201,7 +207,9 @@ def test_the_tensor_scale_leaves_room_for_a_scale_one_and_a_half_times_as_large(
 def test_a_static_scale_is_the_number_itself_whatever_the_tensor() -> None:
     fmt = NVFP4.with_fields("mine", tensor_scale="static", static_scale=0.25)
     for x in (gaussian(), gaussian() * 100):
-        assert fmt.quantize(x).tensor_scale.item() == 0.25
+        tensor_scale = fmt.quantize(x).tensor_scale
+        assert tensor_scale is not None
+        assert tensor_scale.item() == 0.25
     calibrated = NVFP4.with_fields("mine", tensor_scale="static", static_scale=gaussian().abs().max().item() / 2688)
     assert torch.equal(calibrated.fake_quantize(gaussian()), NVFP4.fake_quantize(gaussian()))
 

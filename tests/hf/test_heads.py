@@ -77,11 +77,12 @@ def test_so_is_one_below_an_adapter(model: Any) -> None:
 
 
 def test_what_is_not_computed_past_goes_on(make_qwen2: Maker) -> None:
-    for change in (
+    changes: tuple[Callable[[Any], Any], ...] = (
         lambda model: wrapped(model, target="layers"),
         lambda model: wrapped(model, phases="rollout"),  # training is in full precision anyhow
         lambda model: model,
-    ):
+    )
+    for change in changes:
         model = change(make_qwen2(num_hidden_layers=1, tie_word_embeddings=False))
         fuse(model)
         assert "forward" in vars(model)

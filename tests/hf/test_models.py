@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
+from qsurgeon.formats import get_format
 from qsurgeon.formats.rotation import Rotation
 from qsurgeon.hf.quantizer import QSurgeonConfig
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import Quantization, QuantLinear, quant_linears
 from qsurgeon.recipe import FormatSpec, Recipe, Rule
+from qsurgeon.surgery import operate
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 
@@ -112,7 +114,7 @@ def test_a_sharded_checkpoint_reloads_equal(small_model: Maker, tmp_path: Path) 
 
 
 def test_an_adapter_trained_on_a_wrapped_model_reloads_on_it(folder: Path, tmp_path: Path) -> None:
-    model = peft.get_peft_model(qsurgeon.load(folder), peft.LoraConfig(r=4, target_modules="all-linear"))
+    model: Any = peft.get_peft_model(qsurgeon.load(folder), peft.LoraConfig(r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -215,7 +217,7 @@ def test_load_takes_the_class_that_the_config_names(tmp_path: Path) -> None:
 
 def test_an_adapter_whose_base_is_not_wrapped_is_refused(plain_folder: Path, tmp_path: Path) -> None:
     base = hf.AutoModelForCausalLM.from_pretrained(plain_folder)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     qsurgeon.apply("w4a4-mxfp4", model)
     model.save_pretrained(tmp_path)
     with pytest.raises(NothingWrappedError) as caught:
@@ -288,8 +290,10 @@ def test_inspect_with_an_example_finds_the_layers_whose_parent_computes_past_the
     mamba = hf.MambaForCausalLM(
         hf.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=1, state_size=16, time_step_rank=8)
     ).eval()
-    with pytest.warns(UserWarning, match="takes its weight itself in some calls, unrounded"):
-        qsurgeon.apply("w4a4-mxfp4", mamba)
+    dt_proj = mamba.get_submodule("backbone.layers.0.mixer.dt_proj")
+    how = Quantization(get_format("mxfp4"), None)
+    operate(mamba, {"backbone.layers.0.mixer.dt_proj": how, "backbone.layers.0.mixer.x_proj": how})  # without a plan
+    assert type(dt_proj) is QuantLinear
     report = qsurgeon.inspect(mamba, {"input_ids": TOKENS})
     assert [row.module.split(".")[-1] for row in report.rows if row.called is False] == ["dt_proj"]
     assert report.summary.endswith("; 1 of them were never called")

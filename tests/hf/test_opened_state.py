@@ -94,14 +94,15 @@ def test_a_plain_checkpoint_under_a_wrapped_config_is_plain_and_says_so(small_mo
 
 
 def test_parts_that_were_wrapped_make_one_record_of_the_whole(tmp_path: Path) -> None:
-    small = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for name, kind, more in (
+    small: dict[str, Any] = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts: tuple[tuple[str, Any, dict[str, Any]], ...] = (
         ("encoder", hf.BertModel, {}),
         ("decoder", hf.BertLMHeadModel, {"is_decoder": True, "add_cross_attention": True}),
-    ):
+    )
+    for name, kind, more in parts:
         recipe = Recipe(version=1, rules=(Rule(target=("attention",), weight="mxfp4" if more else "nvfp4"),))
         qsurgeon.apply(recipe, kind(hf.BertConfig(**small, **more))).save_pretrained(tmp_path / name)
-    whole = hf.EncoderDecoderModel.from_encoder_decoder_pretrained(tmp_path / "encoder", tmp_path / "decoder")
+    whole = hf.EncoderDecoderModel.from_encoder_decoder_pretrained(str(tmp_path / "encoder"), str(tmp_path / "decoder"))
     whole.save_pretrained(tmp_path / "whole")
     config = json.loads((tmp_path / "whole/config.json").read_text())
     assert "quantization_config" not in config["encoder"]
@@ -250,7 +251,7 @@ def test_a_model_in_a_container_is_saved_under_its_own_names(
 
 
 def test_two_models_in_one_container_have_a_record_each(small_model: Maker, tmp_path: Path) -> None:
-    pair = nn.ModuleDict({"actor": small_model(), "critic": small_model(num_hidden_layers=1)})
+    pair: Any = nn.ModuleDict({"actor": small_model(), "critic": small_model(num_hidden_layers=1)})
     qsurgeon.apply(Recipe(version=1, rules=(Rule(target=("layers",), weight="mxfp4"),)), pair)
     for name, count in (("actor", 14), ("critic", 7)):
         pair[name].save_pretrained(tmp_path / name)
@@ -391,7 +392,7 @@ def test_an_adapter_is_loaded_under_the_class_that_it_was_trained_with(
     qsurgeon.apply("w4a4-mxfp4", small_model(pad_token_id=0)).save_pretrained(tmp_path / "base")
     kind = {"CAUSAL_LM": hf.AutoModelForCausalLM, "SEQ_CLS": hf.AutoModelForSequenceClassification}[task]
     base = kind.from_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(base, peft.LoraConfig(task_type=task, target_modules=["q_proj"]))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(task_type=task, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     again = qsurgeon.load(tmp_path / "adapter")
     assert type(again) is type(base)

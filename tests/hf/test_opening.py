@@ -21,10 +21,10 @@ from qsurgeon.layers import PackedLinear, QuantLinear, quant_linears
 from qsurgeon.layers.codes import plain
 from qsurgeon.recipe import Recipe, Rule
 
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96,
 }  # fmt: skip
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip

@@ -24,7 +24,7 @@ from qsurgeon.recipe import Recipe, Rule
 TOKENIZER = Path(__file__).parents[2] / "examples" / "models" / "tiny-math"
 IDS = torch.arange(1, 9).reshape(1, 8)
 GREEDY = hf.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=95, pad_token_id=0)
-SMALL = {"num_blocks": 8, "max_batch_tokens": 32}  # as much of the memory as it can get is the default
+SMALL: dict[str, Any] = {"num_blocks": 8, "max_batch_tokens": 32}  # as much of the memory as it can get is the default
 BATCHED: dict[str, Any] = {
     "generation_config": GREEDY, "continuous_batching_config": hf.ContinuousBatchingConfig(**SMALL),
 }  # fmt: skip
@@ -32,7 +32,7 @@ Seen = set[str]
 
 
 def recipe(phases: str) -> Recipe:
-    rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)  # type: ignore[arg-type]
+    rule = Rule(name="decoder", target=("layers",), weight="mxfp4", input="mxfp4", phases=phases)
     return Recipe(version=1, rules=(rule,))
 
 
@@ -59,7 +59,7 @@ class OwnLoop(hf.Qwen2ForCausalLM):
     """Generates by itself, as many of transformers' models do, and what comes with a checkpoint."""
 
     @torch.no_grad()
-    def generate(self, ids: Tensor) -> Tensor:
+    def generate(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         for _ in range(2):
             ids = torch.cat([ids, self(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
         return ids
@@ -213,6 +213,64 @@ def test_what_generates_is_in_a_rollout_unless_told_otherwise(
         (model.model if isinstance(model, Wrapper) else model)(input_ids=IDS)
         assert seen == {"rounded" if phases == "training" else "full"}
         seen.clear()
+
+
+class Mixin:
+    """No module, and defined before a recipe is applied; a class that is defined later takes its method."""
+
+    model: Any
+
+    def generate(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).logits  # type: ignore[no-any-return]
+
+
+def _later_wrapper() -> type[Wrapper]:
+    class Later(Wrapper):
+        def generate(self, ids: Tensor) -> Tensor:
+            return self.model(input_ids=ids).logits  # type: ignore[no-any-return]
+
+    return Later
+
+
+def _later_mixin() -> type[Any]:
+    class Later(Mixin, nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+    return Later
+
+
+def _later_made() -> type[Any]:
+    class Named:
+        """What a class keeps of its keywords, as nn.Module lets it."""
+
+        name = ""
+
+        def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
+            super().__init_subclass__(**kwargs)
+            cls.name = name
+
+    class Later(Wrapper, Named, name="later"):
+        generate_batch = Mixin.generate
+
+    assert Later.name == "later"
+    return type("Made", (Later,), {"generate": lambda self, ids: self.generate_batch(ids)})
+
+
+@pytest.mark.parametrize("define", [_later_wrapper, _later_mixin, _later_made])
+@pytest.mark.parametrize(("phases", "expected"), [("training", {"full"}), ("rollout", {"rounded"})])
+def test_generate_of_a_class_that_is_defined_later_is_a_rollout(
+    tiny_qwen2: Any, seen: Seen, define: Callable[[], Any], phases: str, expected: set[str]
+) -> None:
+    model = qsurgeon.apply(recipe(phases), tiny_qwen2)
+    later = define()(model)
+    later.generate(IDS)
+    assert seen == expected
+    seen.clear()
+    with qsurgeon.phase("training"):
+        later.generate(IDS)
+    assert seen == {"full", "rounded"} - expected
 
 
 def test_generate_of_a_model_that_is_loaded_is_a_rollout(

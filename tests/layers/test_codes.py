@@ -106,7 +106,10 @@ def said(method: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 def test_no_method_in_place_makes_other_codes(name: str) -> None:
     one = layer()
     before, went, refused = stored(one), [], 0
-    found = {"weight": [one.weight, one.weight.detach(), one.weight[:, :]], "weight_scale": [one.weight_scale.data]}
+    found: dict[str, list[Any]] = {
+        "weight": [one.weight, one.weight.detach(), one.weight[:, :]],
+        "weight_scale": [one.weight_scale.data],
+    }
     for args, kwargs in operands(name):
         for key, codes in ((key, codes) for key, values in found.items() for codes in values):
             text = said(getattr(codes, name), *args, **kwargs)
@@ -297,11 +300,11 @@ def test_every_average_of_torch_is_tried() -> None:
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("how", AVERAGES)
 def test_an_average_keeps_the_codes_of_a_base_and_averages_what_is_trained(how: str, use_buffers: bool) -> None:
-    model = nn.Sequential(layer(), nn.Linear(16, 16))
+    model: Any = nn.Sequential(layer(), nn.Linear(16, 16))
     if how != "multi swa":  # which divides, and torch does not divide integers in place
         model.register_buffer("count", torch.tensor([7], dtype=torch.uint8))
     before = stored(model[0])
-    averaged = swa_utils.AveragedModel(model, use_buffers=use_buffers, **AVERAGES[how])
+    averaged: Any = swa_utils.AveragedModel(model, use_buffers=use_buffers, **AVERAGES[how])
     for value in (1.0, 2.0, 4.0):
         nn.init.constant_(model[1].weight, value)
         averaged.update_parameters(model)
@@ -313,7 +316,7 @@ def test_an_average_keeps_the_codes_of_a_base_and_averages_what_is_trained(how: 
 @pytest.mark.parametrize("how", AVERAGES)
 def test_an_average_of_codes_that_differ_is_refused(how: str) -> None:
     one = layer()
-    averaged = swa_utils.AveragedModel(one, **AVERAGES[how])
+    averaged: Any = swa_utils.AveragedModel(one, **AVERAGES[how])
     averaged.update_parameters(one)
     before = stored(averaged.module)
     one.repack(torch.linspace(-1, 1, 512).reshape(16, 32))

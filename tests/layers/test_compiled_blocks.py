@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import qsurgeon
-from qsurgeon.formats import Format, get_format, kernels
+from qsurgeon.formats import Format, get_format
+from qsurgeon.formats.kernels import operations
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear
 from qsurgeon.recipe import load_recipe
 
@@ -43,15 +44,18 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x).relu_())
+        added: Tensor = self.down(self.up(x).relu_())
+        return x + added
 
 
 def blocks(kind: type[QuantLinear] | None, how: Callable[[int], Quantization]) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(*(Block() for _ in range(LAYERS)))
     for number, block in enumerate(model):
-        for layer in (block.up, block.down) if kind is not None else ():
-            kind.wrap(layer, how(number))
+        assert isinstance(block, Block)
+        for layer in (block.up, block.down):
+            if kind is not None:
+                kind.wrap(layer, how(number))
     return model
 
 
@@ -111,7 +115,7 @@ def test_alike_blocks_share_a_graph_as_those_of_nn_linear_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["clipped", "static"])
 def test_so_they_do_where_a_gpu_sees_the_operations_of_a_format(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "is_opaque", lambda rows: False)
+    monkeypatch.setattr(operations, "is_opaque", lambda rows: False)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     expected, model = step(blocks(QuantLinear, WAYS[name]), x), blocks(QuantLinear, WAYS[name])
     backend = compiled_each(model, "eager")
@@ -146,8 +150,8 @@ def test_models_with_other_static_scales_are_compiled_one_after_the_other(order:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     for number, word in enumerate(order.split(", ")):
         how = Quantization(NVFP4, static(NVFP4, number) if word == "static" else NVFP4)
-        model, expected = (blocks(QuantLinear, lambda _, how=how: how)[:1] for _ in range(2))
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        model, expected = (blocks(QuantLinear, dict.fromkeys(range(LAYERS), how).__getitem__)[:1] for _ in range(2))
+        compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert same(step(compiled, x), step(expected, x))
 
 
@@ -173,7 +177,7 @@ def test_generate_compiles_with_a_static_cache(storage: str, small_model: Make) 
     options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(TOKENS, disable_compile=True, **options)
     counters.clear()
-    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    config: Any = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)  # type: ignore[arg-type]
     config._compile_all_devices = True  # a CPU too
     assert torch.equal(model.generate(TOKENS, compile_config=config, **options), expected)
     assert counters["stats"]["unique_graphs"] > 0

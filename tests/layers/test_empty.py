@@ -16,7 +16,7 @@ def test_a_layer_without_inputs_or_outputs_is_that_of_nn_linear(name: str, input
     for input in (None, get_format("mxfp4") if weight.is_two_dimensional else weight):
         for gradient in ("ste", "clipped", "none"):
             for saved_inputs in ("packed", "full"):
-                how = Quantization(weight, input, gradient, saved_inputs=saved_inputs)  # type: ignore[arg-type]
+                how = Quantization(weight, input, gradient, saved_inputs=saved_inputs)
                 check(how, inputs, outputs)
 
 
@@ -35,5 +35,5 @@ def check(how: Quantization, inputs: int, outputs: int) -> None:
             for one, other in ((x, twin), (linear.weight, plain.weight), (linear.bias, plain.bias)):
                 # Nothing was rounded, and what is missing is zero: the two agree wherever there is a gradient.
                 assert one.grad is None or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
-            if how.gradient != "none":
+            if how.behavior.gradient != "none":
                 assert x.grad is not None

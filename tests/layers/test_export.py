@@ -1,6 +1,7 @@
 """A wrapped layer goes into a torch.export program, and not where its rounding or its gradient would be lost."""
 
 import io
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +74,7 @@ Export = Callable[[nn.Module], Any]
 OTHERS: dict[str, tuple[Export, str]] = {
     "trace": (lambda model: torch.jit.trace(model, (X,)), "traced by torch.jit"),
     "script": (torch.jit.script, "scripted by torch.jit"),
-    "onnx": (lambda model: torch.onnx.export(model, (X,), io.BytesIO(), dynamo=False), "exported to ONNX"),
+    "onnx": (lambda model: torch.onnx.export(model, (X,), os.devnull, dynamo=False), "exported to ONNX"),
 }
 
 

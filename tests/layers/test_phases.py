@@ -20,7 +20,7 @@ X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
 def make(phases: str = "both") -> nn.Linear:
     torch.manual_seed(0)
     linear = nn.Linear(64, 64)
-    QuantLinear.wrap(linear, Quantization(MXFP4, MXFP4, phases=phases))  # type: ignore[arg-type]
+    QuantLinear.wrap(linear, Quantization(MXFP4, MXFP4, phases=phases))
     return linear
 
 
@@ -93,10 +93,11 @@ def test_disabled_gives_the_gradients_of_nn_linear() -> None:
     x = X.clone().requires_grad_()
     with qsurgeon.disabled(linear):
         linear(x).square().sum().backward()
-    found = [x.grad, linear.weight.grad]
+    found: list[Any] = [x.grad, linear.weight.grad]
     x.grad = linear.weight.grad = None
     nn.functional.linear(x, linear.weight, linear.bias).square().sum().backward()
-    assert all(torch.equal(one, other) for one, other in zip(found, [x.grad, linear.weight.grad], strict=True))
+    expected: list[Any] = [x.grad, linear.weight.grad]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_there_is_nothing_to_disable_in_a_model_that_is_not_wrapped() -> None:

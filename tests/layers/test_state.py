@@ -30,8 +30,16 @@ Seen = tuple[bool, bool, bool]  # which of the three layers round
 
 def make(phases: str = "both") -> nn.Linear:
     linear = nn.Linear(64, 64)
-    QuantLinear.wrap(linear, Quantization(MXFP4, MXFP4, phases=phases))  # type: ignore[arg-type]
+    QuantLinear.wrap(linear, Quantization(MXFP4, MXFP4, phases=phases))
     return linear
+
+
+@contextmanager
+def inside(*names: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(STATES[name][0]())
+        yield
 
 
 LAYERS = {phases: make(phases) for phases in ("both", "training", "rollout")}
@@ -43,14 +51,6 @@ STATES: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Seen]] = {
     "both": (lambda: inside("disabled", "rollout"), (False, False, True)),
 }
 WITHIN = pytest.mark.parametrize("name", list(STATES))
-
-
-@contextmanager
-def inside(*names: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(STATES[name][0]())
-        yield
 
 
 def seen() -> Seen:
@@ -174,10 +174,10 @@ def test_a_thread_that_is_over_holds_nothing() -> None:
 
 def test_a_replica_of_a_model_is_disabled_with_it() -> None:
     """As torch's DataParallel makes them, one a GPU, each of which runs in a thread."""
-    replica, found = LAYERS["both"]._replicate_for_data_parallel(), []  # type: ignore[operator]
+    replica, found = LAYERS["both"]._replicate_for_data_parallel(), []
     vars(replica).update(weight=LAYERS["both"].weight, bias=LAYERS["both"].bias)
     with inside("disabled"):
-        replica = LAYERS["both"]._replicate_for_data_parallel()  # type: ignore[operator]
+        replica = LAYERS["both"]._replicate_for_data_parallel()
         run(threading.Thread(target=lambda: found.append(is_active(replica, "both"))))
     assert found == [False]
     assert is_active(replica, "both")
@@ -572,7 +572,8 @@ class Block(nn.Module):
         self.linear = make(phases)
 
     def forward(self, x: Tensor) -> Tensor:
-        acts = is_active(self.linear, self.linear.quantization.phases)
+        assert isinstance(self.linear, QuantLinear)
+        acts = is_active(self.linear, self.linear.quantization.behavior.phases)
         return x + (1 if acts else 0) * self.linear.bias
 
 
@@ -599,7 +600,7 @@ def test_a_compiled_model_follows_threads_and_interleaved_coroutines() -> None:
             assert torch.equal(found, block(X))
         return found.detach()  # type: ignore[no-any-return]
 
-    async def main() -> list[Tensor]:
+    async def main() -> tuple[Tensor, Tensor]:
         barrier = asyncio.Barrier(2)
         return await asyncio.gather(work("rollout", barrier), work("outside", barrier))
 

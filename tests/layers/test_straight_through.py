@@ -15,6 +15,7 @@ def test_forward_is_fake_quantization_and_backward_the_identity(name: str) -> No
     y = straight_through(x, get_format(name))
     y.backward(grad)
     assert torch.equal(y, get_format(name).fake_quantize(x.detach()))
+    assert x.grad is not None
     assert torch.equal(x.grad, grad)
 
 

@@ -49,12 +49,11 @@ def test_a_state_dict_that_is_given_is_what_is_saved(folder: Path, different: Di
     model = qsurgeon.load(folder)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["model.norm.weight"] = state["model.norm.weight"] + 1
-    for place, save in enumerate(
-        (
-            lambda path: model.save_pretrained(path, state_dict=state),
-            lambda path: model.save_pretrained(path, True, state),
-        )
-    ):
+    saves: tuple[Callable[[Path], Any], ...] = (
+        lambda path: model.save_pretrained(path, state_dict=state),
+        lambda path: model.save_pretrained(path, True, state),
+    )
+    for place, save in enumerate(saves):
         save(tmp_path / str(place))
         again = qsurgeon.load(tmp_path / str(place))
         assert different(again, model) == ["model.norm.weight"]

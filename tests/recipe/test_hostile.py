@@ -92,7 +92,7 @@ def laughs(lists: int) -> str:
         ),
         pytest.param(f"model: [{'a,' * 100_000}]", "mine.yaml:5:19983: has more than 10,000 values", id="values"),
         pytest.param(f"model: {{{'a, ' * 80_000}}}", "mine.yaml:5:14989: has more than 10,000 values", id="keys"),
-        pytest.param(f"version: {'9' * 100_000}", "mine.yaml:5:1: key 'version' stands twice; ", id="digits-twice"),
+        pytest.param(f"version: {'9' * 100_000}", "mine.yaml:5:1: key 'version' appears twice; ", id="digits-twice"),
         pytest.param(f"untie: {'9' * 100_000}", "mine.yaml:5:8: cannot be read as int", id="digits"),
         pytest.param(f"untie: 1{':1' * 124_000}", "mine.yaml:5:8: cannot be read as int", id="base-60"),
         pytest.param("model: a\0b", "mine.yaml: not YAML: unacceptable character #x0000", id="zero-byte"),

@@ -34,8 +34,8 @@ def test_a_role_that_nothing_plays_names_nothing_and_says_so() -> None:
         ("<>", "angle brackets hold a role; expected one of: <output_head>"),
         ("<output_head", "angle brackets hold a role; did you mean '<output_head>'?"),
         ("output_head>", "angle brackets hold a role; did you mean '<output_head>'?"),
-        ("a.<output_head>", "a role such as <output_head> stands alone, without other components"),
-        ("{<output_head>,x}", "a role such as <output_head> stands alone, without other components"),
+        ("a.<output_head>", "a role such as <output_head> must be alone, without other components"),
+        ("{<output_head>,x}", "a role such as <output_head> must be alone, without other components"),
     ],
 )
 def test_what_is_wrong_with_a_role_is_said(text: str, expected: str) -> None:

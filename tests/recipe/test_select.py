@@ -259,7 +259,7 @@ def test_a_bad_pattern_is_refused_with_what_is_wrong_with_it(pattern: str, compl
         ("fc[12]", "write 'fc{1,2}'"),
         (r"a\.b", "write 'a.b'"),
         (r".*\.layers\.\d+\.mlp\.(up|down)_proj$", "write 'layers.*.mlp.{up,down}_proj'"),
-        ("(?!lm_head).*", "'*', '**' and '{a,b}' are known; what a rule shall leave stands in its 'exclude'"),
+        ("(?!lm_head).*", "'*', '**' and '{a,b}' are known; what a rule should skip belongs in its 'exclude'"),
     ],
 )
 def test_a_regular_expression_is_refused_with_its_equal_here(pattern: str, instead: str) -> None:

@@ -165,7 +165,7 @@ rules:
 KEYS = [
     *("version", "model", "output", "storage", "saved_inputs", "untie", "formats", "rules"),
     *("like", "element", "block", "scale", "scale_rule", "tensor_scale"),
-    *("name", "target", "types", "exclude", "weight", "input", "gradient", "phases"),
+    *("name", "target", "types", "exclude", "weight", "input", "gradient", "phases", "saved_inputs"),
 ]
 
 
@@ -207,7 +207,7 @@ def test_a_format_of_its_own_must_say_what_it_is_like() -> None:
 
 def test_a_key_may_stand_only_once() -> None:
     assert complaint(PLAIN + "    weight: nvfp4\n") == (
-        "mine.yaml:5:5: key 'weight' stands twice; first on line 4\n        weight: nvfp4\n        ^^^^^^"
+        "mine.yaml:5:5: key 'weight' appears twice; first on line 4\n        weight: nvfp4\n        ^^^^^^"
     )
 
 
@@ -218,7 +218,8 @@ def test_a_key_that_is_a_list_is_refused() -> None:
 def test_a_merge_key_is_an_unknown_key() -> None:
     text = "version: 1\nrules:\n  - &a\n    target: [layers]\n    weight: mxfp4\n  - <<: *a\n    target: [norm]\n"
     assert complaint(text).startswith(
-        "mine.yaml:6:5: unknown key '<<'; expected one of: exclude, gradient, input, name, phases, types, weight\n"
+        "mine.yaml:6:5: unknown key '<<'; expected one of: exclude, gradient, input, name, phases, saved_inputs, "
+        "types, weight\n"
         "      - <<: *a\n"
         "        ^^"
     )

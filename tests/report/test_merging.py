@@ -36,7 +36,7 @@ def test_the_table_folds_what_differs_in_a_number() -> None:
 module            n  shape  weight    ΔW/W  codes changed    dB
 layers.{0..1}.up  2  2x4    mxfp4   50.00%          25.0%  20.0
 
-2 modules are merged, 2 of them rounded anew: ΔW/W 50.00%, 25.0% of their codes changed, 20.0 dB
+2 modules are merged, 2 of them rounded again: ΔW/W 50.00%, 25.0% of their codes changed, 20.0 dB
 replaced as the adapter has them: head
 dB: q(W + ΔW), which the merged layer computes with, against q(W) + ΔW, which the adapter trained with"""
     )

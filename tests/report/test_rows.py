@@ -36,7 +36,7 @@ class Named(nn.Module):
 def model(name: str) -> Any:
     configs: dict[str, Any] = {
         "dense": hf.Qwen2Config(num_hidden_layers=2),
-        "moe": hf.Qwen3MoeConfig(num_hidden_layers=2, num_experts=8, head_dim=64),
+        "moe": hf.Qwen3MoeConfig(num_hidden_layers=2, num_experts=8, head_dim=64),  # type: ignore[call-arg]
         "vision": hf.Gemma3Config(),
     }
     classes: dict[str, Any] = {
@@ -103,7 +103,7 @@ def test_everybody_says_the_same_headline(tiny_folder: Path, tmp_path: Path) -> 
 
 
 def row(module: str, parameters: int, kind: str = "Expert") -> Row:
-    return Row(module, kind, (1, parameters), "-", "-", "-", "not a Linear", parameters, 16, 2 * parameters, False)
+    return Row(module, kind, (1, parameters), "-", "-", None, "not a Linear", parameters, 16, 2 * parameters, False)
 
 
 def test_small_modules_that_are_large_together_are_pointed_out() -> None:

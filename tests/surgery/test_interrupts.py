@@ -4,7 +4,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +26,14 @@ RULES = [
     {"target": ["self_attn"], "input": "mxfp4"},
 ]
 LAYERS = 6 + 8
+
+
+@pytest.fixture(autouse=True)
+def heard_as_usual() -> Iterator[None]:
+    """A program that a shell starts in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -139,7 +147,7 @@ class Stop:
         monkeypatch.setattr(packing, "pack", stopping)
 
 
-ERRORS = {
+ERRORS: dict[str, Callable[[], BaseException]] = {
     "Ctrl-C": KeyboardInterrupt,
     "exit": SystemExit,
     "memory": lambda: torch.OutOfMemoryError("no memory"),
@@ -260,6 +268,14 @@ def test_another_thread_has_no_signals_to_wait_with() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
+
+
+def test_who_ignores_the_signal_is_not_told_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert capsys.readouterr().err == ""
 
 
 def test_an_error_in_the_block_comes_through() -> None:

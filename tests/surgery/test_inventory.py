@@ -199,7 +199,7 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         pytest.param('{"a": ' * 100_000, "{folder}/config.json: is nested too deep", id="deep"),
         pytest.param(
             '{"model_type": "qwen2", "model_type": "bert"}',
-            "{folder}/config.json: key 'model_type' stands twice",
+            "{folder}/config.json: key 'model_type' appears twice",
             id="two-model-types",
         ),
         pytest.param("{}", "{folder}: its config.json has no model_type; expected the config of ", id="no-model-type"),

@@ -12,6 +12,7 @@ from qsurgeon.layers import Quantization
 from qsurgeon.recipe import FormatSpec, Recipe, Rule
 from qsurgeon.surgery import Excluded, Record, inventory, read_record, record_of
 
+NEWER = f" (written by qsurgeon 1.2.3, and this is {qsurgeon.__version__}: install qsurgeon 1.2.3 or newer)"
 RECIPE = Recipe(
     version=1,
     formats={"g8": FormatSpec(like="mxfp4", block=8)},
@@ -30,7 +31,7 @@ def record(tiny_qwen2: Any) -> Record:
 @pytest.fixture
 def data(record: Record) -> dict[str, Any]:
     """The record as config.json keeps it."""
-    kept: dict[str, Any] = json.loads(record.model_dump_json())
+    kept: dict[str, Any] = json.loads(json.dumps(record.to_dict()))
     return kept
 
 
@@ -135,11 +136,9 @@ def put(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        pytest.param(put("zebra", value=1), "zebra: Extra inputs are not permitted", id="at-the-top"),
-        pytest.param(
-            put("rules", 1, "zebra", value=1), "rules.1.zebra: Extra inputs are not permitted", id="in-a-rule"
-        ),
-        pytest.param(put("version", value=2), "version: Input should be 1", id="version"),
+        pytest.param(put("zebra", value=1), "zebra: unknown key", id="at-the-top"),
+        pytest.param(put("rules", 1, "zebra", value=1), "rules.1.zebra: unknown key", id="in-a-rule"),
+        pytest.param(put("version", value=3), "version is 3; expected a whole number from 1 to 2", id="version"),
         pytest.param(put("storage", value="thin"), "storage: Input should be 'master' or 'packed'", id="storage"),
         pytest.param(
             put("rules", 0, "gradient", value="stee"),
@@ -155,7 +154,7 @@ def test_what_a_record_cannot_say_is_an_error_at_its_place(
     change(data)
     with pytest.raises(CheckpointError) as caught:
         read_record(data, "config.json")
-    assert str(caught.value) == f"config.json: quantization_config.{expected}"
+    assert str(caught.value) == f"config.json: quantization_config.{expected}{NEWER}"
 
 
 @pytest.mark.parametrize("key", ["version", "qsurgeon_version", "storage", "formats", "rules"])
@@ -163,7 +162,10 @@ def test_what_a_record_lacks_is_an_error(data: dict[str, Any], key: str) -> None
     del data[key]
     with pytest.raises(CheckpointError) as caught:
         read_record(data, "config.json")
-    assert str(caught.value) == f"config.json: quantization_config.{key}: Field required"
+    assert (
+        str(caught.value)
+        == f"config.json: quantization_config.{key}: Field required{NEWER if key != 'qsurgeon_version' else ''}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_a_format_that_cannot_be_is_an_error(
     change(data)
     with pytest.raises(CheckpointError) as caught:
         read_record(data, "config.json").quantizations()
-    assert str(caught.value) == f"quantization_config: {expected}"
+    assert str(caught.value) == f"quantization_config: {expected}{NEWER}"
 
 
 def test_a_block_that_is_no_number_is_an_error(data: dict[str, Any]) -> None:
@@ -193,7 +195,7 @@ def test_a_block_that_is_no_number_is_an_error(data: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_record(data, "config.json").quantizations()
     assert str(caught.value) == (
-        "quantization_config: block is 'many'; expected a whole number, two of them [rows, columns], or none"
+        f"quantization_config: block is 'many'; expected a whole number, two of them [rows, columns], or none{NEWER}"
     )
 
 
@@ -201,14 +203,14 @@ def test_a_field_that_no_format_has_is_an_error(data: dict[str, Any]) -> None:
     data["formats"]["g8"]["zebra"] = 1
     with pytest.raises(CheckpointError) as caught:
         read_record(data, "config.json")
-    assert str(caught.value) == "config.json: quantization_config.formats.g8.zebra: Extra inputs are not permitted"
+    assert str(caught.value) == f"config.json: quantization_config.formats.g8.zebra: unknown key{NEWER}"
 
 
 def test_a_format_that_a_record_lacks_is_an_error_that_says_so(data: dict[str, Any]) -> None:
     del data["formats"]["g8"]
     with pytest.raises(CheckpointError) as caught:
         read_record(data, "config.json").quantizations()
-    assert str(caught.value) == "quantization_config: no format 'g8'; expected one of: nvfp4"
+    assert str(caught.value) == f"quantization_config: no format 'g8'; expected one of: nvfp4{NEWER}"
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -216,7 +218,7 @@ def test_a_field_that_a_format_lacks_is_an_error_and_never_filled_in(data: dict[
     del data["formats"]["g8"][field]
     with pytest.raises(CheckpointError) as caught:
         read_record(data, "config.json")
-    assert str(caught.value) == f"config.json: quantization_config.formats.g8.{field}: Field required"
+    assert str(caught.value) == f"config.json: quantization_config.formats.g8.{field}: Field required{NEWER}"
 
 
 def test_a_record_is_of_the_modules_that_its_plan_wraps(record: Record, tiny_qwen2: Any) -> None:

@@ -19,7 +19,7 @@ Numbers = dict[str, float]
 def apply(model: Any, *phases: str) -> Any:
     """Return the model with a rule for each of its layers."""
     rules = tuple(
-        Rule(name=f"rule {number}", target=(f"layers.{number}",), weight="mxfp4", input="mxfp4", phases=one)  # type: ignore[arg-type]
+        Rule(name=f"rule {number}", target=(f"layers.{number}",), weight="mxfp4", input="mxfp4", phases=one)
         for number, one in enumerate(phases)
     )
     return qsurgeon.apply(Recipe(version=1, rules=rules), model)

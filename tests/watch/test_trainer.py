@@ -28,7 +28,7 @@ class Reporter(TrainerCallback):
 
 def trainer(model: Any, folder: Path, callbacks: list[TrainerCallback], **options: Any) -> Trainer:
     data = [{"input_ids": row, "labels": row} for row in torch.arange(96).view(8, 12)]
-    given = {"max_steps": 6, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3} | options
+    given: dict[str, Any] = {"max_steps": 6, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3} | options
     args = TrainingArguments(
         str(folder), per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True, save_strategy="no", **given
     )
@@ -65,7 +65,7 @@ def test_an_evaluation_in_full_precision_shows(model: Any, tmp_path: Path) -> No
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if control.should_evaluate:
                 for layer in quant_linears(model).values():
-                    layer.__class__ = nn.Linear
+                    layer.__class__ = nn.Linear  # type: ignore[assignment]
 
     running = trainer(model, tmp_path, [Sabotage(), qsurgeon.WatchCallback(every=1)], max_steps=3)
     running.train()

@@ -2,14 +2,12 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -104,7 +102,7 @@ def test_gradient_checkpointing_changes_no_number(model: Any, options: dict[str,
     for layer in model.model.layers:
         forward = layer.mlp.forward
 
-        def counted(x: Tensor, forward: Any = forward) -> Tensor:
+        def counted(x: Tensor, forward: Any = forward) -> Any:
             forwards.append(x)
             return forward(x)
 
@@ -125,15 +123,8 @@ def test_peft_adapters_train_over_frozen_layers_that_act(model: Any, train: Trai
     assert not [key for key in numbers if "flip_rate" in key or "base_layer" in key]
 
 
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # so does nn.Linear
-@pytest.mark.usefixtures("process_group")
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("each_layer", [False, True])
 def test_a_sharded_weight_is_watched_by_its_shard(
     make_qwen2: Callable[..., Any], each_layer: bool, train: Train, recipe: MakeRecipe
@@ -224,7 +215,8 @@ def test_a_weight_that_is_not_there_is_refused(model: Any) -> None:
 
 @pytest.mark.parametrize("what", ["every", "rows"])
 def test_counts_under_one_are_refused(what: str, model: Any) -> None:
-    for make in (lambda **options: qsurgeon.Watch(model, **options), qsurgeon.WatchCallback):
+    options: dict[str, Any] = {what: 0}
+    for make in (partial(qsurgeon.Watch, model), qsurgeon.WatchCallback):
         with pytest.raises(UsageError) as caught:
-            make(**{what: 0})
+            make(**options)
         assert str(caught.value) == f"{what} is 0; expected at least 1"

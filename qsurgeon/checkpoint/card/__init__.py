@@ -1,10 +1,10 @@
-"""The model card that lies beside the weights: which modules are in which format, and from which recipe.
+"""The model card beside the weights: which modules have which format, and from which recipe.
 
 It is made of the record alone, so that whoever loads a model and pushes it on writes the same card. What else stands on
 a card is its author's: the text is kept to the letter, and in the front matter only what is said here is replaced.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 from qsurgeon.checkpoint.card.front_matter import CARD, ends, read_front_matter, written
@@ -16,16 +16,11 @@ from qsurgeon.formats.fields import NONE, shown
 from qsurgeon.layers import AS_IT_IS, Quantization
 from qsurgeon.surgery import QUANT_METHOD, Record
 from qsurgeon.surgery.fold import folded
+from qsurgeon.words import FIELDS, Behavior
 
 SECTION, NOTICE = "qsurgeon", "qsurgeon: notice"  # the marks around what is ours, and is replaced when it is said again
-_STORED = {
-    "master": "stored in full precision and rounded in every forward pass, so that they can be trained",
-    "packed": "stored as the codes and scales of their formats",
-}
-_WITHOUT = {
-    "master": "transformers warns and computes in full precision",
-    "packed": "transformers cannot load it",
-}
+_TRAINED = "stored in full precision and rounded in every forward pass, so that they can be trained"
+_WARNED = "transformers warns and computes in full precision"
 
 
 def with_record(card: str, record: Record, summary: str) -> str:
@@ -120,7 +115,9 @@ def _notice(record: Record, summary: str) -> str:
 def _section(record: Record, summary: str) -> str:
     formats = _formats(record)
     rounded = any(how.weight for how in record.quantizations().values())
-    stored = _STORED[record.storage] if rounded else "in full precision"
+    encoding = record.encoding
+    stored = (_TRAINED if encoding is None else encoding.stored) if rounded else "in full precision"
+    elsewhere = _WARNED if encoding is None else encoding.elsewhere
     return "\n".join(
         [
             "## Number formats",
@@ -128,11 +125,11 @@ def _section(record: Record, summary: str) -> str:
             f"Rewritten by qsurgeon {inline(record.qsurgeon_version)}{_from(record)}: {inline(summary)}. The weights "
             f"of wrapped modules are {stored} (`storage: {record.storage}`). All other modules are in full precision.",
             "",
-            *table(["modules", "n", "weight", "input", "gradient", "why"], _modules(record)),
+            *table(["modules", "n", "weight", "input", *Behavior().columns, "why"], _modules(record)),
             "",
             *table(["format", "element", "block", "scale", "tensor scale", "bits"], map(_fields, formats.values())),
             "",
-            "Bits are per value, block scales counted. Gradient: how it passes the rounding; `ste`, straight through.",
+            " ".join(["Bits are per value, block scales counted.", *_explained()]),
             "",
             "To load it:",
             "",
@@ -142,7 +139,7 @@ def _section(record: Record, summary: str) -> str:
             'model = qsurgeon.load("folder or hub id of this model")',
             "```",
             "",
-            f"After `import qsurgeon` a plain `from_pretrained` does the same; without it {_WITHOUT[record.storage]}.",
+            f"After `import qsurgeon` a plain `from_pretrained` does the same; without it {elsewhere}.",
             "",
             *_recipe(record.recipe),
         ]
@@ -186,16 +183,26 @@ def _modules(record: Record) -> Iterable[list[str]]:
 
     def alike(one: tuple[str, Quantization]) -> tuple[str, ...]:
         how = one[1]
-        return how.weight_name, how.input_name, how.gradient, how.rule, how.when
+        return how.weight_name, how.input_name, *map(str, how.behavior.fields.values()), how.rule
 
     for name, group in folded(record.quantizations().items(), lambda one: one[0], alike):
-        weight, input_, gradient, rule, when = alike(group[0])
-        why = f"rule {code(rule)}" + (f", {when}" if when else "")
-        yield [code(name), str(len(group)), inline(weight), inline(input_), gradient, why]
+        how = group[0][1]
+        why = ", ".join([f"rule {code(how.rule)}", *map(inline, how.behavior.reasons())])
+        yield [
+            code(name), str(len(group)), inline(how.weight_name), inline(how.input_name),
+            *map(inline, how.behavior.columns.values()), why,
+        ]  # fmt: skip
     for name, left in folded(record.exclusions().items(), lambda one: one[0], lambda one: one[1]):
         excluded = left[0][1]
         why = f"excluded by {code(excluded.pattern)} of rule {code(excluded.rule)}"
-        yield [code(name), str(len(left)), AS_IT_IS, AS_IT_IS, AS_IT_IS, why]
+        yield [code(name), str(len(left)), AS_IT_IS, AS_IT_IS, *[AS_IT_IS for _ in Behavior().columns], why]
+
+
+def _explained() -> Iterator[str]:
+    """Yield what each column of the table of modules means that is a field of Behavior."""
+    for field in FIELDS:
+        if field.shown.column:
+            yield f"{field.name.capitalize()}: {field.description[:1].lower()}{field.description[1:]}"
 
 
 def _recipe(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The front matter of a model card: YAML between two lines of dashes, which anybody may have written."""
+"""The front matter of a model card: YAML between two lines of dashes, which may come from anyone."""
 
 from typing import Any
 

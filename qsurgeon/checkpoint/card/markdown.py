@@ -1,4 +1,4 @@
-"""Markdown around text that somebody else chose: whatever is in a name or a recipe, it is shown and stays inside."""
+"""Markdown around text from other sources, escaped so that names and recipes cannot break out of it."""
 
 import re
 from collections.abc import Iterable, Sequence

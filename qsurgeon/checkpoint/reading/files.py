@@ -1,4 +1,4 @@
-"""A checkpoint's files: names, what belongs beside the weights, links that lead elsewhere, and reaching the disk."""
+"""A checkpoint's files: their names, which files belong to it, links that lead outside, and syncing to disk."""
 
 import errno
 import json

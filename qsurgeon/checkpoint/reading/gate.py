@@ -1,4 +1,4 @@
-"""What is asked of a checkpoint's folder before any library opens it: the same before rewriting it and before loading.
+"""The checks of a checkpoint folder before any library opens it, the same for rewriting and loading.
 
 Whoever loads a folder runs parsers that trust it: a pipe makes them wait, a broken file raises what it happens to
 raise, and a tensor of another name leaves a parameter random. Everything here is read from headers and config.json.
@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor as Values
 
 from qsurgeon.checkpoint.reading.files import INDEX, refuse_irregular
-from qsurgeon.checkpoint.reading.headers import Tensor, read_header
+from qsurgeon.checkpoint.reading.headers import DTYPES, Tensor, read_header
 from qsurgeon.checkpoint.reading.index import read_headers
 from qsurgeon.checkpoint.reading.naming import Names, names_in
 from qsurgeon.errors import CheckpointError, SurgeryError
@@ -133,9 +133,10 @@ def _check_packed(name: str, tensor: Tensor, place: Values) -> None:
         raise CheckpointError(
             f"{name} has shape {list(tensor.shape)}; the packed layer takes {takes} (in {tensor.file})"
         )
-    fits = _is_floating_point(tensor) if place.is_floating_point() else tensor.dtype == "U8"
+    exact = DTYPES.get(place.dtype, "")
+    fits = _is_floating_point(tensor) if place.is_floating_point() else tensor.dtype == exact
     if not fits:
-        wanted = "floating point" if place.is_floating_point() else "U8"
+        wanted = "floating point" if place.is_floating_point() else exact
         raise CheckpointError(f"{name} is {tensor.dtype}; the packed layer takes {wanted} (in {tensor.file})")
 
 

@@ -1,4 +1,4 @@
-"""What a safetensors file says of itself: eight bytes of length, a JSON header, and the tensors' data without gaps.
+"""The header of a safetensors file: eight bytes of length, JSON, and the tensors' data without gaps.
 
 The header is parsed here, and more strictly than safetensors does it, from ordinary reads: a mapped file that is cut
 short, or a disk that fails, would kill the process instead of raising an error.
@@ -24,6 +24,12 @@ BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+# What an encoded weight may consist of.
+DTYPES = {
+    torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16", torch.int32: "I32",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
 }  # fmt: skip
 # What a weight in full precision is.
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}

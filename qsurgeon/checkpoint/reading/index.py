@@ -1,4 +1,4 @@
-"""Which files hold a checkpoint's tensors, and what is in them."""
+"""Which files hold the tensors of a checkpoint, and the headers of these files."""
 
 from pathlib import Path
 from typing import NoReturn

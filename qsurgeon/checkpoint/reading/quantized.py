@@ -1,4 +1,4 @@
-"""Weights that something else quantized, told from their dtype and the tensors beside them."""
+"""Weights that another tool quantized, recognized by their dtype and the tensors beside them."""
 
 from collections.abc import Mapping
 
@@ -40,7 +40,7 @@ def refuse_quantized_weight(name: str, tensors: Mapping[str, Tensor]) -> None:
         return
     if tensor.dtype in NO_NUMBERS_OF_WEIGHTS:
         raise CheckpointError(f"{tensor.file}: {name} is {tensor.dtype}; {expected}")
-    by = "" if mark is None else f" {how} ({mark.name} lies beside it)"
+    by = "" if mark is None else f" {how} ({mark.name} is beside it)"
     raise CheckpointError(f"{tensor.file}: {name} is {tensor.dtype}, quantized already{by}; {expected}")
 
 

@@ -11,10 +11,9 @@ from qsurgeon.checkpoint.reading.headers import Tensor
 from qsurgeon.checkpoint.reading.index import weight_files
 from qsurgeon.checkpoint.reading.naming import Conversion, Names, rows_of
 from qsurgeon.checkpoint.reading.quantized import refuse_quantized_weight
-from qsurgeon.checkpoint.writing.layout import MAX_SHARD_SIZE, Job, Layout, copied, mirrored, packed, sharded
+from qsurgeon.checkpoint.writing.layout import MAX_SHARD_SIZE, Job, Layout, Packing, copied, mirrored, packed, sharded
 from qsurgeon.errors import CheckpointError
-from qsurgeon.formats import Format
-from qsurgeon.storage.packed import WEIGHT, stored_shapes
+from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import Plan, Step
 
 WAS_SINGLE = "model-tied.safetensors"
@@ -37,7 +36,7 @@ class _Written:
 
     tensor: Tensor
     parts: tuple[Tensor, ...]
-    format: Format | None
+    packing: Packing | None
 
 
 def layout_of(
@@ -55,7 +54,7 @@ def layout_of(
     kept = _kept(plan, model)
     weights, split = _wrapped_weights(plan, here, kept)
     untied = {name: one for name, one in weights.items() if name not in tensors and name not in kept}
-    if max_shard_size is None and not any(one.format for one in weights.values()):
+    if max_shard_size is None and not any(one.packing for one in weights.values()):
         return _copied_files(source, untied)
     gone = {names.stored[name] for name in kept & weights.keys() if name in names.stored} | split
     own = [_job(weights.get(name, _Written(one, (), None)), name) for name, one in tensors.items() if name not in gone]
@@ -74,27 +73,28 @@ def _copied_files(source: Path, untied: Mapping[str, _Written]) -> Layout:
 
 
 def _job(weight: _Written, name: str) -> Job:
-    tensor, format = weight.tensor, weight.format
-    return replace(copied(tensor, name) if format is None else packed(tensor, format, name), parts=weight.parts)
+    tensor, packing = weight.tensor, weight.packing
+    return replace(copied(tensor, name) if packing is None else packed(tensor, packing, name), parts=weight.parts)
 
 
-def _format(step: Step, plan: Plan) -> Format | None:
-    """Return what the module's weight is packed in, if it is."""
-    how = step.quantization
-    packs = plan.recipe.storage == "packed" and how is not None and how.weight is not None
-    return how.weight.as_weight if packs and how is not None and how.weight is not None else None
+def _packing(step: Step, plan: Plan) -> Packing | None:
+    """Return how the module's weight is packed, if it is."""
+    how, encoding = step.quantization, plan.recipe.encoding
+    if encoding is None or how is None or how.weight is None:
+        return None
+    return Packing(how.weight.as_weight, encoding)
 
 
 def _kept(plan: Plan, model: Any) -> frozenset[str]:
     """Return the names of the weights that are stored under the names of their modules, packed and beside packed."""
-    formats = {step.module.name: (_format(step, plan), step.module.shape) for step in plan.wrapped}
-    stored = [
-        f"{module}.{key}"
-        for module, (format, shape) in formats.items()
-        if format is not None
-        for key in stored_shapes(format, *shape)
-    ]
-    return kept_names(model, stored) if stored else frozenset()
+    packings = {step.module.name: (_packing(step, plan), step.module.shape) for step in plan.wrapped}
+    stored = {
+        module: tuple(packing.encoding.slots(packing.format, *shape))
+        for module, (packing, shape) in packings.items()
+        if packing is not None
+    }
+    kept = kept_names(model, stored) if stored else frozenset()
+    return kept | {f"{module}.{WEIGHT}" for module, keys in stored.items() if f"{module}.{keys[0]}" in kept}
 
 
 def _wrapped_weights(plan: Plan, here: _Source, kept: frozenset[str]) -> tuple[dict[str, _Written], set[str]]:
@@ -105,8 +105,8 @@ def _wrapped_weights(plan: Plan, here: _Source, kept: frozenset[str]) -> tuple[d
     weights: dict[str, _Written] = {}
     split: set[str] = set()
     for step in plan.wrapped:
-        format = _format(step, plan)
-        found = _weight(step, here, packs=format is not None)
+        packing = _packing(step, plan)
+        found = _weight(step, here, packs=packing is not None)
         if found is None:
             continue
         name, tensor, parts = found
@@ -118,7 +118,7 @@ def _wrapped_weights(plan: Plan, here: _Source, kept: frozenset[str]) -> tuple[d
                 f"config.json says {list(step.module.shape)}"
             )
         own = f"{step.module.name}.{WEIGHT}"
-        weights[own if own in kept else name] = _Written(tensor, parts, format)
+        weights[own if own in kept else name] = _Written(tensor, parts, packing)
         split |= {part.name for part in parts}
     for name, conversion in here.names.converted.items():
         if name not in weights and not split.isdisjoint(conversion.tensors):

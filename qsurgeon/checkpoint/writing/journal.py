@@ -1,4 +1,4 @@
-"""What of an unfinished output is done, and of what run: so that the same run can go on after anything stopped it.
+"""The journal of an unfinished output: what is done, and for which run, so that the same run can resume.
 
 Beside the unfinished output lies ``run.json``, which says what is being made of what, and each process adds a line to
 a journal of its own for every job that it has written, with a checksum of the bytes. What a crash of the machine tore
@@ -22,9 +22,9 @@ MOST_SHOWN = 40  # letters of what differs: a recipe and a hash tell nothing at 
 
 @dataclass(frozen=True)
 class Entry:
-    """A job that is done: the CRC-32 of each piece, and whether all of what was read is finite."""
+    """A job that is done: the CRC-32 of each piece, by its name, and whether all of what was read is finite."""
 
-    crcs: tuple[int, ...]
+    crcs: dict[str, int]
     finite: bool
 
 
@@ -46,17 +46,17 @@ class Journal:
 
 
 def begin(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Say in ``folder`` of what ``run`` it is; return whether an earlier process said so already.
+    """Write into ``folder`` to which ``run`` it belongs. Return whether an earlier process already did.
 
-    Raises: CheckpointError, telling what differs, if it is of another run.
+    Raises: CheckpointError, which names the difference, if it belongs to a different run.
     """
     file = folder / RUN
     if file.is_file():
         difference = _difference(read_json(file), json.loads(json.dumps(run)))
         if difference:
             raise CheckpointError(
-                f"{folder} is an unfinished run that this one cannot go on with: {difference}. "
-                "Remove it to begin anew, or repeat the run that began it"
+                f"{folder} was started by a run that this one cannot resume: {difference}. "
+                "Delete it to start over, or repeat the original run"
             )
         return True
     whole = file.with_suffix(".new")
@@ -80,7 +80,7 @@ def entries(folder: Path) -> dict[str, Entry]:
 def _entry(line: bytes) -> tuple[str, Entry] | None:
     try:
         data = json.loads(line)
-        return str(data["job"]), Entry(tuple(data["crcs"]), bool(data["finite"]))
+        return str(data["job"]), Entry(dict(data["crcs"]), bool(data["finite"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -96,7 +96,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: Sequenc
         elif old != new:
             what = " ".join((*path, key))
             if max(len(_shown(old)), len(_shown(new))) > MOST_SHOWN:
-                return f"{what} is another"
+                return f"{what} differs"
             return f"{what} was {_shown(old)}, now it is {_shown(new)}"
     return ""
 

@@ -1,4 +1,4 @@
-"""What will be written, decided before any value is read: files, their headers, and the place of every tensor."""
+"""The layout of the output, decided before any value is read: files, headers, and the place of every tensor."""
 
 import json
 import re
@@ -9,10 +9,11 @@ from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from qsurgeon.checkpoint.reading.headers import BITS, Tensor, read_header
+from qsurgeon.checkpoint.reading.headers import BITS, DTYPES, Tensor, read_header
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
-from qsurgeon.storage.packed import WEIGHT, stored_shapes
+from qsurgeon.storage import Encoding, Slot
+from qsurgeon.storage.packed import WEIGHT
 
 MAX_SHARD_SIZE = "5GB"
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[KMGT]?B)?", re.IGNORECASE)
@@ -23,24 +24,37 @@ _ALIGNMENT = 8  # of where the data begin, as safetensors has it
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor to be written, and where: ``start`` counts from the beginning of its file, in bytes."""
+    """A tensor to be written, and where: ``start`` counts from the beginning of its file, in bytes.
+
+    slot: which one of an encoded weight it is, and its name there; nothing for one that is copied.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     size: int
     start: int = 0
+    slot: tuple[str, Slot] | None = None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a weight is rounded, and how what comes of it is stored."""
+
+    format: Format
+    encoding: Encoding
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stored tensor to be read, and what is written of it: its own bytes, or its codes and scales in ``format``.
+    """A stored tensor to be read, and what is written of it: its own bytes, or codes and scales.
 
+    packing: the format of these, and how they are stored; None for a copy.
     parts: where its bytes are, one after the other, if ``source`` is made of several stored tensors or of rows of them.
     """
 
     source: Tensor
-    format: Format | None
+    packing: Packing | None
     pieces: tuple[Piece, ...]
     parts: tuple[Tensor, ...] = ()
 
@@ -58,6 +72,14 @@ class Job:
     def files(self) -> set[Path]:
         """The files that are read."""
         return {run.file for run in self.runs}
+
+    @property
+    def held(self) -> int:
+        """How many bytes are held in memory, however small a slab is."""
+        # Stochastic rounding depends on a value's place in the whole.
+        whole = self.packing is not None and self.packing.format.rounding == "stochastic"
+        pieces = sum(piece.size for piece in self.pieces if piece.slot is not None and piece.slot[1].rows)
+        return pieces + (self.source.size if whole else 0)
 
     @property
     def size(self) -> int:
@@ -111,15 +133,15 @@ def copied(tensor: Tensor, name: str | None = None) -> Job:
     return Job(tensor, None, (Piece(name or tensor.name, tensor.dtype, tensor.shape, tensor.size),))
 
 
-def packed(tensor: Tensor, format: Format, name: str | None = None) -> Job:
+def packed(tensor: Tensor, packing: Packing, name: str | None = None) -> Job:
     """Return the job that writes the codes and scales of a weight, which is named ``….weight``."""
     stem = (name or tensor.name).removesuffix(WEIGHT)
     rows, columns = tensor.shape
     pieces = (
-        Piece(f"{stem}{part}", "U8", shape, shape[0] * shape[1])
-        for part, shape in stored_shapes(format, rows, columns).items()
+        Piece(f"{stem}{key}", DTYPES[slot.dtype], slot.shape, slot.bytes, slot=(key, slot))
+        for key, slot in packing.encoding.slots(packing.format, rows, columns).items()
     )
-    return Job(tensor, format, tuple(pieces))
+    return Job(tensor, packing, tuple(pieces))
 
 
 def mirrored(file: Path, name: str) -> Shard:

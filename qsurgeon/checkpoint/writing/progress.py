@@ -1,4 +1,4 @@
-"""What a long run tells whoever started it."""
+"""The events by which a long run reports to its caller."""
 
 from dataclasses import dataclass
 

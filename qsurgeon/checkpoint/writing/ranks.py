@@ -1,4 +1,4 @@
-"""The processes that torchrun or accelerate launch started for one output: who is who, and waiting for each other."""
+"""The processes that torchrun or accelerate launch started for one output, and how they wait for each other."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Output appears whole or not at all: it is made in a folder beside its place, and moved there in the end."""
+"""Output appears completely or not at all: it is written to a folder beside its place and renamed at the end."""
 
 import contextlib
 import shutil
@@ -19,7 +19,7 @@ def refuse_inside(final: Path, source: Path) -> None:
     if final.resolve() == source.resolve():
         raise CheckpointError(f"{final} is the source itself; write somewhere else")
     if final.resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(f"{final} lies inside the source {source}; write somewhere else")
+        raise CheckpointError(f"{final} is inside the source {source}; write somewhere else")
 
 
 def refuse_taken(final: Path) -> None:

@@ -1,4 +1,4 @@
-"""Do the jobs of a layout: read a slab, round it where it is to be, write it where it belongs; several at a time.
+"""Carry out the jobs of a layout: read a slab, round it if needed, write it; several slabs at a time.
 
 A tensor passes through in slabs of whole rows, so that the memory a run takes depends on no tensor's size. Files are
 read and written at given places by ordinary calls: what fails is an error, where a mapped file would kill the process.
@@ -21,11 +21,10 @@ from torch import Tensor as Values
 
 from qsurgeon.checkpoint.reading.headers import FLOATS, Tensor
 from qsurgeon.checkpoint.writing.journal import Entry, Journal
-from qsurgeon.checkpoint.writing.layout import Job, Shard
+from qsurgeon.checkpoint.writing.layout import Job, Packing, Piece, Shard
 from qsurgeon.checkpoint.writing.progress import Events
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
-from qsurgeon.storage.packed import to_stored
 
 SLAB = 4 * 2**20  # bytes: small enough for a CPU's cache, large enough to make calls few
 
@@ -147,21 +146,19 @@ class Stream:
 
     def _is_written(self, job: Job, output: int, entry: Entry) -> bool:
         """Return whether the bytes that are there are those that an earlier process wrote."""
-        crcs = []
         for piece in job.pieces:
             crc = 0
             for start in range(0, piece.size, SLAB):
                 count = min(SLAB, piece.size - start)
                 data = os.pread(output, count, piece.start + start)
                 crc = zlib.crc32(data, crc)
-            crcs.append(crc)
-        if tuple(crcs) != entry.crcs:
-            return False
+            if crc != entry.crcs.get(piece.name):
+                return False
         self._advance(job.source.size)
         return True
 
     def _written(self, job: Job, output: int) -> Entry:
-        return self._copied(job, output) if job.format is None else self._packed(job, job.format, output)
+        return self._copied(job, output) if job.packing is None else self._packed(job, job.packing, output)
 
     def _copied(self, job: Job, output: int) -> Entry:
         (piece,) = job.pieces
@@ -174,26 +171,59 @@ class Stream:
             crc = zlib.crc32(_bytes(data), crc)
             _write(output, _bytes(data), piece.start + start)
             self._advance(len(data))
-        return Entry((crc,), finite)
+        return Entry({piece.name: crc}, finite)
 
-    def _packed(self, job: Job, format: Format, output: int) -> Entry:
+    def _packed(self, job: Job, packing: Packing, output: int) -> Entry:
+        format, encode = packing.format, packing.encoding.encode
         slabs = _Slabs(self._source(job), job.source, format)
         finite = True
         tops = [format.peak(slab) for slab in slabs] if format.tensor_scale == "tensor" else []
         top = torch.stack([one for one in tops if one is not None]).max() if tops else None
-        crcs, places = [0] * len(job.pieces), [piece.start for piece in job.pieces]
+        sinks = {piece.slot[0]: _Sink(piece, output) for piece in job.pieces if piece.slot is not None}
         for slab in slabs:
             finite = finite and _is_finite(slab, job.source.dtype)
-            stored = to_stored(format.quantize(slab, top=top))
-            for at, (piece, values) in enumerate(zip(job.pieces, stored.values(), strict=True)):
-                if places[at] == piece.start + piece.size:
-                    continue  # a scale that all slabs share is whole with the first
-                data = _bytes(values.contiguous())
-                crcs[at] = zlib.crc32(data, crcs[at])
-                _write(output, data, places[at])
-                places[at] += len(data)
+            encoded = encode(format.quantize(slab, top=top))
+            for key, values in encoded.items():
+                sinks[key].take(values)
             self._advance(slab.nbytes)
-        return Entry(tuple(crcs), finite)
+        return Entry({sink.piece.name: sink.end() for sink in sinks.values()}, finite)
+
+
+@dataclass
+class _Sink:
+    """Takes a tensor of an encoded weight slab by slab, and writes it where it belongs."""
+
+    piece: Piece
+    output: int
+    _crc: int = 0
+    _written: int = 0
+    _held: list[Values] = field(default_factory=list)
+
+    def take(self, values: Values) -> None:
+        """Take the tensor of the next slab. One in which rows do not come first is written when it is whole."""
+        assert self.piece.slot is not None
+        rows = self.piece.slot[1].rows
+        if rows:
+            self._held.append(values)
+        elif rows == 0 or not self._written:  # what all slabs share is whole with the first
+            self._write(values)
+
+    def end(self) -> int:
+        """Write what is held, and return the checksum of all. Raises: CheckpointError for another size than planned."""
+        if self._held:
+            assert self.piece.slot is not None
+            self._write(torch.cat(self._held, self.piece.slot[1].rows or 0))
+        if self._written != self.piece.size:
+            raise CheckpointError(f"{self.piece.name} has {self._written} bytes; its place is {self.piece.size}")
+        return self._crc
+
+    def _write(self, values: Values) -> None:
+        data = _bytes(values.contiguous().view(-1).view(torch.uint8))
+        if self._written + len(data) > self.piece.size:
+            raise CheckpointError(f"{self.piece.name} has more bytes than its place, {self.piece.size}")
+        self._crc = zlib.crc32(data, self._crc)
+        _write(self.output, data, self.piece.start + self._written)
+        self._written += len(data)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ cache, and whole where torch.compile makes one loop of it.
 import torch
 from torch import Tensor
 
+from qsurgeon.errors import FormatError
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE, Fields
-from qsurgeon.formats.scale import PowerOfTwoScale, block_scale
+from qsurgeon.formats.scale import PowerOfTwoScale
 from qsurgeon.formats.stochastic import uniform
 
 At = tuple[int, int]  # the row and column of the whole tensor where a piece begins
@@ -121,12 +122,12 @@ def saturates(rows: Tensor, above: Tensor | None, fields: Fields) -> Tensor:
 
 def block_scales(blocks: Tensor, above: Tensor | None, fields: Fields) -> Tensor:
     """Return the value of each block's scale, (..., n, 1); the tensor scale is divided out."""
-    if fields.scale is None or fields.scale_rule is None:
+    if fields.scale is None or fields.rule is None:
         return blocks.new_ones(*blocks.shape[:-1], 1)
     largest = blocks.abs().amax(-1, keepdim=True) if blocks.shape[-1] else blocks.new_zeros(*blocks.shape[:-1], 1)
     # Under a static scale that is too small for it, the quotient may be infinite: then the scale saturates.
     amax = largest if above is None else largest / above[..., None]
-    scale = _clamped(block_scale(amax, fields.element, fields.scale, fields.scale_rule), fields)
+    scale = _clamped(fields.rule.find(amax, fields.element, fields.scale), fields)
     if fields.four_over_six and not isinstance(fields.scale, PowerOfTwoScale):
         wider = _clamped(fields.scale.round(amax / fields.element.magnitudes[-2]), fields)
         better = _error(blocks, product(wider, above), fields) < _error(blocks, product(scale, above), fields)
@@ -154,10 +155,23 @@ def _error(blocks: Tensor, scale: Tensor, fields: Fields) -> Tensor:
 
 def _rounded(blocks: Tensor, scale: Tensor, rows: Tensor, fields: Fields, at: At) -> Tensor:
     """Return ``blocks / scale`` rounded to the element; ``rows`` are the values that the blocks were split from."""
-    quotients = _divided(blocks, scale)
-    if fields.rounding == "nearest":
-        return fields.element.round_(quotients)
-    return fields.element.round_stochastic(quotients, split(uniform(rows, *at, fields.seed), fields))
+    numbers = None if fields.rounding == "nearest" else split(uniform(rows, *at, fields.seed), fields)
+    return _to_element(_divided(blocks, scale), numbers, fields)
+
+
+def round_each(values: Tensor, scale: Tensor, fields: Fields, at: At) -> Tensor:
+    """Return ``values / scale`` (float32, (rows, columns)) rounded to the element; each value has its own scale."""
+    numbers = None if fields.rounding == "nearest" else uniform(values, *at, fields.seed)
+    return _to_element(_divided(values, scale), numbers, fields)
+
+
+def _to_element(quotients: Tensor, numbers: Tensor | None, fields: Fields) -> Tensor:
+    match fields.rounding, numbers:
+        case "nearest", None:
+            return fields.element.round_(quotients)
+        case "stochastic", Tensor():
+            return fields.element.round_stochastic(quotients, numbers)
+    raise FormatError(f"no arithmetic for rounding '{fields.rounding}'")
 
 
 def product(scale: Tensor, above: Tensor | None) -> Tensor:

@@ -14,62 +14,71 @@ import torch
 from torch import Tensor
 
 from qsurgeon.formats.fields import Fields
-from qsurgeon.formats.kernels import arithmetic, pieces
-from qsurgeon.formats.kernels.pieces import Above, per_row_of
+from qsurgeon.formats.kernels import arithmetic
+from qsurgeon.formats.kernels.backend import Above, Backend, Operation
+from qsurgeon.formats.kernels.pieces import EAGER
 from qsurgeon.formats.packing import pack, unpack
+from qsurgeon.formats.tensor_scale import of_blocks, per_row
 from qsurgeon.telling import say
-
-# Triton divides approximately, and fuses products into sums, unless it is told not to (names of torch 2.13).
-_EXACT: dict[str, str | int | bool | Callable[..., Any]] = {
-    "emulate_precision_casts": True,
-    "eager_numerics.division_rounding": True,
-}
+from qsurgeon.torch_private import EXACT_TRITON, is_compiler_error, let_size_vary
 
 
-def fake_quantize(rows: Tensor, above: Above, fields: Fields) -> Tensor:
-    """As ``pieces.fake_quantize``."""
-    found = None
-    if not _moves(rows.shape, fields):
-        found = _run(_fake_quantize, fields, (), *_operands(rows, above, fields))
-    return pieces.fake_quantize(rows, above, fields) if found is None else _cut(found, rows.shape, fields)
+class Compiled(Backend):
+    """torch.compile, preferred where it makes Triton kernels."""
+
+    name = "compile"
+    preferred_on = frozenset({"cuda", "xpu"})
+
+    def supports(self, fields: Fields, dtype: torch.dtype, device: str, operation: Operation) -> bool:
+        """Return True: it compiles the operations that say what a format is."""
+        return True
+
+    def fake_quantize(self, rows: Tensor, above: Above, fields: Fields) -> Tensor:
+        """As the eager backend."""
+        found = None
+        if not _moves(rows.shape, fields):
+            found = _run(_fake_quantize, fields, (), *_operands(rows, above, fields))
+        return EAGER.fake_quantize(rows, above, fields) if found is None else _cut(found, rows.shape, fields)
+
+    def quantize(self, rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
+        """As the eager backend."""
+        found, packs = None, _packs(rows.shape, fields)
+        if not _moves(rows.shape, fields):
+            found = _run(_quantize, fields, (packs,), *_operands(rows, above, fields))
+        if found is None:
+            return EAGER.quantize(rows, above, fields)
+        data, scale = found
+        data = data.view(*rows.shape[:-1], -1) if packs else pack(_cut(data, rows.shape, fields), fields.element.bits)
+        if scale is not None:
+            scale = scale.view(*rows.shape[:-2], -(-rows.shape[-2] // fields.block_shape[0]), -1)
+        return data, scale
+
+    def dequantize(
+        self, data: Tensor, scale: Tensor | None, above: Above, fields: Fields, length: int, dtype: torch.dtype
+    ) -> Tensor:
+        """As the eager backend."""
+        shape, bits, (height, width) = torch.Size((*data.shape[:-1], length)), fields.element.bits, fields.block_shape
+        by_block = height == 1 and width > 0
+        scales = scale.reshape(-1, 1) if scale is not None and by_block else scale
+        if not _packs(shape, fields):
+            codes, own = _laid(unpack(data, bits, length), above, fields, by_block)
+            found = _run(_decode, fields, (dtype,), codes, scales, own)
+        elif by_block:
+            own = of_blocks(per_row(above, data), length // width)
+            found = _run(_dequantize, fields, (width, dtype), data.reshape(-1, width * bits // 8), scales, own)
+        else:
+            found = _run(_dequantize, fields, (length, dtype), data, scales, above)
+        return (
+            EAGER.dequantize(data, scale, above, fields, length, dtype) if found is None else _cut(found, shape, fields)
+        )
+
+    def saturates(self, rows: Tensor, above: Above, fields: Fields) -> Tensor:
+        """As the eager backend."""
+        found = _run(_saturates, fields, (), *_operands(rows, above, fields))
+        return EAGER.saturates(rows, above, fields) if found is None else _cut(found, rows.shape, fields)
 
 
-def quantize(rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
-    """As ``pieces.quantize``."""
-    found, packs = None, _packs(rows.shape, fields)
-    if not _moves(rows.shape, fields):
-        found = _run(_quantize, fields, (packs,), *_operands(rows, above, fields))
-    if found is None:
-        return pieces.quantize(rows, above, fields)
-    data, scale = found
-    data = data.view(*rows.shape[:-1], -1) if packs else pack(_cut(data, rows.shape, fields), fields.element.bits)
-    if scale is not None:
-        scale = scale.view(*rows.shape[:-2], -(-rows.shape[-2] // fields.block_shape[0]), -1)
-    return data, scale
-
-
-def dequantize(
-    data: Tensor, scale: Tensor | None, above: Above, fields: Fields, length: int, dtype: torch.dtype
-) -> Tensor:
-    """As ``pieces.dequantize``."""
-    shape, bits, (height, width) = torch.Size((*data.shape[:-1], length)), fields.element.bits, fields.block_shape
-    by_block = height == 1 and width > 0
-    scales = scale.reshape(-1, 1) if scale is not None and by_block else scale
-    if not _packs(shape, fields):
-        codes, own = _laid(unpack(data, bits, length), above, fields, by_block)
-        found = _run(_decode, fields, (dtype,), codes, scales, own)
-    elif by_block:
-        own = _by_block(above, data, length // width)
-        found = _run(_dequantize, fields, (width, dtype), data.reshape(-1, width * bits // 8), scales, own)
-    else:
-        found = _run(_dequantize, fields, (length, dtype), data, scales, above)
-    return pieces.dequantize(data, scale, above, fields, length, dtype) if found is None else _cut(found, shape, fields)
-
-
-def saturates(rows: Tensor, above: Above, fields: Fields) -> Tensor:
-    """As ``pieces.saturates``."""
-    found = _run(_saturates, fields, (), *_operands(rows, above, fields))
-    return pieces.saturates(rows, above, fields) if found is None else _cut(found, rows.shape, fields)
+COMPILED = Compiled()
 
 
 # ---- whole blocks
@@ -109,15 +118,7 @@ def _laid(rows: Tensor, above: Above, fields: Fields, by_block: bool) -> tuple[T
     if height > 1:
         return whole.contiguous(), above
     width = width if by_block else whole.shape[-1]
-    return whole.reshape(-1, width), _by_block(above, rows, whole.shape[-1] // width)
-
-
-def _by_block(above: Above, rows: Tensor, blocks: int) -> Above:
-    """Return the tensor scale of each block, (rows · blocks, 1); (1, 1) where all share one."""
-    per_row = per_row_of(above, rows)
-    if per_row is None or len(per_row) == 1:
-        return None if per_row is None else per_row[:, None]
-    return per_row[:, None].repeat_interleave(blocks, 0)
+    return whole.reshape(-1, width), of_blocks(per_row(above, rows), whole.shape[-1] // width)
 
 
 def _cut(found: Tensor, shape: torch.Size, fields: Fields) -> Tensor:
@@ -160,14 +161,13 @@ def _run(act: Callable[..., Any], fields: Fields, fixed: tuple[Any, ...], first:
     operands = [None if one is None else one.detach() for one in (first, *others)]
     for operand in operands:
         if operand is not None and len(operand) > 1:
-            torch._dynamo.maybe_mark_dynamic(operand, 0)
+            let_size_vary(operand, 0)
     try:
         with torch.no_grad():  # one kernel, whether autograd records around it or not
-            kernel = _kernel(act, fields.without_number.key, fixed, first.dtype, first.device.type)
+            kernel = _kernel(act, fields.without_number.key, fields.kernel_key, fixed, first.dtype, first.device.type)
             return kernel(*operands)
     except RuntimeError as error:
-        # Asked by name: importing its exceptions takes a second, in every process.
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if not is_compiler_error(error):
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         say(f"torch.compile fails here, so that slower torch operations compute the same values: {reason}")
@@ -176,7 +176,10 @@ def _run(act: Callable[..., Any], fields: Fields, fixed: tuple[Any, ...], first:
 
 
 @cache
-def _kernel(act: Callable[..., Any], key: str, fixed: tuple[Any, ...], dtype: torch.dtype, device: str) -> Any:
+def _kernel(
+    act: Callable[..., Any], key: str, kernel_key: str, fixed: tuple[Any, ...], dtype: torch.dtype, device: str
+) -> Any:
+    """Return the kernel of an operation; kernel_key says by numbers what ``key`` says by names."""
     fields = Fields.from_key("compiled", key)
 
     def run(*operands: Tensor | None) -> Any:
@@ -184,7 +187,7 @@ def _kernel(act: Callable[..., Any], key: str, fixed: tuple[Any, ...], dtype: to
 
     # torch.compile keeps what it learnt, and counts recompilations, by code object: each kernel needs one of its own.
     run.__code__ = run.__code__.replace(co_name=f"{act.__name__}_{next(_numbers)}")
-    return torch.compile(run) if device == "cpu" else torch.compile(run, options=_EXACT)
+    return torch.compile(run) if device == "cpu" else torch.compile(run, options=EXACT_TRITON)
 
 
 _numbers = count()

@@ -7,6 +7,7 @@
 
 #include <cfenv>
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -146,41 +147,42 @@ static void find_scales(const Job& job, const Tile& t, Buffers& buffers) {
 #endif
 }
 
-// Four codes of six bits lie in three bytes, two of four in one, the earlier in the lower bits.
+// Codes as packing.py lays them out: a run of bits, the earlier code in the lower ones. GROUP_CODES fill GROUP_BYTES.
+static_assert(ELEMENT_BITS >= 1 && ELEMENT_BITS <= 8, "a code is a byte at most");
+static_assert(GROUP_CODES * ELEMENT_BITS == GROUP_BYTES * 8 && 8 % GROUP_CODES == 0, "chunks begin with a byte");
+using Group = std::conditional_t<(GROUP_BYTES > 4), std::uint64_t, u32>;
+
+static INLINE Group joined(const u8* codes) {
+    Group group = 0;
+    for (int k = 0; k < GROUP_CODES; k++) group |= Group(codes[k]) << (ELEMENT_BITS * k);
+    return group;
+}
+
+static INLINE void separate(Group group, u8* codes) {
+    for (int k = 0; k < GROUP_CODES; k++) codes[k] = (group >> (ELEMENT_BITS * k)) & ((1 << ELEMENT_BITS) - 1);
+}
+
+// Codes up to a whole group are there, of 0.
 static void pack(const u8* codes, u8* data, i64 width) {
-    if (ELEMENT_BITS == 8) {
-        for (i64 j = 0; j < width; j++) data[j] = codes[j];
-    } else if (ELEMENT_BITS == 4) {
-        for (i64 j = 0; j < (width + 1) / 2; j++) data[j] = codes[2 * j] | codes[2 * j + 1] << 4;
-    } else {
-        const auto four = [&](i64 j) {
-            return codes[4 * j] | codes[4 * j + 1] << 6 | codes[4 * j + 2] << 12 | codes[4 * j + 3] << 18;
-        };
-        const i64 bytes = (width * ELEMENT_BITS + 7) / 8, whole = bytes / 3;
-        for (i64 j = 0; j < whole; j++)
-            for (i64 k = 0; k < 3; k++) data[3 * j + k] = four(j) >> (8 * k);
-        for (i64 k = 3 * whole; k < bytes; k++) data[k] = four(whole) >> (8 * (k - 3 * whole));
+    const i64 bytes = (width * ELEMENT_BITS + 7) / 8, whole = bytes / GROUP_BYTES;
+    for (i64 j = 0; j < whole; j++) {
+        const Group group = joined(codes + GROUP_CODES * j);
+        for (int k = 0; k < GROUP_BYTES; k++) data[GROUP_BYTES * j + k] = u8(group >> (8 * k));
     }
+    const i64 done = GROUP_BYTES * whole;
+    for (i64 k = done; k < bytes; k++) data[k] = u8(joined(codes + GROUP_CODES * whole) >> (8 * (k - done)));
 }
 
 static void unpack(const u8* data, u8* codes, i64 width) {
-    if (ELEMENT_BITS == 8) {
-        for (i64 j = 0; j < width; j++) codes[j] = data[j];
-    } else if (ELEMENT_BITS == 4) {
-        for (i64 j = 0; j < (width + 1) / 2; j++) {
-            codes[2 * j] = data[j] & 15;
-            codes[2 * j + 1] = data[j] >> 4;
-        }
-    } else {
-        const i64 bytes = (width * ELEMENT_BITS + 7) / 8, whole = bytes / 3;
-        const auto spread = [&](i64 j, u32 four) {
-            for (i64 k = 0; k < 4; k++) codes[4 * j + k] = (four >> (6 * k)) & 63;
-        };
-        for (i64 j = 0; j < whole; j++) spread(j, data[3 * j] | data[3 * j + 1] << 8 | data[3 * j + 2] << 16);
-        u32 last = 0;
-        for (i64 k = 3 * whole; k < bytes; k++) last |= u32(data[k]) << (8 * (k - 3 * whole));
-        if (3 * whole < bytes) spread(whole, last);
+    const i64 bytes = (width * ELEMENT_BITS + 7) / 8, whole = bytes / GROUP_BYTES;
+    for (i64 j = 0; j < whole; j++) {
+        Group group = 0;
+        for (int k = 0; k < GROUP_BYTES; k++) group |= Group(data[GROUP_BYTES * j + k]) << (8 * k);
+        separate(group, codes + GROUP_CODES * j);
     }
+    Group last = 0;
+    for (i64 k = GROUP_BYTES * whole; k < bytes; k++) last |= Group(data[k]) << (8 * (k - GROUP_BYTES * whole));
+    if (GROUP_BYTES * whole < bytes) separate(last, codes + GROUP_CODES * whole);
 }
 
 // Where the scales of a tile stand among all.
@@ -285,7 +287,7 @@ static void run(Job job, int threads, Act&& act) {
 #pragma omp parallel num_threads(threads)
 #endif
     {
-        Buffers buffers;
+        static thread_local Buffers buffers;  // a call on few values costs less than making them
         std::fenv_t own;
         std::fegetenv(&own);
         std::fesetenv(&caller);
@@ -303,11 +305,11 @@ static void run(Job job, int threads, Act&& act) {
     }
 }
 
-template <bool PACK>
-static void round_all(const Job& job, int threads) {
+static void round_all(const Job& job, int threads) {  // into values, codes or both
     run(job, threads, [](const Job& j, const Tile& t, Buffers& buffers) {
         find_scales(j, t, buffers);
-        round_tile<PACK>(j, t, buffers);
+        if (j.out) round_tile<false>(j, t, buffers);
+        if (j.data) round_tile<true>(j, t, buffers);
     });
 }
 
@@ -316,13 +318,13 @@ extern "C" {
 void fake_quantize(const T* x, T* out, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,
                    u32 seed, int threads) {
     const Job job{x, out, nullptr, nullptr, matrices, rows, columns, above, above_step, seed, 0, 0};
-    round_all<false>(job, threads);
+    round_all(job, threads);
 }
 
 void quantize(const T* x, u8* data, S* scale, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,
               u32 seed, int threads) {
     const Job job{x, nullptr, data, scale, matrices, rows, columns, above, above_step, seed, 0, 0};
-    round_all<true>(job, threads);
+    round_all(job, threads);
 }
 
 void saturates(const T* x, u8* marks, i64 matrices, i64 rows, i64 columns, const float* above, i64 above_step,

@@ -6,6 +6,7 @@ that anybody else can write to is not used: then each process compiles for itsel
 """
 
 import ctypes
+import dataclasses
 import hashlib
 import math
 import os
@@ -14,29 +15,35 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
-from qsurgeon.errors import ShapeError
-from qsurgeon.formats.element import Element, FloatElement
-from qsurgeon.formats.fields import Fields
+from qsurgeon.errors import FormatError, ShapeError
+from qsurgeon.formats.element import Element, FloatElement, IntegerElement
+from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE, Fields
+from qsurgeon.formats.kernels.backend import Above, Backend, Operation
+from qsurgeon.formats.kernels.pieces import empty_codes, matrices
 from qsurgeon.formats.kernels.private import NotPrivateError, private_folder, read_private
-from qsurgeon.formats.scale import POWER_RULES, ElementScale, PowerOfTwoScale, WideScale
+from qsurgeon.formats.packing import group
+from qsurgeon.formats.scale import ElementScale, NearestRule, PowerOfTwoScale, PowerRule, WideScale
+from qsurgeon.formats.tensor_scale import per_row
 from qsurgeon.telling import say
 
-DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 SMALL = 1 << 15  # values below which a second thread costs more than it gives
-_SOURCE = Path(__file__).with_name("native.cpp")
-_HEADER = Path(__file__).with_name("native_numbers.h")
+_SOURCE = Path(__file__).with_name("product.cpp")
+_INCLUDED = [Path(__file__).with_name(name) for name in ("operand.cpp", "native.cpp", "native_numbers.h")]
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 # Tried in turn: not every compiler knows how to tune for this machine, or has OpenMP.
 _TUNINGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 _COMPILE_SECONDS = 120
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _lock = Lock()
 _libraries: dict[tuple[str, torch.dtype], "Library | None"] = {}
 
@@ -46,6 +53,15 @@ class Library:
 
     def __init__(self, file: Path) -> None:
         self._functions = ctypes.CDLL(str(file))
+        self.operand = self._functions.operand  # see operand.cpp; told at each call, so that its types are declared
+        self.operand.argtypes = (*[_POINTER] * 5, *[_SIZE] * 3, _INT, ctypes.c_float, ctypes.c_uint32, _INT)
+        self.has_product = bool(self._functions.has_product())
+        self.product = self._functions.product
+        self.read = self._functions.dequantize
+        self.read.argtypes = (*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _SIZE, _INT)
+        self.read.restype = None
+        self.product.argtypes = (*[_POINTER] * 4, _SIZE, *[_POINTER] * 2, *[_SIZE] * 3, _INT)
+        self.operand.restype = self.product.restype = None
 
     def fake_quantize(self, rows: Tensor, out: Tensor, above: Tensor | None, seed: int) -> None:
         """Write ``rows`` (matrices, rows, columns) rounded into ``out``, both contiguous.
@@ -101,9 +117,10 @@ def _threads(values: int) -> ctypes.c_int:
 
 
 def library(fields: Fields, dtype: torch.dtype) -> Library | None:
-    """Return the kernels of a format for ``dtype``, compiled if they never were; None where that cannot be done.
+    """Return the kernels of a format for ``dtype``, compiled if they never were.
 
-    Says on stderr what it compiles, and once why it cannot.
+    None where native.cpp does not know the format or the dtype, and where there is no compiler. Says on stderr what it
+    compiles, and once why it cannot.
     """
     key = (fields.kernel_key, dtype)
     if key not in _libraries:
@@ -119,11 +136,13 @@ def compiled() -> int:
 
 
 def _load(fields: Fields, dtype: torch.dtype) -> Library | None:
+    if dtype not in DTYPES or not _knows(fields):
+        return None
     name, command = compiler()
     if command is None:
         return None
     defines = [f"-D{key}={value}" for key, value in constants(fields, dtype).items()]
-    text = [file.read_text("utf-8") for file in (_SOURCE, _HEADER)]
+    text = [file.read_text("utf-8") for file in (_SOURCE, *_INCLUDED)]
     made_from = "\0".join([*text, name, *command, *defines, processor()])
     what = f"the CPU kernel of {fields.name}, {str(dtype).removeprefix('torch.')}"
     file = f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
@@ -253,54 +272,84 @@ def cache_folder() -> Path:
 
 
 def constants(fields: Fields, dtype: torch.dtype) -> dict[str, str]:
-    """Return what native.cpp is compiled with, by name: see native_numbers.h."""
+    """Return what native.cpp is compiled with, by name: see native_numbers.h. Raises: KeyError for what it lacks."""
     rows, columns = fields.block_shape
+    codes, size = group(fields.element.bits)
     return {
-        "DTYPE": str(DTYPES[dtype]),
+        "DTYPE": DTYPES[dtype],
         **_of_element("ELEMENT", fields.element),
+        "GROUP_CODES": str(codes),
+        "GROUP_BYTES": str(size),
         "BLOCK_ROWS": str(rows),
         "BLOCK_COLUMNS": str(columns),
-        **_of_scale(fields),
-        "STOCHASTIC": str(int(fields.rounding == "stochastic")),
+        "SCALE_SMALLEST": _float(fields.scale.smallest if fields.scale else 1.0),
+        "SCALE_LARGEST": _float(fields.largest_scale),
+        **_SCALES[type(fields.scale), type(fields.rule)](fields),
+        "STOCHASTIC": _ROUNDINGS[fields.rounding],
         "FOUR_OVER_SIX": str(int(fields.four_over_six)),
         "FOUR": _float(fields.element.magnitudes[-2]),
+        "TOP": _float(fields.top),
+        "SMALLEST_ABOVE": _float(SMALLEST_TENSOR_SCALE),
     }
 
 
 def _of_element(prefix: str, element: Element) -> dict[str, str]:
     numbers = {
-        "FLOAT": str(int(isinstance(element, FloatElement))),
         "BITS": str(element.bits),
         "MAX": _float(element.max),
         "SMALLEST": _float(element.smallest),
         "NAN_CODE": str(element.nan),
-        "INFINITY": str(int(isinstance(element, FloatElement) and element.special == "ieee")),
+        **_ELEMENTS[type(element)](element),
     }
-    if isinstance(element, FloatElement):
-        numbers |= {
-            "MANTISSA": str(element.mantissa),
-            "MIN_NORMAL": _float(element.min_normal),
-            "BIAS": str(element.bias),
-            "FINITE": f"{len(element.magnitudes)}u",
-        }
     return {f"{prefix}_{key}": value for key, value in numbers.items()}
 
 
-def _of_scale(fields: Fields) -> dict[str, str]:
-    scale, rule, element = fields.scale, fields.scale_rule, fields.element
-    numbers = {
-        "SCALE_SMALLEST": _float(scale.smallest if scale else 1.0),
-        "SCALE_LARGEST": _float(fields.largest_scale),
+def _of_float(element: Any) -> dict[str, str]:
+    return {
+        "FLOAT": "1",
+        "MANTISSA": str(element.mantissa),
+        "MIN_NORMAL": _float(element.min_normal),
+        "BIAS": str(element.bias),
+        "FINITE": f"{len(element.magnitudes)}u",
+        "INFINITY": str(int(element.special == "ieee")),
     }
-    match scale:
-        case PowerOfTwoScale():
-            carry = POWER_RULES[rule](element) if rule else 0
-            return numbers | {"SCALE": "1", "SCALE_EMAX": str(element.emax), "SCALE_CARRY": str(carry)}
-        case ElementScale(element=one):
-            return {"SCALE": "2", **_of_element("SCALE", one), **numbers}
-        case WideScale(dtype=dtype):
-            return numbers | {"SCALE": "3" if dtype == torch.bfloat16 else "4"}
-    return numbers | {"SCALE": "0"}
+
+
+def _of_power(fields: Any) -> dict[str, str]:
+    return {
+        "SCALE": "1",
+        "SCALE_EMAX": str(fields.element.emax),
+        "SCALE_CARRY": str(fields.rule.carry_of(fields.element)),
+    }
+
+
+# What native.cpp knows, by exact kind: a kind derived from one of these may compute something else.
+DTYPES = {torch.float32: "1", torch.bfloat16: "2", torch.float16: "3"}
+_WIDE = {torch.bfloat16: "3", torch.float32: "4"}
+_ROUNDINGS = {"nearest": "0", "stochastic": "1"}
+_ELEMENTS: dict[type, Callable[[Any], dict[str, str]]] = {
+    FloatElement: _of_float,
+    IntegerElement: lambda element: {"FLOAT": "0", "INFINITY": "0"},
+}
+_SCALES: dict[tuple[type, type], Callable[[Any], dict[str, str]]] = {
+    (type(None), type(None)): lambda fields: {"SCALE": "0"},
+    (PowerOfTwoScale, PowerRule): _of_power,
+    (ElementScale, NearestRule): lambda fields: {"SCALE": "2"} | _of_element("SCALE", fields.scale.element),
+    (WideScale, NearestRule): lambda fields: {"SCALE": _WIDE[fields.scale.dtype]},
+}
+_FIELDS = {"name", "element", "block", "scale", "scale_rule", "rounding", "four_over_six"}
+_FIELDS |= {"tensor_scale", "static_scale", "seed", "hadamard"}  # what comes of these, a kernel is given
+
+
+def _knows(fields: Fields) -> bool:
+    """Return whether native.cpp can be told of a format: of a field that is new here, only what it is unsaid."""
+    return (
+        type(fields.element) in _ELEMENTS
+        and (type(fields.scale), type(fields.rule)) in _SCALES
+        and (not isinstance(fields.scale, WideScale) or fields.scale.dtype in _WIDE)
+        and fields.rounding in _ROUNDINGS
+        and all(one.name in _FIELDS or getattr(fields, one.name) == one.default for one in dataclasses.fields(Fields))
+    )
 
 
 def _float(value: float) -> str:
@@ -308,3 +357,59 @@ def _float(value: float) -> str:
     if not math.isfinite(value):
         raise ValueError(f"no constant for {value}")
     return f"{float(value).hex()}f"
+
+
+class Native(Backend):
+    """native.cpp on a CPU."""
+
+    name = "native"
+    preferred_on = frozenset({"cpu"})
+    reads_memory = True
+
+    def supports(self, fields: Fields, dtype: torch.dtype, device: str, operation: Operation) -> bool:
+        """Return whether native.cpp knows all that the format consists of; all operations alike."""
+        return device == "cpu" and dtype in DTYPES and _knows(fields)
+
+    def is_ready(self, fields: Fields, dtype: torch.dtype) -> bool:
+        """Return whether there is a compiled kernel, compiling it if there never was."""
+        return library(fields, dtype) is not None
+
+    def fake_quantize(self, rows: Tensor, above: Above, fields: Fields) -> Tensor:
+        """Return ``rows`` rounded, in their own dtype."""
+        flat = matrices(rows).contiguous()
+        out = torch.empty_like(flat)
+        _loaded(fields, rows.dtype).fake_quantize(flat, out, per_row(above, rows), fields.seed)
+        return out.view(rows.shape)
+
+    def quantize(self, rows: Tensor, above: Above, fields: Fields) -> tuple[Tensor, Tensor | None]:
+        """Return the packed codes (…, rows, bytes) of ``rows``, and their block scales' (…, rows, blocks)."""
+        data, scale = empty_codes(rows, fields)
+        flat = matrices(rows).contiguous()
+        _loaded(fields, rows.dtype).quantize(flat, data, scale, per_row(above, rows), fields.seed)
+        return data, scale
+
+    def dequantize(
+        self, data: Tensor, scale: Tensor | None, above: Above, fields: Fields, length: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the values (…, rows, length) of what ``quantize`` returned, in ``dtype``."""
+        out = torch.empty(*data.shape[:-1], length, dtype=dtype)
+        contiguous = None if scale is None else scale.contiguous()
+        _loaded(fields, dtype).dequantize(data.contiguous(), contiguous, per_row(above, out), matrices(out))
+        return out
+
+    def saturates(self, rows: Tensor, above: Above, fields: Fields) -> Tensor:
+        """Return where (bool) a value of ``rows`` exceeds the largest that its block can hold."""
+        flat = matrices(rows).contiguous()
+        out = torch.empty(rows.shape, dtype=torch.bool)
+        _loaded(fields, rows.dtype).saturates(flat, out, per_row(above, rows))
+        return out
+
+
+def _loaded(fields: Fields, dtype: torch.dtype) -> Library:
+    found = library(fields, dtype)
+    if found is None:
+        raise FormatError(f"no native kernel for format '{fields.name}' in {dtype}")
+    return found
+
+
+NATIVE = Native()

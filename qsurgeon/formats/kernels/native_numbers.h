@@ -6,11 +6,13 @@
 //   ELEMENT_*             the element: FLOAT 1 or 0 (integer), BITS, MAX, SMALLEST, NAN_CODE; of a float also
 //                         MANTISSA, MIN_NORMAL, BIAS, FINITE (how many codes are finite numbers), INFINITY (1: the next
 //                         one is infinity; 0: NaN)
+//   GROUP_CODES, _BYTES   how many codes fill how many bytes, see packing.py
 //   BLOCK_ROWS, _COLUMNS  of a block; 0 columns: no blocks, the tensor scale alone
 //   SCALE                 0 none, 1 a power of two, 2 an element, 3 bfloat16, 4 float32
-//   SCALE_*               SMALLEST, LARGEST; of a power of two also EMAX (of the element) and CARRY (see POWER_RULES in
-//                         scale.py); of an element scale also MANTISSA, MIN_NORMAL, MAX, BIAS, NAN_CODE, FINITE, INFINITY
+//   SCALE_*               SMALLEST, LARGEST; of a power of two also EMAX (of the element) and CARRY (see PowerRule in
+//                         scale.py); of an element scale also what ELEMENT_* says of the element
 //   STOCHASTIC, FOUR_OVER_SIX, FOUR
+//   TOP                   what the largest value under a tensor scale takes; SMALLEST_ABOVE: the least tensor scale
 
 #pragma once
 
@@ -50,7 +52,7 @@ static INLINE T store(float x) {
 static INLINE u32 magnitude(T x) { return x & 0x7fffu; }
 static INLINE float widened(u32 m) { return value(m << 16); }
 constexpr float DTYPE_MAX = 0x1.fep127f;
-#else
+#elif DTYPE == 3
 using T = u16;
 using M = u16;
 static INLINE float widened(u32 m) {
@@ -66,6 +68,8 @@ static INLINE T store(float x) {
 }
 static INLINE u32 magnitude(T x) { return x & 0x7fffu; }
 constexpr float DTYPE_MAX = 65504.0f;
+#else
+#error "no such DTYPE"
 #endif
 
 static INLINE float clamped(float x, float limit) {
@@ -173,12 +177,14 @@ static INLINE float decoded(u8 c) {
 
 // ---- the scale
 
-#if SCALE == 3
+#if SCALE == 0 || SCALE == 1 || SCALE == 2
+using S = u8;
+#elif SCALE == 3
 using S = u16;
 #elif SCALE == 4
 using S = float;
 #else
-using S = u8;
+#error "no such SCALE"
 #endif
 
 static INLINE float bfloat16_of(float x) {
@@ -232,8 +238,10 @@ static INLINE float value_of_scale(S c) {
 #if SCALE == 1
     return value(c == 255 ? 0x7fc00000u : c == 0 ? 0x00400000u : u32(c) << 23);
 #elif SCALE == 2
-    const float m = value_of_float<SCALE_MANTISSA, SCALE_BIAS, SCALE_FINITE, SCALE_INFINITY>(c & 127, SCALE_SMALLEST);
-    return value(bits(m) | u32(c & 128) << 24);  // a sign is no scale's, but a code has room for it
+    constexpr u32 HALF = 1u << (SCALE_BITS - 1);
+    const float m = value_of_float<SCALE_MANTISSA, SCALE_BIAS, SCALE_FINITE, SCALE_INFINITY>(
+        c & (HALF - 1), SCALE_SMALLEST);
+    return value(bits(m) | u32(c & HALF) << (32 - SCALE_BITS));  // a sign is no scale's, but a code has room for it
 #elif SCALE == 3
     return value(u32(c) << 16);
 #else

@@ -1,4 +1,4 @@
-"""Libraries that multiply with the weight of an output head themselves, and never call it, are refused a wrapped one.
+"""Refuses a wrapped output head to libraries that read its weight themselves and never call it.
 
 A fused loss saves the memory of the logits: it takes the weight and computes past the layer. That can be seen where a
 library sets its loss up, and no later: under FSDP it is handed a tensor that it gathered. Each module below is imported
@@ -20,7 +20,7 @@ def refuse_wrapped_head(model: Any, who: str) -> None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     held = head.get_base_layer() if tuners is not None and isinstance(head, tuners.BaseTunerLayer) else head
-    if not isinstance(held, QuantLinear) or held.quantization.phases == "rollout":
+    if not isinstance(held, QuantLinear) or held.quantization.behavior.phases == "rollout":
         return
     path = next(path for path, module in model.named_modules() if module is head)
     how = "take its packed codes for values" if isinstance(held, PackedLinear) else "train it in full precision"

@@ -1,4 +1,4 @@
-"""Liger's fused loss, as transformers' Trainer sets it up. Importing this module makes that refuse a wrapped head."""
+"""Liger's fused loss, as transformers' Trainer sets it up. Importing this module makes it refuse a wrapped head."""
 
 from typing import Any
 

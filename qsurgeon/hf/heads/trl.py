@@ -1,4 +1,4 @@
-"""TRL's trainers, which give a model a fused head. Importing this module makes that refuse."""
+"""TRL's trainers, which give a model a fused head. Importing this module makes them refuse."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What Python runs when it starts below ``qsurgeon run``: the user's own sitecustomize, then ``import qsurgeon``.
+"""What Python runs at startup under ``qsurgeon run``: the user's own sitecustomize, then ``import qsurgeon``.
 
 It is not part of the package, and may be read by a Python that has no qsurgeon and is older than the one it was
 installed for: standard library only, and no recent syntax.

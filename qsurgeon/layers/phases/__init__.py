@@ -4,8 +4,8 @@ Which phase it is is a matter of the work, not of the model: one thread may eval
 trains it. ``state.py`` says where that stands, ``carrying.py`` how it reaches what works for the caller.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, get_args
 
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from qsurgeon.errors import UsageError, nearest
 from qsurgeon.layers.phases.around import around
 from qsurgeon.layers.phases.carrying import carry
+from qsurgeon.layers.phases.keeping import Keeping
 from qsurgeon.layers.phases.marks import is_among, number_of
 from qsurgeon.layers.phases.state import Block, entered
 from qsurgeon.layers.phases.state import current as _state
@@ -72,6 +73,48 @@ def phase(name: Phase) -> During:
 def rollout_unless_told() -> During:
     """Enter the phase ``rollout``, where no block has said which phase it is."""
     return During(lambda: Block("rollout", unless_told=True))
+
+
+@contextmanager
+def generation() -> Iterator[None]:
+    """Enter the phase ``rollout``, where no block has said which phase it is, and keep rounded weights inside.
+
+    Raises: UsageError, where the block ends, for a weight that changed inside and could not be seen to.
+    """
+    with _keeping(Block("rollout", unless_told=True), None):
+        yield
+
+
+@contextmanager
+def rounded_once(most: int | None = None) -> Iterator[None]:
+    """Round each weight once inside the block, for a loop of your own that generates as ``generate`` does.
+
+    No weight may be trained inside: what changes one in a way that torch counts (an optimizer, ``load_state_dict``) is
+    seen and costs another rounding, and what writes into ``weight.data`` is an error where the block ends. The rounded
+    weights, as many bytes as the weights of the wrapped layers, are given back there. The phase stays what it is.
+
+    most: how many bytes may be kept; what has no room is rounded at each call. Without it: see ``keep_at_most``.
+
+    Raises: UsageError, where the block ends, for a weight that changed inside and could not be seen to.
+    """
+    with _keeping(Block(), most):
+        yield
+
+
+@contextmanager
+def _keeping(block: Block, most: int | None) -> Iterator[None]:
+    around_this = _state().keeping
+    keeping = None if around_this is not None and around_this.is_open else Keeping(most)
+    block.keeping = keeping
+    with entered(block):
+        try:
+            yield
+        except BaseException:
+            if keeping is not None:
+                keeping.drop()
+            raise
+        if keeping is not None:
+            keeping.close()
 
 
 def without(layers: Iterable[nn.Module]) -> During:

@@ -1,4 +1,4 @@
-"""A function such that all it does runs inside a ``with`` block, also what it does when it is awaited or iterated."""
+"""Wrap a function so that all of it runs inside a ``with`` block, including what it awaits or yields."""
 
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import AbstractContextManager, aclosing

@@ -1,4 +1,4 @@
-"""The state of a piece of work goes where the work goes, where Python does not see to it itself.
+"""The state of a piece of work follows it into threads and pools, where Python does not carry it itself.
 
 Changed is, for all who run in a state (``state.py``):
 
@@ -20,6 +20,7 @@ from torch.utils import checkpoint
 
 from qsurgeon.layers.phases.state import State, current, inside
 from qsurgeon.patching import Method, patch
+from qsurgeon.torch_private import CheckpointFrame
 
 _POOLED = ("apply", "apply_async", "imap", "imap_unordered", "map", "map_async", "starmap", "starmap_async")
 
@@ -31,7 +32,7 @@ def carry() -> None:
     for name in _POOLED:
         patch(ThreadPool, name, _pooling)
     patch(checkpoint.CheckpointFunction, "forward", _computing_again_alike)  # reentrant
-    patch(checkpoint._CheckpointFrame, "__init__", _computing_again_alike)  # not reentrant; private, torch 2.13
+    patch(CheckpointFrame, "__init__", _computing_again_alike)  # not reentrant
 
 
 def _starting(start: Method) -> Method:

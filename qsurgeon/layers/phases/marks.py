@@ -1,4 +1,4 @@
-"""Numbers by which a state names layers, so that dynamo guards on what many layers have in common.
+"""Numbers by which a state refers to layers, so that dynamo guards on what many layers have in common.
 
 Guarding on a layer's ``id`` would compile a block once for each layer, and stop at dynamo's limit of recompilations.
 All layers of a model have the same number.

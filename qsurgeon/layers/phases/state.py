@@ -1,4 +1,4 @@
-"""In which state a piece of work runs: the phase that was named for it, and the models that do not round in it.
+"""The state in which code runs: its phase, and the models that do not round in it.
 
 The state stands in a ``contextvars.ContextVar``: asyncio hands it to tasks, to callbacks and to ``asyncio.to_thread``,
 and two coroutines of one thread do not see each other's. What Python hands on to nobody is in ``carrying.py``.
@@ -15,13 +15,15 @@ from weakref import WeakSet
 
 import torch
 
+from qsurgeon.layers.phases.keeping import Keeping
+from qsurgeon.torch_private import hand_on, hand_on_no_more, handed_on, is_handed_on
 from qsurgeon.words import Phase
 
 _current: ContextVar["State"] = ContextVar("qsurgeon.state")
 _changing = threading.RLock()  # not a Lock: the garbage collector may close a generator, and leave its block, anywhere
 
 # torch hands what lies under these keys on to the threads of a GPU that run a backward pass, where the context is
-# empty. The first is its own (2.13): a copy of the caller's context, until the first backward pass ends that lies
+# empty. The first is its own: a copy of the caller's context, until the first backward pass ends that lies
 # inside of this one. The second is ours, and there as long as a block is open.
 _CONTEXT, _STATE = "context", "qsurgeon.state"
 
@@ -29,13 +31,20 @@ _CONTEXT, _STATE = "context", "qsurgeon.state"
 class Block:
     """What one ``with`` asks for: a phase, or that some layers do not round (by their numbers, see ``marks.py``).
 
-    unless_told: the phase holds only where no block around has named one.
+    unless_told: the phase holds only where no block around has named one. keeping: where rounded weights are kept.
     """
 
-    __slots__ = ("named", "off", "states", "unless_told")
+    __slots__ = ("keeping", "named", "off", "states", "unless_told")
 
-    def __init__(self, named: Phase | None = None, off: tuple[int, ...] = (), *, unless_told: bool = False) -> None:
-        self.named, self.off, self.unless_told = named, off, unless_told
+    def __init__(
+        self,
+        named: Phase | None = None,
+        off: tuple[int, ...] = (),
+        *,
+        unless_told: bool = False,
+        keeping: Keeping | None = None,
+    ) -> None:
+        self.named, self.off, self.unless_told, self.keeping = named, off, unless_told, keeping
         self.states: WeakSet[State] = WeakSet()  # those that it is a part of
 
 
@@ -47,11 +56,12 @@ class State:
     model follows the state of whoever calls it, and compiles once for each value of what it has read.
     """
 
-    __slots__ = ("__weakref__", "blocks", "named", "off")
+    __slots__ = ("__weakref__", "blocks", "keeping", "named", "off")
 
     blocks: tuple[Block, ...]
     named: Phase | None
     off: tuple[int, ...]
+    keeping: Keeping | None
     now = property(_current.get)  # the state here; where none was set, the object that was asked itself
 
     def __init__(self, blocks: tuple[Block, ...]) -> None:
@@ -89,6 +99,7 @@ class State:
                 named = block.named
         self.blocks, self.named = blocks, named
         self.off = tuple(sorted({number for block in blocks for number in block.off}))
+        self.keeping = next((block.keeping for block in reversed(blocks) if block.keeping is not None), None)
 
 
 NOTHING = State(())  # outside of all blocks
@@ -103,19 +114,19 @@ def current() -> State:
 
 def _handed_on() -> State:
     """Return the state of a thread that Python did not start: in a backward pass, that of whoever called it."""
-    if torch._C._is_key_in_tls(_CONTEXT):
-        context: Context = torch._C._get_obj_in_tls(_CONTEXT)
+    if is_handed_on(_CONTEXT):
+        context: Context = handed_on(_CONTEXT)
         if _current in context:
             return context[_current]
-    found: State = torch._C._get_obj_in_tls(_STATE) if torch._C._is_key_in_tls(_STATE) else NOTHING
+    found: State = handed_on(_STATE) if is_handed_on(_STATE) else NOTHING
     return found
 
 
 def _hand_on(state: State) -> None:
     if state.blocks:
-        torch._C._stash_obj_in_tls(_STATE, state)
-    elif torch._C._is_key_in_tls(_STATE):
-        torch._C._remove_obj_from_tls(_STATE)  # a thread that ended with an object there would hang
+        hand_on(_STATE, state)
+    elif is_handed_on(_STATE):
+        hand_on_no_more(_STATE)  # a thread that ended with an object there would hang
 
 
 @contextmanager
