@@ -15,8 +15,6 @@ from typing import Any
 import peft
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,6 +31,12 @@ from qsurgeon.formats.rotation import rotated
 from qsurgeon.hf.models import load
 from qsurgeon.hf.opening import ADAPTER
 from qsurgeon.layers import AS_IT_IS, PackedLayer, QuantProduct
+from qsurgeon.peft_private import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+)
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import inventory
 

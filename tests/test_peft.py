@@ -13,12 +13,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from versions import adapter_config, part
 
 import qsurgeon
 from qsurgeon.errors import SurgeryError
 from qsurgeon.hf import adapting
 from qsurgeon.layers import Quantization, QuantLinear, quant_layers
-from qsurgeon.recipe import Recipe, Rule
+from qsurgeon.recipe import Recipe, Rule, load_recipe
 from qsurgeon.surgery import bypassed
 
 # FRoD's own.
@@ -45,7 +46,7 @@ def model(make_qwen2: Maker) -> Maker:
 
 
 def made(kind: str, **fields: Any) -> Make:
-    return lambda: getattr(peft, kind)(**{"target_modules": TARGETS, **fields})
+    return lambda: adapter_config(kind, **{"target_modules": TARGETS, **fields})
 
 
 def lora(**fields: Any) -> Make:
@@ -65,11 +66,11 @@ CALL = {
     "trainable_token_indices": lora(trainable_token_indices=[1, 2]),
     "qalora": lora(use_qalora=True, qalora_group_size=16),
     "alora": lora(alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
-    "velora": lora(velora_config=peft.VeloraConfig(num_groups=8)),
-    "kasa": lora(kasa_config=peft.KasaConfig()),
-    "monteclora": lora(monteclora_config=peft.MontecloraConfig()),
+    "velora": lora(velora_config=part("VeloraConfig", num_groups=8)),
+    "kasa": lora(kasa_config=part("KasaConfig")),
+    "monteclora": lora(monteclora_config=part("MontecloraConfig")),
     "bdlora": lora(
-        use_bdlora=peft.BdLoraConfig(nblocks=2, target_modules_bd_a=["down_proj"], target_modules_bd_b=["q_proj"])
+        use_bdlora=part("BdLoraConfig", nblocks=2, target_modules_bd_a=["down_proj"], target_modules_bd_b=["q_proj"])
     ),
     "adalora": made("AdaLoraConfig", init_r=4, target_r=2, total_step=100),
     "adamss": made("AdamssConfig"),
@@ -123,8 +124,23 @@ NO_LAYER = {
 
 def test_every_method_of_peft_is_tried() -> None:
     methods = {found.name for found in pkgutil.iter_modules(peft.tuners.__path__) if found.ispkg}
-    tried = {name.split(",")[0] for name in [*CALL, *PAST]} | {"glora"}
+    tried = {name.split(",")[0] for name in [*CALL, *PAST]} | {"glora", "bone"}  # which have tests of their own
     assert methods - NO_LAYER - tried == set()
+
+
+@pytest.mark.filterwarnings("ignore:Bone will be removed:UserWarning")
+@pytest.mark.parametrize("storage", ["master", "packed"])
+def test_bone_of_older_peft_calls_its_layer_or_is_refused(model: Maker, storage: str) -> None:
+    recipe = load_recipe("w4a4-mxfp4").model_copy(update={"storage": storage})
+    on = adapter_config("BoneConfig", r=4, target_modules=["q_proj"])
+    assert bypassed(peft.get_peft_model(qsurgeon.apply(recipe, model()), on)) == {}
+    wrapped = qsurgeon.apply(recipe, model())
+    with pytest.raises(SurgeryError) as caught:
+        peft.get_peft_model(wrapped, adapter_config("BoneConfig", r=4, target_modules=["q_proj"], init_weights="bat"))
+    assert str(caught.value) == (
+        f"{Q} cannot have this adapter: bone with init_weights='bat' multiplies with its weight itself and never calls "
+        "it"
+    )
 
 
 def trained(model: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from versions import recompute
 
 import qsurgeon
 from qsurgeon.formats import kernels
@@ -181,7 +182,7 @@ def test_a_teacher_in_the_same_weights_changes_nothing_of_the_students_step(
 ) -> None:
     def gradients(with_teacher: bool) -> dict[str, Any]:
         model = qsurgeon.apply(recipe("both"), make_qwen2()).train()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        recompute(model, use_reentrant=reentrant)
         model.enable_input_require_grads()
         loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
         if with_teacher:

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from versions import recomputing
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
@@ -73,7 +74,7 @@ def longer(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 COMMON: dict[str, Any] = {
-    "use_cpu": True, "bf16": False, "activation_checkpointing": False, "max_steps": STEPS, "report_to": [],
+    "use_cpu": True, "bf16": False, **recomputing(False), "max_steps": STEPS, "report_to": [],
     "save_strategy": "no", "per_device_train_batch_size": 4, "learning_rate": 1e-2, "disable_tqdm": True,
     "logging_strategy": "no",
 }  # fmt: skip
@@ -83,7 +84,7 @@ def sft(model: Any, output: Path, recompute: bool = False, **fields: Any) -> Any
     data = [{"prompt": f"Ava has {n} pens.", "completion": f"#{n}"} for n in range(8)]
     return trl.SFTTrainer(
         model,
-        trl.SFTConfig(output_dir=str(output), **{**COMMON, "activation_checkpointing": recompute}),
+        trl.SFTConfig(output_dir=str(output), **{**COMMON, **recomputing(recompute)}),
         train_dataset=datasets.Dataset.from_list(data),
         processing_class=hf.AutoTokenizer.from_pretrained(TOKENIZER),
         **fields,

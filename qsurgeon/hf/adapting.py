@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
 from qsurgeon.errors import CodesError, SurgeryError
 from qsurgeon.hf.references import refuse_an_adapter
 from qsurgeon.layers import PackedLayer, QuantLayer, packed_layers, quant_layers
 from qsurgeon.patching import Method, patch
+from qsurgeon.peft_private import CHECK_MERGE, CREATE, BaseTuner, BaseTunerLayer, filled, is_target
 from qsurgeon.surgery import method_of, objection, refuse_adapters
+from qsurgeon.transformers_private.attributes import ADAPTED
 
 
 def _refusing(inject: Method) -> Method:
@@ -47,18 +48,18 @@ def _refusing(inject: Method) -> Method:
 
 @contextmanager
 def _noting(tuner: Any) -> Iterator[list[str]]:
-    """Note the paths of the modules that ``tuner`` puts adapters on, each before it does: peft 0.21 says it nowhere."""
-    paths, create = list[str](), tuner._create_and_replace
+    """Note the paths of the modules that ``tuner`` puts adapters on, each before it does: peft says it nowhere."""
+    paths, create = list[str](), getattr(tuner, CREATE)
 
     def create_and_replace(*args: Any, **kwargs: Any) -> Any:
         paths.append(kwargs.get("current_key", ""))
         return create(*args, **kwargs)
 
-    vars(tuner)["_create_and_replace"] = create_and_replace
+    vars(tuner)[CREATE] = create_and_replace
     try:
         yield paths
     finally:
-        del vars(tuner)["_create_and_replace"]
+        del vars(tuner)[CREATE]
 
 
 def _why(config: Any, error: Exception) -> str:
@@ -131,10 +132,9 @@ def _targets(tuner: Any, model: nn.Module, config: Any) -> Iterator[tuple[str, Q
     for path, layer in packed_layers(model).items() if parameters else ():
         if any(f"{path}.{weight.name}".endswith(parameters) for weight in layer.weights):
             yield path, layer
-    filled = tuner._prepare_adapter_config(deepcopy(config), tuner.get_model_config(model))
-    filled = _maybe_include_all_linear_layers(filled, model)
+    whole = filled(tuner, deepcopy(config), model)
     for path, _, held in _holding(model):
-        if path and isinstance(held, QuantLayer) and tuner._check_target_module_exists(filled, path):
+        if path and isinstance(held, QuantLayer) and is_target(tuner, whole, path):
             yield path, held
 
 
@@ -147,8 +147,8 @@ def _holding(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
 def _forget(tuner: Any, model: nn.Module, adapter_name: str) -> None:
     """Take back what was noted of an adapter before it was put on: peft notes its config, transformers that it is."""
     tuner.peft_config.pop(adapter_name, None)
-    if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
-        vars(model)["_hf_peft_config_loaded"] = False
+    if getattr(model, ADAPTED, False) and not getattr(model, "peft_config", None):
+        vars(model)[ADAPTED] = False
 
 
 def _refusing_codes(check: Method) -> Method:
@@ -165,4 +165,4 @@ def _refusing_codes(check: Method) -> Method:
 
 
 patch(BaseTuner, "inject_adapter", _refusing)
-patch(BaseTuner, "_check_merge_allowed", _refusing_codes)  # before merge_adapter, merge_and_unload
+patch(BaseTuner, CHECK_MERGE, _refusing_codes)

@@ -44,6 +44,11 @@ from qsurgeon.surgery import (
     uninterrupted,
     unwrapped,
 )
+from qsurgeon.transformers_private.loading import (
+    SEES_PARTS,
+    is_split_unseen,
+    needs,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -119,6 +124,11 @@ def apply(recipe: Recipe | str | Path, model: Model | None = None) -> Model:
     foreign = next(filter(None, (foreign_method(host.config) for host in found)), None)
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
+    if any(is_split_unseen(host) for host in found):
+        raise SurgeryError(
+            "transformers split the model over processes, and its layers could not tell that they round a part: "
+            f"{needs(SEES_PARTS)}"
+        )
     made, before = _following(build_plan(as_recipe(recipe), modules_of(model)), model)
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     excluded = {step.module.name: step.fate for step in made.steps if isinstance(step.fate, Excluded)}

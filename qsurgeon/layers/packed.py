@@ -22,6 +22,7 @@ from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage import PACKED, Encoding
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
 from qsurgeon.torch_private import own_parameters, without_subclass
+from qsurgeon.transformers_private.attributes import READ
 from qsurgeon.words import Behavior
 
 
@@ -94,7 +95,7 @@ class PackedLayer(QuantProduct):
             packed = pack(cls.weights[0].rows(weight), quantization)
         super().wrap(linear, quantization, name)
         vars(linear)["compute_dtype"] = weight.dtype
-        vars(linear)["_is_hf_initialized"] = True  # transformers would draw new codes as if they were a weight
+        vars(linear)[READ] = True  # transformers would draw new codes as if they were a weight
         for key, tensor in packed.items():
             linear.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 

@@ -15,10 +15,9 @@ from qsurgeon.surgery.inventory import Module, inventory
 from qsurgeon.surgery.reader import Reader
 from qsurgeon.surgery.source import ANY, CALLED, FIRST, Path, Test, Use, uses_in
 from qsurgeon.torch_private import children
+from qsurgeon.transformers_private.attributes import SET_ON_CONFIGS
 
 _MOST_DEEP = 4  # methods of held modules that call such methods
-# What transformers sets on the config of each model that has a quantizer, ours too.
-_SET_ON_CONFIGS = "_is_quantized"
 _COMPARE: dict[type, Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
@@ -140,7 +139,7 @@ def _value(node: ast.expr, module: nn.Module) -> Any:
             except TypeError as error:
                 raise _UnknownError from error
         case ast.Call(func=ast.Name(id="hasattr"), args=[value, ast.Constant(value=str(attr))]):
-            return attr == _SET_ON_CONFIGS or hasattr(_value(value, module), attr)
+            return attr == SET_ON_CONFIGS or hasattr(_value(value, module), attr)
     raise _UnknownError
 
 

@@ -20,6 +20,7 @@ from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.layers import packed_layers
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import operate, read_config, record_in, skeleton
+from qsurgeon.transformers_private.loading import ignored_if_missing
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -107,7 +108,7 @@ def check_tensors(model: Any, tensors: Mapping[str, Tensor], names: Names, *, wh
             _check_tensor(tensors[stored], state[name])
     if not whole:
         return
-    ignored = model._keys_to_ignore_on_load_missing or ()
+    ignored = ignored_if_missing(model)
     absent = (*names.missing, *_missing_buffers(model, state, names))
     missing = [name for name in absent if not any(re.search(pattern, name) for pattern in ignored)]
     if missing:
