@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qsurgeon.errors import FormatError, ShapeError, SurgeryError
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
-from qsurgeon.storage import MASTER, PACKED, encoding_of
+from qsurgeon.storage import PACKED, encoding_of
 from qsurgeon.surgery.adapters import bypass, misreading
 from qsurgeon.surgery.interrupts import uninterrupted
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
@@ -137,7 +137,7 @@ def _pack_all(linears: Mapping[str, nn.Module], quantizations: Mapping[str, Quan
 
 
 def _is_packed(how: Quantization, storage: Storage) -> bool:
-    return storage != MASTER and how.weight is not None
+    return encoding_of(storage) is not None and how.weight is not None
 
 
 def _copied(linear: nn.Module) -> Tensor:

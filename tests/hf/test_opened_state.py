@@ -194,7 +194,7 @@ def test_a_model_in_which_nothing_is_wrapped_any_more_has_no_record(small_model:
         swapped(model, path)
     model.save_pretrained(tmp_path)
     assert section(tmp_path) is None
-    with pytest.raises(NothingWrappedError):
+    with pytest.raises(NothingWrappedError, match=r"no module is wrapped; its config\.json has no quantization_config"):
         qsurgeon.load(tmp_path)
 
 
