@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test coverage check format clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -28,6 +28,9 @@ demo: .venv/installed  ## plan, apply, inspect, reload and measure the bundled m
 test: .venv/tested  ## run the whole suite
 	$(BIN)/pytest -n 2 --dist worksteal
 
+coverage: .venv/tested  ## which branches a part of the suite takes, and whether they are as many as before
+	$(BIN)/pytest -n 2 --dist worksteal --cases 3 --cov --cov-report=term
+
 check: .venv/tested  ## what a change must pass before it lands: format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -38,4 +41,4 @@ format: .venv/tested  ## rewrite the files as `check` wants them
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the targets made
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist out

@@ -201,7 +201,9 @@ ADDS = (
 @pytest.mark.parametrize("name", ADDS)
 def test_what_an_adapter_adds_sees_the_unrounded_input(model: Maker, name: str) -> None:
     adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL[name]()).train()
-    for layer, held in layers_of(adapted):
+    pairs = list(layers_of(adapted))
+    assert len(pairs) == len(TARGETS)
+    for layer, held in pairs:
         torch.manual_seed(2)
         x = torch.randn(3, 4, held.in_features)
         with_rounding = output(layer, x) - held(x)
@@ -212,7 +214,9 @@ def test_what_an_adapter_adds_sees_the_unrounded_input(model: Maker, name: str) 
 
 def test_dora_scales_what_was_rounded(model: Maker) -> None:
     adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL["dora"]())
-    for layer, held in layers_of(adapted):
+    pairs = list(layers_of(adapted))
+    assert len(pairs) == len(TARGETS)
+    for layer, held in pairs:
         x = torch.randn(3, 4, held.in_features)
         added = layer.get_delta_weight("default")
         magnitude = layer.lora_magnitude_vector["default"].weight

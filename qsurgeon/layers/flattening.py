@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from torch.distributed.fsdp._flat_param import FlatParamHandle  # private, torch 2.13
-
 from qsurgeon.errors import CodesError
 from qsurgeon.layers.codes import Codes
 from qsurgeon.patching import Method, patch
+from qsurgeon.torch_private.fsdp import CHECK_TO_FLATTEN, FlatParamHandle
 
 
 def _refusing_codes(validate: Method) -> Method:
@@ -23,4 +22,4 @@ def _refusing_codes(validate: Method) -> Method:
     return refuse_or_validate
 
 
-patch(FlatParamHandle, "_validate_tensors_to_flatten", _refusing_codes)
+patch(FlatParamHandle, CHECK_TO_FLATTEN, _refusing_codes)

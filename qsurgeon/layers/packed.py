@@ -19,7 +19,7 @@ from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage import PACKED, Encoding
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
-from qsurgeon.torch_private import without_subclass
+from qsurgeon.torch_private import own_parameters, without_subclass
 from qsurgeon.words import Behavior
 
 
@@ -50,7 +50,7 @@ class PackedLinear(QuantLinear):
         ShapeError for a weight that its format or rotation does not fit.
         """
         QuantLinear.check(linear)
-        weight, grid = linear._parameters.get("weight"), packed_format(quantization)
+        weight, grid = own_parameters(linear).get("weight"), packed_format(quantization)
         if weight is None:
             raise SurgeryError(
                 "its weight is not a parameter: a hook computes it before each call (weight_norm, spectral_norm or "
@@ -106,7 +106,7 @@ class PackedLinear(QuantLinear):
         else:
             new = encoding.encode(self._quantized(self.compute_dtype))
         for name in before:
-            del self._parameters[name]
+            del own_parameters(self)[name]
         vars(self)["encoding"] = encoding
         for name, tensor in new.items():
             self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
@@ -213,7 +213,7 @@ class PackedLinear(QuantLinear):
         """Take what was pickled: Codes are pickled as ordinary tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name in self.encoding.names(self.grid):
-            self._parameters[name] = self._as_codes(name, self._parameters[name])
+            own_parameters(self)[name] = self._as_codes(name, own_parameters(self)[name])
 
     def _label(self, name: str) -> str:
         return f"{self.name or type(self).__name__}.{name}"

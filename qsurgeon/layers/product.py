@@ -29,7 +29,7 @@ from qsurgeon.layers.rounding import (
     rounded,
     saturated,
 )
-from qsurgeon.torch_private import is_transformed
+from qsurgeon.torch_private import is_transformed, is_view, unsafe_view
 
 
 def quantized_linear(
@@ -308,10 +308,9 @@ def _of_its_own(output: Tensor) -> Tensor:
     linear computes some products as a matrix, and returns a view of that. Autograd refuses to change the view that a
     Function returns in place, which it allows of what nn.Linear returns.
     """
-    if not torch.compiler.is_compiling() and not output._is_view():
+    if not torch.compiler.is_compiling() and not is_view(output):
         return output
-    own: Tensor = torch.ops.aten._unsafe_view(output, output.shape)  # as in torch 2.13
-    return own
+    return unsafe_view(output, output.shape)
 
 
 def _matrix(rows: Tensor) -> Tensor:

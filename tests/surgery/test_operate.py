@@ -124,13 +124,13 @@ def test_a_forward_that_was_replaced_on_the_instance_is_refused(tiny_qwen2: Any)
 
 def test_nothing_is_wrapped_if_one_module_cannot_be(tiny_qwen2: Any) -> None:
     tiny_qwen2.get_submodule("model.layers.2.mlp.down_proj").forward = lambda x: x
-    with pytest.raises(SurgeryError):
+    with pytest.raises(SurgeryError, match="its forward was replaced on the instance"):
         qsurgeon.apply("w4a4-mxfp4", tiny_qwen2)
     assert quant_linears(tiny_qwen2) == {}
 
 
 def test_nothing_is_wrapped_if_one_module_is_missing(tiny_qwen2: Any) -> None:
-    with pytest.raises(SurgeryError):
+    with pytest.raises(SurgeryError, match=r"^the model has no module nowhere"):
         operate(tiny_qwen2, {UP: W4A4, "nowhere": W4A4})
     assert quant_linears(tiny_qwen2) == {}
 
@@ -138,7 +138,7 @@ def test_nothing_is_wrapped_if_one_module_is_missing(tiny_qwen2: Any) -> None:
 def test_a_model_with_one_module_under_two_names_is_wrapped_whole_or_not_at_all() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match=r"cannot give b\.0 a weight of its own"):
         qsurgeon.apply(ALL, model)
     with pytest.raises(SurgeryError) as caught:
         operate(model, {"a.0": W4A4, "b.0": W4A4, "c": W4A4})

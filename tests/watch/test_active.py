@@ -79,7 +79,7 @@ def test_a_call_that_raised_is_not_the_one_that_counts() -> None:
     layer = nn.Linear(32, 32)
     QuantLinear.wrap(layer, Quantization(get_format("mxfp4"), get_format("mxfp4")))
     with qsurgeon.Watch(nn.Sequential(layer), every=1) as watch:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
             layer(torch.randn(4, 31))
         layer(input=torch.randn(4, 32))
         layer(torch.randn(0, 32))

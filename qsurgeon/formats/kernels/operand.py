@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qsurgeon.formats.fields import Fields
-from qsurgeon.formats.kernels import native
+from qsurgeon.formats.kernels import choosing, native
 from qsurgeon.formats.packing import packed_length
 from qsurgeon.torch_private import is_stand_in
 
@@ -137,11 +137,13 @@ def _run(call: Call, x: Tensor, at: int, out: Any, data: Any, scale: Any, above:
 
 # ---- what is decided once
 
-_calls: dict[tuple[str, torch.dtype], Call | None] = {}
+_calls: dict[tuple[str, str, torch.dtype], Call | None] = {}
 
 
 def _call(fields: Fields, dtype: torch.dtype) -> Call | None:
-    key = (fields.key, dtype)
+    if choosing.BACKENDS[0] is not native.NATIVE:
+        return None  # another backend is asked first
+    key = (fields.key, fields.kernel_key, dtype)
     try:
         return _calls[key]
     except KeyError:

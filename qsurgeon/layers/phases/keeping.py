@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qsurgeon.errors import UsageError
 from qsurgeon.telling import say
+from qsurgeon.torch_private import owner_of, writes
 
 Round = Callable[[Tensor, Any], Tensor]  # of a weight, as a Quantization says
 SHARE = 0.5  # of the memory that is free when the first weight is kept
@@ -43,14 +44,14 @@ class _State(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor) -> "_State":
-        version = -1 if weight.is_inference() else weight._version
+        version = -1 if weight.is_inference() else writes(weight)
         return cls(weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, weight.device)
 
     def is_of(self, weight: Tensor) -> bool:
         """Return whether torch says the same of ``weight``."""
         return (
             weight.data_ptr() == self.at
-            and (weight.is_inference() or weight._version == self.version)
+            and (weight.is_inference() or writes(weight) == self.version)
             and weight.shape == self.shape
             and weight.stride() == self.stride
             and weight.dtype is self.dtype
@@ -112,7 +113,7 @@ class Keeping:
 
         name: of the layer, for errors.
         """
-        owner = weight._base if weight._is_view() and weight._base is not None else weight
+        owner = owner_of(weight)
         kept = self._kept.get((id(owner), id(how)))
         if kept is not None and kept.owner() is owner and kept.state.is_of(weight):
             kept.uses += 1

@@ -68,6 +68,11 @@ def is_view(x: Tensor) -> bool:
     return x._is_view()
 
 
+def owner_of(x: Tensor) -> Tensor:
+    """Return the tensor that ``x`` is a view of; itself if it is none."""
+    return x._base if x._is_view() and x._base is not None else x
+
+
 def unsafe_view(x: Tensor, shape: torch.Size) -> Tensor:
     """Return a tensor in the memory of ``x`` that autograd knows as no view of it."""
     own: Tensor = torch.ops.aten._unsafe_view(x, shape)
