@@ -8,9 +8,16 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check format clean
+# What depends on the versions of transformers, peft, accelerate, TRL and the hub; the rest of the suite does not.
+DEPENDS := tests/cli/test_commands.py tests/cli/test_run.py tests/checkpoint/test_converted.py \
+	tests/checkpoint/test_hub.py tests/checkpoint/test_packed.py tests/checkpoint/test_saving.py tests/hf \
+	tests/packed tests/surgery/test_skeleton.py tests/test_accelerate.py tests/test_architectures.py \
+	tests/test_heads.py tests/test_imports.py tests/test_merge.py tests/test_peft.py tests/test_private.py \
+	tests/test_tensor_parallel.py tests/test_trainer.py tests/test_trl.py tests/watch/test_trainer.py
+
+.PHONY: help demo test test-oldest test-axolotl test-serving coverage check format clean
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,11 +29,31 @@ help:  ## list the targets
 	$(PIP) -e '.[test,dev]'
 	@touch $@
 
+# A set of versions that users have: .venv-NAME by constraints-NAME.txt. The oracles that only formats need are left out:
+# peft 0.18 fails beside a newer torchao.
+.venv-%/tested: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt $(TORCH)
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[trl]' pytest pytest-xdist
+	@touch $@
+
 demo: .venv/installed  ## plan, apply, inspect, reload and measure the bundled model
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/tested  ## run the whole suite
 	$(BIN)/pytest -n 2 --dist worksteal
+
+coverage: .venv/tested  ## which branches a part of the suite takes, and whether they are as many as before
+	$(BIN)/pytest -n 2 --dist worksteal --cases 3 --cov --cov-report=term
+
+test-oldest: .venv-oldest/tested  ## run what depends on the libraries' versions, with the oldest
+	.venv-oldest/bin/pytest -n 2 --dist worksteal $(DEPENDS)
+
+test-axolotl: .venv-axolotl/tested  ## the same with what axolotl pins
+	.venv-axolotl/bin/pytest -n 2 --dist worksteal $(DEPENDS)
+
+test-serving: .venv-serving/tested  ## the same with what vLLM and SGLang pin
+	.venv-serving/bin/pytest -n 2 --dist worksteal $(DEPENDS)
 
 check: .venv/tested  ## what a change must pass before it lands: format, lint, types
 	$(BIN)/ruff format --check .
@@ -38,4 +65,4 @@ format: .venv/tested  ## rewrite the files as `check` wants them
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the targets made
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist out

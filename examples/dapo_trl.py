@@ -12,6 +12,7 @@ score by less than the draw of the problems does.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,6 +23,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 import qsurgeon
 
+# What transformers calls recomputing in backward: the second until 5.22.
+RECOMPUTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in GRPOConfig.__dataclass_fields__
+)
+NOT_RECOMPUTING: dict[str, Any] = {RECOMPUTING: False}
 TINY_MATH = Path(__file__).parent / "models" / "tiny-math"
 
 
@@ -73,7 +79,7 @@ def train(args: argparse.Namespace) -> None:
         loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0,  # no reference
         per_device_train_batch_size=args.prompts * args.samples, num_generations=args.samples,
         max_completion_length=MAX_NEW_TOKENS, max_steps=args.steps, learning_rate=args.lr, seed=args.seed,
-        bf16=False, activation_checkpointing=False, use_cpu=not torch.cuda.is_available(),
+        bf16=False, **NOT_RECOMPUTING, use_cpu=not torch.cuda.is_available(),
         logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     lora = LoraConfig(r=32, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

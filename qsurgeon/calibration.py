@@ -12,7 +12,8 @@ from qsurgeon.errors import CalibrationError
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
 from qsurgeon.hf.quantizer import hosts, note
-from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, quant_linears
+from qsurgeon.layers import PackedLayer, Quantization, QuantLayer, quant_layers
+from qsurgeon.layers.kinds import kind_in
 from qsurgeon.observing import Seen, observed, undisturbed
 from qsurgeon.surgery import plain_model
 
@@ -30,16 +31,17 @@ def calibrate(model: Model, batches: Iterable[Mapping[str, Any]]) -> Model:
     Raises: CalibrationError if nothing is static, if no batch reaches a module, or if one gives it a value that is
     not finite; the model is as it was then.
     """
-    layers = {path: layer for path, layer in quant_linears(model).items() if _roles(layer)}
+    layers = {path: layer for path, layer in quant_layers(model).items() if any(_roles(layer).values())}
     if not layers:
         raise CalibrationError("no module has a static tensor scale; say tensor_scale: static in a recipe's formats")
     largest: dict[str, Tensor] = {}
-    formats = {path: layer.quantization.input for path, layer in layers.items()}
+    before = {path: layer.quantizations for path, layer in layers.items()}
 
-    def see(call: Seen[QuantLinear]) -> None:
-        if call.input.numel():
-            top = _amax(call.input, formats[call.name])
-            largest[call.name] = torch.maximum(largest.get(call.name, top), top)
+    def see(call: Seen[QuantLayer]) -> None:
+        for weight, how in before[call.name].items():
+            if call.input.numel():
+                name, top = kind_in(call.layer).entry(call.name, weight), _amax(call.input, how.input)
+                largest[name] = torch.maximum(largest.get(name, top), top)
 
     with _dynamically(layers), observed(layers, see), undisturbed(model):
         for batch in batches:
@@ -47,32 +49,37 @@ def calibrate(model: Model, batches: Iterable[Mapping[str, Any]]) -> Model:
     _agree(largest)
     chosen = {path: _calibrated(path, layer, largest) for path, layer in layers.items()}
     for path, layer in layers.items():
-        vars(layer)["quantization"] = chosen[path]
+        layer.quantize_as(chosen[path])
     for host in hosts(plain_model(model)[1]):
         note(host)
     return model
 
 
-def _roles(layer: QuantLinear) -> list[str]:
-    """Return which of a module's operands have a static scale to be found; that of a packed weight is part of it."""
-    how = layer.quantization
-    formats = {"input": how.input} if isinstance(layer, PackedLinear) else {"weight": how.weight, "input": how.input}
-    return [role for role, format in formats.items() if format is not None and format.tensor_scale == "static"]
+def _roles(layer: QuantLayer) -> dict[str, list[str]]:
+    """Return which operands of each weight have a static scale to be found; that of a packed weight is part of it."""
+    found = {}
+    for weight, how in layer.quantizations.items():
+        formats = {"input": how.input} if isinstance(layer, PackedLayer) else {"weight": how.weight, "input": how.input}
+        found[weight] = [role for role, one in formats.items() if one is not None and one.tensor_scale == "static"]
+    return found
 
 
 @contextmanager
-def _dynamically(layers: Mapping[str, QuantLinear]) -> Iterator[None]:
+def _dynamically(layers: Mapping[str, QuantLayer]) -> Iterator[None]:
     """Let ``layers`` compute inside the block with scales of each tensor's own."""
-    before = {path: layer.quantization for path, layer in layers.items()}
+    before = {path: layer.quantizations for path, layer in layers.items()}
     try:
         for path, layer in layers.items():
-            how = before[path]
-            weight = how.weight if isinstance(layer, PackedLinear) else _dynamic(how.weight)
-            vars(layer)["quantization"] = replace(how, weight=weight, input=_dynamic(how.input))
+            packed = isinstance(layer, PackedLayer)
+            layer.quantize_as({weight: _dynamic_of(how, packed=packed) for weight, how in before[path].items()})
         yield
     finally:
         for path, layer in layers.items():
-            vars(layer)["quantization"] = before[path]
+            layer.quantize_as(before[path])
+
+
+def _dynamic_of(how: Quantization, *, packed: bool) -> Quantization:
+    return replace(how, weight=how.weight if packed else _dynamic(how.weight), input=_dynamic(how.input))
 
 
 def _amax(x: Tensor, format: Format | None) -> Tensor:
@@ -98,16 +105,30 @@ def _agree(largest: dict[str, Tensor]) -> None:
         largest[path] = torch.tensor([one.get(path, 0.0) for one in of_all]).amax()  # NaN, if any has it
 
 
-def _calibrated(path: str, layer: QuantLinear, largest: Mapping[str, Tensor]) -> Quantization:
-    how = layer.quantization
-    for role in _roles(layer):
-        format: Format = getattr(how, role)
-        if role == "input" and path not in largest:
-            raise CalibrationError(f"no batch reached {path}: its input's static scale has no number")
-        top = (_amax(layer.weight, format) if role == "weight" else largest[path]).item()
-        if not top < float("inf"):
-            raise CalibrationError(f"the {role} of {path} has values that are not finite")
-        number = torch.tensor(max(top / format.top, SMALLEST_TENSOR_SCALE)).item()
-        numbered = replace(format, static_scale=number)
-        how = replace(how, weight=numbered) if role == "weight" else replace(how, input=numbered)
-    return how
+def _calibrated(path: str, layer: QuantLayer, largest: Mapping[str, Tensor]) -> dict[str, Quantization]:
+    """Return how each weight of a layer computes, with the numbers of its static scales."""
+    hows = dict(layer.quantizations)
+    declared = {weight.name: weight for weight in layer.weights}
+    for weight, roles in _roles(layer).items():
+        name = kind_in(layer).entry(path, weight)
+        for role in roles:
+            if role == "weight":
+                top = _amax(declared[weight].rows(getattr(layer, weight)), hows[weight].weight)
+            elif not declared[weight].takes_input:
+                raise CalibrationError(f"what {name} is multiplied with is made inside of its module, and not seen")
+            elif name not in largest:
+                raise CalibrationError(f"no batch reached {name}: its input's static scale has no number")
+            else:
+                top = largest[name]
+            hows[weight] = _numbered(hows[weight], role, top.item(), name)
+    return hows
+
+
+def _numbered(how: Quantization, role: str, top: float, name: str) -> Quantization:
+    """Return ``how`` with the static scale that lets ``top`` be the largest of the format of an operand."""
+    if not top < float("inf"):
+        raise CalibrationError(f"the {role} of {name} has values that are not finite")
+    format: Format = getattr(how, role)
+    number = torch.tensor(max(top / format.top, SMALLEST_TENSOR_SCALE)).item()
+    numbered = replace(format, static_scale=number)
+    return replace(how, weight=numbered) if role == "weight" else replace(how, input=numbered)

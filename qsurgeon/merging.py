@@ -15,8 +15,6 @@ from typing import Any
 import peft
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,7 +30,13 @@ from qsurgeon.formats.quality import decibels, energy
 from qsurgeon.formats.rotation import rotated
 from qsurgeon.hf.models import load
 from qsurgeon.hf.opening import ADAPTER
-from qsurgeon.layers import AS_IT_IS, PackedLinear, QuantLinear
+from qsurgeon.layers import AS_IT_IS, PackedLayer, QuantProduct
+from qsurgeon.peft_private import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+)
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import inventory
 
@@ -268,7 +272,7 @@ def _refuse_tied(ties: Mapping[str, str], names: Iterable[str]) -> None:
 def _fold(name: str, layer: Any) -> Change:
     """Add ΔW to the weight that ``layer`` holds, make ΔW zero, and return what that changed."""
     base = layer.get_base_layer()
-    if isinstance(base, PackedLinear):
+    if isinstance(base, PackedLayer):
         return _fold_packed(name, layer, base)
     weight: Tensor = base.weight
     before, delta = weight.detach().clone(), layer.get_delta_weight(NAME).float()
@@ -282,23 +286,25 @@ def _fold(name: str, layer: Any) -> Change:
         factor.weight.zero_()  # peft, which now takes the adapter off, adds what is left of it, in the base's dtype
     else:
         layer.lora_embedding_B[NAME].zero_()
-    how = base.quantization.weight if isinstance(base, QuantLinear) else None
+    how = base.quantization.weight if isinstance(base, QuantProduct) else None
     w, dw, shape = energy(before), energy(delta), tuple(weight.shape)
     if how is None:
         trained = before.float() + delta
         return Change(name, shape, AS_IT_IS, w, dw, 0, 0, energy(trained), energy(after.float() - trained))
-    old, new = how.as_weight.quantize(before), how.as_weight.quantize(after)
+    declared = base.weights[0]
+    old, new = (how.as_weight.quantize(declared.rows(one)) for one in (before, after))
     changed = int((old.codes != new.codes).sum())
-    trained = old.dequantize().float() + delta
+    trained = old.dequantize().float() + declared.rows(delta)
     noise = energy(new.dequantize().float() - trained)
     return Change(name, shape, how.name, w, dw, weight.numel(), changed, energy(trained), noise)
 
 
-def _fold_packed(name: str, layer: Any, base: PackedLinear) -> Change:
+def _fold_packed(name: str, layer: Any, base: PackedLayer) -> Change:
     """Pack q(W) + ΔW in place of q(W), where both are rotated if the format rotates, and return what that changed."""
-    grid, shape = base.grid, (base.out_features, base.in_features)
+    grid, declared = base.grid, base.weights[0]
+    shape = declared.row_shape(base.features)
     before = base.opened(torch.float32)
-    delta = rotated(layer.get_delta_weight(NAME).float(), base.quantization.rotation)
+    delta = rotated(declared.rows(layer.get_delta_weight(NAME).float()), base.quantization.rotation)
     trained = before + delta
     if not trained.isfinite().all():
         raise CheckpointError(f"{name}: W + ΔW is not finite everywhere")

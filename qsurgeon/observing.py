@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qsurgeon.layers.compiling import eagerly
+from qsurgeon.layers.kinds import kind_of
 from qsurgeon.torch_private import is_fake, own_buffers, without_tensor_modes
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -51,7 +52,8 @@ def _hook(
     name: str, see: Callable[[Seen[Layer]], None]
 ) -> Callable[[Layer, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
     def hook(layer: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        x = args[0] if args else kwargs["input"]
+        kind = kind_of(layer)
+        x = (*args, *kwargs.values())[0] if kind is None else kind.input(args, kwargs)
         if torch.compiler.is_compiling() or is_fake(x):
             return
         trains = torch.is_grad_enabled()

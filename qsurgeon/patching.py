@@ -1,5 +1,6 @@
-"""Monkey-patches of third-party methods. Every patch goes through ``patch``."""
+"""Monkey-patches of third-party methods and functions. Every patch is made here."""
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from inspect import getattr_static
@@ -29,3 +30,13 @@ def patch(owner: type | ModuleType, name: str, make: Callable[[Method], Method])
     new = wraps(method)(make(method))
     vars(new)[_DONE] = (*done, maker)
     setattr(owner, name, new if kind is None else kind(new))
+
+
+def patch_function(owner: ModuleType, name: str, make: Callable[[Method], Method]) -> None:
+    """Replace a function as ``patch`` does, and also where modules of its library have imported it by its name."""
+    before = vars(owner)[name]
+    patch(owner, name, make)
+    library = owner.__name__.partition(".")[0]
+    for module in [one for key, one in sys.modules.items() if key.partition(".")[0] == library and one is not owner]:
+        if vars(module).get(name) is before:
+            setattr(module, name, vars(owner)[name])

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "300")
 
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,23 @@ def pytest_fixture_setup() -> None:
 def pytest_runtest_call() -> None:
     """Let what a test draws depend on no other, nor on which fixtures were there already."""
     _seed()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, metavar="N", help="run at most N cases of each parametrized test, spread out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    most: int | None = config.getoption("--cases")
+    if most is None:
+        return
+    of_test: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        of_test[item.nodeid.partition("[")[0]].append(item)
+    spread = max(most - 1, 1)
+    kept = {cases[(len(cases) - 1) * place // spread] for cases in of_test.values() for place in range(most)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="session")

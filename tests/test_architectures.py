@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 import qsurgeon
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.recipe import Recipe
 
 _DECODER: dict[str, Any] = {
@@ -93,16 +93,16 @@ def test_a_wrapped_model_computes_trains_and_reloads_with_equal_logits(name: str
     plan = qsurgeon.plan("w4a4-mxfp4", config)
     qsurgeon.apply("w4a4-mxfp4", model)
     assert f"in {wrapped} of {linears} Linear modules" in plan.summary
-    assert sorted(quant_linears(model)) == sorted(step.module.name for step in plan.wrapped)
+    assert sorted(quant_layers(model)) == sorted(step.module.name for step in plan.wrapped)
 
     logits = model(**inputs).logits
     assert not torch.equal(logits, plain)
     logits.square().mean().backward()
-    assert [name for name, layer in quant_linears(model).items() if not _has_gradient(layer)] == []
+    assert [name for name, layer in quant_layers(model).items() if not _has_gradient(layer)] == []
 
     model.save_pretrained(tmp_path)
     again = qsurgeon.load(tmp_path, auto_class=model_class)
-    assert sorted(quant_linears(again)) == sorted(quant_linears(model))
+    assert sorted(quant_layers(again)) == sorted(quant_layers(model))
     assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
 
 

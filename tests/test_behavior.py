@@ -51,7 +51,7 @@ class Finder:
 sys.meta_path.insert(0, Finder)
 import qsurgeon
 from qsurgeon.errors import RecipeError
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.recipe import Recipe
 
 TEXT = '''version: 1
@@ -78,7 +78,7 @@ qsurgeon.rewrite(recipe, model, out / "noisy")
 said["record"] = json.loads((out / "noisy/config.json").read_text())["quantization_config"]
 said["card"] = (out / "noisy/README.md").read_text()
 loaded = qsurgeon.load(out / "noisy")
-layers = quant_linears(loaded)
+layers = quant_layers(loaded)
 said["layers"] = {name.split(".")[2]: layer.quantization.behavior.noise for name, layer in layers.items()}
 said["repr"] = repr(next(iter(layers.values())))
 report = qsurgeon.inspect(loaded)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import qsurgeon
 from qsurgeon.errors import CalibrationError, FormatError
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.recipe import FormatSpec, Recipe, Rule
 
 STATIC = FormatSpec(like="nvfp4", tensor_scale="static")
@@ -36,7 +36,7 @@ def inputs_of(model: Any, *batches: Tensor) -> dict[str, float]:
         layer.register_forward_pre_hook(
             lambda _, args, path=path: seen.update({path: max(seen.get(path, 0.0), args[0].abs().max().item())})
         )
-        for path, layer in quant_linears(model).items()
+        for path, layer in quant_layers(model).items()
     ]
     for ids in batches:
         model(input_ids=ids)
@@ -55,8 +55,8 @@ def test_the_first_layers_number_is_its_inputs_largest_magnitude_over_the_format
     qsurgeon.calibrate(model, [{"input_ids": IDS}, {"input_ids": IDS + 40}])
     seen = inputs_of(model, IDS, IDS + 40)
     path = "model.layers.0.self_attn.q_proj"
-    assert quant_linears(model)[path].quantization.static_scales == {"input": pytest.approx(seen[path] / 2688)}
-    assert len({tuple(layer.quantization.static_scales.items()) for layer in quant_linears(model).values()}) > 4
+    assert quant_layers(model)[path].quantization.static_scales == {"input": pytest.approx(seen[path] / 2688)}
+    assert len({tuple(layer.quantization.static_scales.items()) for layer in quant_layers(model).values()}) > 4
 
 
 def test_numbers_are_saved_and_loaded_and_give_the_same_logits(model: Any, tmp_path: Path) -> None:
@@ -65,15 +65,15 @@ def test_numbers_are_saved_and_loaded_and_give_the_same_logits(model: Any, tmp_p
     scales = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["static_scales"]
     assert len(scales) == 14
     loaded = qsurgeon.load(tmp_path)
-    for path, layer in quant_linears(loaded).items():
-        assert layer.quantization == quant_linears(model)[path].quantization
+    for path, layer in quant_layers(loaded).items():
+        assert layer.quantization == quant_layers(model)[path].quantization
         assert scales[path] == layer.quantization.static_scales
     assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def test_a_token_is_rounded_alike_alone_and_in_a_batch(model: Any) -> None:
     qsurgeon.calibrate(model, [{"input_ids": IDS}])
-    layer = quant_linears(model)["model.layers.0.mlp.up_proj"]
+    layer = quant_layers(model)["model.layers.0.mlp.up_proj"]
     x = torch.randn(4, 64)
     format = layer.quantization.input
     assert format is not None
@@ -92,7 +92,7 @@ def test_weights_may_be_static_too_and_are_rounded_as_with_their_own_scale(make_
 def test_the_number_is_of_rotated_values_where_the_format_rotates(make_qwen2: Callable[..., Any]) -> None:
     model = qsurgeon.apply(recipe(weight="rotated", input="rotated"), make_qwen2(num_hidden_layers=1))
     qsurgeon.calibrate(model, [{"input_ids": IDS}])
-    layer = quant_linears(model)["model.layers.0.self_attn.q_proj"]
+    layer = quant_layers(model)["model.layers.0.self_attn.q_proj"]
     rotation = layer.quantization.rotation
     assert rotation is not None
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(IDS))
@@ -110,13 +110,13 @@ def test_a_model_without_static_scales_is_told(make_qwen2: Callable[..., Any]) -
 
 
 def test_no_batch_leaves_the_model_as_it_was_and_names_the_first_module(model: Any) -> None:
-    before = {path: layer.quantization for path, layer in quant_linears(model).items()}
+    before = {path: layer.quantization for path, layer in quant_layers(model).items()}
     with pytest.raises(CalibrationError) as caught:
         qsurgeon.calibrate(model, [])
     assert str(caught.value) == (
         "no batch reached model.layers.0.self_attn.q_proj: its input's static scale has no number"
     )
-    assert {path: layer.quantization for path, layer in quant_linears(model).items()} == before
+    assert {path: layer.quantization for path, layer in quant_layers(model).items()} == before
 
 
 def test_values_that_are_not_finite_are_named(model: Any) -> None:
@@ -144,7 +144,7 @@ def test_calibrating_leaves_modes_and_running_statistics_as_they_were(model: Any
 
 
 def test_an_input_may_be_given_by_its_name(model: Any) -> None:
-    layer = quant_linears(model)["model.layers.0.self_attn.q_proj"]
+    layer = quant_layers(model)["model.layers.0.self_attn.q_proj"]
 
     class Caller(torch.nn.Module):
         def __init__(self) -> None:
@@ -174,9 +174,9 @@ def test_processes_agree_on_the_largest_and_none_hides_what_is_not_finite(monkey
 
 
 def test_an_exception_of_the_model_leaves_no_hook_and_no_other_format(model: Any) -> None:
-    before = {path: layer.quantization for path, layer in quant_linears(model).items()}
+    before = {path: layer.quantization for path, layer in quant_layers(model).items()}
     with pytest.raises(ValueError, match="input_ids"):
         qsurgeon.calibrate(model, [{}])
-    for path, layer in quant_linears(model).items():
+    for path, layer in quant_layers(model).items():
         assert layer.quantization == before[path]
         assert not layer._forward_pre_hooks

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import qsurgeon
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.layers.compiling import is_compiled, uncompiled
 from qsurgeon.recipe import Recipe
 from qsurgeon.surgery import inventory, plain_model
@@ -102,7 +102,7 @@ def test_a_recipe_applied_after_wraps_what_it_wraps_before(
         qsurgeon.apply(recipe(storage), way(small_model())),
         qsurgeon.apply(recipe(storage), small_model()),
     )
-    assert len(quant_linears(model)) == len(quant_linears(expected)) == 7
+    assert len(quant_layers(model)) == len(quant_layers(expected)) == 7
     if way in (layers, regions):
         assert torch.equal(logits(model), logits(expected))
     assert str(qsurgeon.inspect(model).summary) == str(qsurgeon.inspect(expected).summary)
@@ -142,8 +142,8 @@ def test_static_scales_are_found_in_a_model_that_was_compiled(small_model: Make,
     model, expected = (qsurgeon.apply(recipe(**static), one) for one in (way(small_model()), small_model()))
     for one in (model, expected):
         qsurgeon.calibrate(one, [{"input_ids": TOKENS}])
-    found = [layer.quantization.static_scales for layer in quant_linears(model).values()]
-    assert found == [layer.quantization.static_scales for layer in quant_linears(expected).values()]
+    found = [layer.quantization.static_scales for layer in quant_layers(model).values()]
+    assert found == [layer.quantization.static_scales for layer in quant_layers(expected).values()]
     assert all(found)
     # The numbers of a model that has run, compiled, before.
     logits(model)
@@ -174,8 +174,8 @@ def test_an_adapter_that_computes_past_a_compiled_layer_is_found(small_model: Ma
     adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM"))
     for block in adapted.base_model.model.model.layers:
         block.mlp.down_proj.base_layer = compiled(block.mlp.down_proj.base_layer)
-    names = [module.name for module in inventory(adapted) if module.linear and not module.adapter]
-    assert names == [module.name for module in inventory(small_model()) if module.linear]
+    names = [module.name for module in inventory(adapted) if module.type]
+    assert names == [module.name for module in inventory(small_model()) if module.type]
 
 
 def test_parts_are_compiled_again_after_the_block_and_after_an_error(small_model: Make) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qsurgeon
-from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, packed_layers, quant_layers
 from qsurgeon.recipe import load_recipe
 
 pytestmark = pytest.mark.skipif(
@@ -125,7 +125,7 @@ def test_a_full_state_dict_saves_and_reloads_wrapped(run: Run, reference: Any) -
     _, expected = reference
     for load in (qsurgeon.load, type(qsurgeon.load(run.folder)).from_pretrained):
         model = load(run.output / "full")
-        assert len(quant_linears(model)) == LINEARS
+        assert len(quant_layers(model)) == LINEARS
         assert type(model.model.layers[1].mlp.down_proj) is QuantLinear
         assert different(model.state_dict(), expected) == []
 
@@ -140,7 +140,7 @@ def test_a_sharded_state_dict_converts_to_one_that_reloads_wrapped(run: Run, ref
     dcp_to_torch_save(run.output / "sharded", tmp_path / "whole.pt")
     qsurgeon.load(run.folder).save_pretrained(tmp_path / "model", state_dict=torch.load(tmp_path / "whole.pt"))
     model = qsurgeon.load(tmp_path / "model")
-    assert len(quant_linears(model)) == LINEARS
+    assert len(quant_layers(model)) == LINEARS
     assert different(model.state_dict(), reference[1]) == []
 
 
@@ -160,7 +160,7 @@ def check_lora(run: Run, worker: Any) -> None:
     assert sorted(different(state, before)) == sorted(expected)
 
     again = peft.PeftModel.from_pretrained(qsurgeon.load(run.folder), run.output / "adapter")
-    assert len(quant_linears(again)) == LINEARS
+    assert len(quant_layers(again)) == LINEARS
     assert torch.equal(again(run.tokens).logits, model.eval()(run.tokens).logits)
 
 
@@ -205,7 +205,7 @@ def test_the_full_state_dict_of_sharded_codes_saves_and_reloads_packed(packed: R
     expected = qsurgeon.load(packed.folder)
     for load in (qsurgeon.load, type(expected).from_pretrained):
         model = load(packed.output / "full")
-        assert len(packed_linears(model)) == LINEARS
+        assert len(packed_layers(model)) == LINEARS
         assert different(model.state_dict(), expected.state_dict()) == []
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import qsurgeon
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.recipe import shipped_recipes
 from qsurgeon.surgery import build_plan, inventory
 
@@ -75,7 +75,7 @@ def test_no_shipped_recipe_wraps_the_output_head(name: str) -> None:
     for recipe in RECIPES:
         plan = build_plan(qsurgeon.load_recipe(recipe), modules)
         wrapped = {step.module.name for step in plan.wrapped}
-        left = {step.module.name for step in plan.steps if step.module.linear} - wrapped
+        left = {step.module.name for step in plan.steps if step.module.type} - wrapped
         assert wrapped, recipe
         assert not expected & wrapped, recipe
         assert {one for one in left if one.split(".")[-1] not in ("gate", "router")} == expected, recipe
@@ -99,9 +99,9 @@ def test_a_head_can_be_targeted_as_well_live_from_a_folder_and_in_its_record(tmp
     assert [step.module.name for step in qsurgeon.plan(recipe, tmp_path / "plain").wrapped] == ["proj_out"]
     qsurgeon.rewrite(recipe, tmp_path / "plain", tmp_path / "out")
     loaded = qsurgeon.load(tmp_path / "out")
-    assert [*quant_linears(loaded)] == ["proj_out"]
+    assert [*quant_layers(loaded)] == ["proj_out"]
     qsurgeon.apply(recipe, model)
-    assert [*quant_linears(model)] == ["proj_out"]
+    assert [*quant_layers(model)] == ["proj_out"]
     assert loaded.config.quantization_config.record.rules[0].modules == ("proj_out",)
 
 
@@ -117,7 +117,7 @@ def test_a_role_that_nothing_plays_is_an_error_without_a_question_mark() -> None
 def test_below_an_adapter_the_head_is_the_one_it_sits_on(small_model: Any) -> None:
     model = small_model()
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
-    heads = {one.name for one in inventory(adapted) if one.output_head and one.linear and not one.adapter}
+    heads = {one.name for one in inventory(adapted) if one.output_head and one.type}
     assert heads == {"lm_head"}
 
 

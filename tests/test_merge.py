@@ -17,7 +17,7 @@ import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError
 from qsurgeon.formats import get_format
 from qsurgeon.formats.quality import sqnr
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.merging import merge, total
 from qsurgeon.report.merging import merge_text
 
@@ -94,7 +94,7 @@ def test_the_merged_model_is_what_merging_by_hand_and_rounding_anew_gives(
     by_hand = qsurgeon.load(base)
     peft.PeftModel.from_pretrained(by_hand, adapter).merge_and_unload()
     merged = qsurgeon.load(tmp_path / "out")
-    assert len(quant_linears(merged)) == 14
+    assert len(quant_layers(merged)) == 14
     assert torch.equal(merged(TOKENS).logits, by_hand(TOKENS).logits)
     assert not torch.equal(merged(TOKENS).logits, qsurgeon.load(base)(TOKENS).logits)
 
@@ -150,7 +150,7 @@ def test_a_weight_that_is_not_rounded_has_no_codes(plain: Path, tmp_path: Path) 
     adapter_of(tmp_path / "base", tmp_path / "adapter")
     done = qsurgeon.merge(tmp_path / "adapter", tmp_path / "out")
     assert {(one.weight, one.share) for one in done.changes} == {("-", None)}
-    assert len(quant_linears(qsurgeon.load(tmp_path / "out"))) == 14
+    assert len(quant_layers(qsurgeon.load(tmp_path / "out"))) == 14
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import qsurgeon
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 
 # Mean cosine of the embeddings to the full-precision ones. Measured on two sets of 200 sentences, in this order: .9318
 # .9319, .9636 .9636, .9617 .9613, .9645 .9642, .9753 .9748, .9961 .9961; the later ones on one set: .9280, .9461,
@@ -88,7 +88,7 @@ def test_embeddings_stay_as_near_to_full_precision_as_was_measured(
     plan = qsurgeon.rewrite(recipe, checkpoint, tmp_path / "out")
     model = qsurgeon.load(tmp_path / "out", auto_class=hf.AutoModel)
     assert "in 37 of 37 Linear modules" in plan.summary
-    assert len(quant_linears(model)) == 37
+    assert len(quant_layers(model)) == 37
     cosine = torch.cosine_similarity(embed(model, batch), full_precision, dim=-1).mean().item()
     low, high = BANDS[recipe]
     assert low < cosine < high, cosine

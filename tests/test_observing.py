@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qsurgeon
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.observing import Seen, observed, undisturbed
 from qsurgeon.recipe import FormatSpec, Recipe, Rule
 
@@ -145,7 +145,7 @@ def test_a_compiled_model_is_seen_too() -> None:
     model: Any = torch.compile(plain, backend="eager")
     model(torch.randn(1, 32))
     calls: list[Seen[Any]] = []
-    with observed(quant_linears(model), calls.append), undisturbed(model):
+    with observed(quant_layers(model), calls.append), undisturbed(model):
         model(torch.randn(1, 32))
     assert len(calls) == 2
 

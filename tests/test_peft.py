@@ -13,12 +13,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from versions import adapter_config, part
 
 import qsurgeon
 from qsurgeon.errors import SurgeryError
 from qsurgeon.hf import adapting
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
-from qsurgeon.recipe import Recipe, Rule
+from qsurgeon.layers import Quantization, QuantLinear, quant_layers
+from qsurgeon.recipe import Recipe, Rule, load_recipe
 from qsurgeon.surgery import bypassed
 
 # FRoD's own.
@@ -45,7 +46,7 @@ def model(make_qwen2: Maker) -> Maker:
 
 
 def made(kind: str, **fields: Any) -> Make:
-    return lambda: getattr(peft, kind)(**{"target_modules": TARGETS, **fields})
+    return lambda: adapter_config(kind, **{"target_modules": TARGETS, **fields})
 
 
 def lora(**fields: Any) -> Make:
@@ -65,11 +66,11 @@ CALL = {
     "trainable_token_indices": lora(trainable_token_indices=[1, 2]),
     "qalora": lora(use_qalora=True, qalora_group_size=16),
     "alora": lora(alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
-    "velora": lora(velora_config=peft.VeloraConfig(num_groups=8)),
-    "kasa": lora(kasa_config=peft.KasaConfig()),
-    "monteclora": lora(monteclora_config=peft.MontecloraConfig()),
+    "velora": lora(velora_config=part("VeloraConfig", num_groups=8)),
+    "kasa": lora(kasa_config=part("KasaConfig")),
+    "monteclora": lora(monteclora_config=part("MontecloraConfig")),
     "bdlora": lora(
-        use_bdlora=peft.BdLoraConfig(nblocks=2, target_modules_bd_a=["down_proj"], target_modules_bd_b=["q_proj"])
+        use_bdlora=part("BdLoraConfig", nblocks=2, target_modules_bd_a=["down_proj"], target_modules_bd_b=["q_proj"])
     ),
     "adalora": made("AdaLoraConfig", init_r=4, target_r=2, total_step=100),
     "adamss": made("AdamssConfig"),
@@ -123,8 +124,23 @@ NO_LAYER = {
 
 def test_every_method_of_peft_is_tried() -> None:
     methods = {found.name for found in pkgutil.iter_modules(peft.tuners.__path__) if found.ispkg}
-    tried = {name.split(",")[0] for name in [*CALL, *PAST]} | {"glora"}
+    tried = {name.split(",")[0] for name in [*CALL, *PAST]} | {"glora", "bone"}  # which have tests of their own
     assert methods - NO_LAYER - tried == set()
+
+
+@pytest.mark.filterwarnings("ignore:Bone will be removed:UserWarning")
+@pytest.mark.parametrize("storage", ["master", "packed"])
+def test_bone_of_older_peft_calls_its_layer_or_is_refused(model: Maker, storage: str) -> None:
+    recipe = load_recipe("w4a4-mxfp4").model_copy(update={"storage": storage})
+    on = adapter_config("BoneConfig", r=4, target_modules=["q_proj"])
+    assert bypassed(peft.get_peft_model(qsurgeon.apply(recipe, model()), on)) == {}
+    wrapped = qsurgeon.apply(recipe, model())
+    with pytest.raises(SurgeryError) as caught:
+        peft.get_peft_model(wrapped, adapter_config("BoneConfig", r=4, target_modules=["q_proj"], init_weights="bat"))
+    assert str(caught.value) == (
+        f"{Q} cannot have this adapter: bone with init_weights='bat' multiplies with its weight itself and never calls "
+        "it"
+    )
 
 
 def trained(model: Any) -> Any:
@@ -201,7 +217,9 @@ ADDS = (
 @pytest.mark.parametrize("name", ADDS)
 def test_what_an_adapter_adds_sees_the_unrounded_input(model: Maker, name: str) -> None:
     adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL[name]()).train()
-    for layer, held in layers_of(adapted):
+    pairs = list(layers_of(adapted))
+    assert len(pairs) == len(TARGETS)
+    for layer, held in pairs:
         torch.manual_seed(2)
         x = torch.randn(3, 4, held.in_features)
         with_rounding = output(layer, x) - held(x)
@@ -212,7 +230,9 @@ def test_what_an_adapter_adds_sees_the_unrounded_input(model: Maker, name: str) 
 
 def test_dora_scales_what_was_rounded(model: Maker) -> None:
     adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL["dora"]())
-    for layer, held in layers_of(adapted):
+    pairs = list(layers_of(adapted))
+    assert len(pairs) == len(TARGETS)
+    for layer, held in pairs:
         x = torch.randn(3, 4, held.in_features)
         added = layer.get_delta_weight("default")
         magnitude = layer.lora_magnitude_vector["default"].weight
@@ -241,7 +261,7 @@ def test_an_adapter_that_computes_past_its_layer_is_refused_by_surgery(model: Ma
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.apply("w4a4-mxfp4", adapted)
     assert str(caught.value) == f"{Q} cannot be wrapped: {how}"
-    assert quant_linears(adapted) == {}
+    assert quant_layers(adapted) == {}
 
 
 SAYS = {
@@ -321,7 +341,7 @@ def test_transformers_forgets_a_first_adapter_that_is_refused(model: Maker, name
 def test_it_may_sit_on_what_is_not_wrapped(model: Maker, name: str) -> None:
     rule = Rule(name="up", target=("up_proj",), weight="mxfp4", input="mxfp4")
     adapted = peft.get_peft_model(qsurgeon.apply(Recipe(version=1, rules=(rule,)), model()), past(name))
-    assert [path.rsplit(".", 1)[-1] for path in quant_linears(adapted)] == ["up_proj"]
+    assert [path.rsplit(".", 1)[-1] for path in quant_layers(adapted)] == ["up_proj"]
     on_it = [path for path, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
     assert {path.rsplit(".", 1)[-1] for path in on_it} >= set(TARGETS)
 
@@ -393,7 +413,7 @@ def test_a_norm_tuner_of_a_linear_trains_a_copy_and_is_refused_if_that_stays_in_
     )
     adapted = peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), config())
     assert bypassed(adapted) == {}
-    assert sorted(name.rsplit(".", 1)[1] for name in quant_linears(adapted) if "ln_tuning" in name) == ["default"] * 2
+    assert sorted(name.rsplit(".", 1)[1] for name in quant_layers(adapted) if "ln_tuning" in name) == ["default"] * 2
 
 
 def test_load_refuses_an_adapter_that_computes_past_its_base(model: Maker, tmp_path: Path) -> None:
@@ -427,7 +447,7 @@ def both_orders(model: Maker) -> tuple[Any, Any]:
 
 def test_lora_before_and_after_surgery_are_the_same_to_the_bit(model: Maker) -> None:
     first, second = both_orders(model)
-    assert list(quant_linears(first)) == list(quant_linears(second))
+    assert list(quant_layers(first)) == list(quant_layers(second))
     losses = [one(input_ids=TOKENS, labels=TOKENS).loss for one in (first, second)]
     assert torch.equal(*losses)
     for loss in losses:
@@ -442,7 +462,7 @@ def test_lora_before_and_after_surgery_are_the_same_to_the_bit(model: Maker) -> 
 
 def test_all_linear_takes_the_wrapped_layers_and_not_the_head(model: Maker) -> None:
     adapted: Any = peft.get_peft_model(qsurgeon.apply("w4a4-mxfp4", model()), peft.LoraConfig(**EVERY))
-    assert len(list(layers_of(adapted))) == len(quant_linears(adapted)) == 7
+    assert len(list(layers_of(adapted))) == len(quant_layers(adapted)) == 7
     assert type(adapted.base_model.model.lm_head) is nn.Linear
 
 
@@ -456,7 +476,7 @@ def test_adapters_of_a_bf16_model_keep_their_dtype_and_learn(model: Maker, autoc
     assert logits.logits.dtype == torch.bfloat16
     logits.loss.backward()
     assert all(one.grad is not None and one.grad.norm() > 0 for one in adapters.values())
-    assert not [name for name in quant_linears(adapted) if "lora_" in name]
+    assert not [name for name in quant_layers(adapted) if "lora_" in name]
 
 
 def test_modules_to_save_of_a_wrapped_model_are_wrapped_copies(model: Maker) -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from versions import recompute
 
 import qsurgeon
 from qsurgeon.formats import kernels
 from qsurgeon.launch import VARIABLE
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.recipe import Recipe, Rule
 from qsurgeon.report.inspection import report_of
 from qsurgeon.words import Behavior
@@ -85,7 +86,7 @@ def test_a_checkpoint_keeps_the_phases_and_what_is_saved_of_inputs(
 ) -> None:
     qsurgeon.apply(recipe("training", saved_inputs="full"), make_qwen2()).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    hows = {layer.quantization for layer in quant_linears(model).values()}
+    hows = {layer.quantization for layer in quant_layers(model).values()}
     assert {how.behavior for how in hows} == {Behavior(phases="training", saved_inputs="full")}
     generate(model)
     assert roundings == []
@@ -181,7 +182,7 @@ def test_a_teacher_in_the_same_weights_changes_nothing_of_the_students_step(
 ) -> None:
     def gradients(with_teacher: bool) -> dict[str, Any]:
         model = qsurgeon.apply(recipe("both"), make_qwen2()).train()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        recompute(model, use_reentrant=reentrant)
         model.enable_input_require_grads()
         loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
         if with_teacher:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
+from versions import recomputing
 
 import qsurgeon
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import QuantLinear, quant_layers
 from qsurgeon.recipe import load_recipe
 
 STEPS = 4
@@ -106,7 +107,7 @@ def test_a_checkpoint_of_the_trainer_loads_wrapped(straight: Any) -> None:
     folder, model, _ = straight
     half, full = (qsurgeon.load(folder / f"checkpoint-{step}") for step in (STEPS // 2, STEPS))
     for again in (half, full):
-        assert len(quant_linears(again)) == LINEARS
+        assert len(quant_layers(again)) == LINEARS
         assert type(again.model.layers[1].mlp.down_proj) is QuantLinear
     assert different(parameters(model), parameters(full)) == []
     assert different(parameters(half), parameters(full)) != []
@@ -117,23 +118,22 @@ def test_gradient_checkpointing_changes_no_bit(
     reentrant: bool, straight: Any, wrapped: Callable[[], Any], tmp_path: Path
 ) -> None:
     _, model, losses = straight
-    recomputing = wrapped()
+    model_that_recomputes = wrapped()
     calls = 0
 
     def count(*_: Any) -> None:
         nonlocal calls
         calls += 1
 
-    recomputing.model.layers[0].mlp.up_proj.register_forward_hook(count)
+    model_that_recomputes.model.layers[0].mlp.up_proj.register_forward_hook(count)
     found = train(
-        recomputing,
+        model_that_recomputes,
         tmp_path,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": reentrant},
+        **recomputing(True, use_reentrant=reentrant),
     )
     assert calls == 2 * STEPS
     assert found == losses
-    assert different(parameters(model), parameters(recomputing)) == []
+    assert different(parameters(model), parameters(model_that_recomputes)) == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler and traces

@@ -10,10 +10,11 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from versions import recomputing
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import QuantLinear, quant_layers
 from qsurgeon.recipe import load_recipe
 
 trl = pytest.importorskip("trl")
@@ -59,7 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def owned(model: Any, owner: str) -> None:
-    for module in quant_linears(model).values():
+    for module in quant_layers(model).values():
         vars(module)["owner"] = owner
 
 
@@ -73,7 +74,7 @@ def longer(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 COMMON: dict[str, Any] = {
-    "use_cpu": True, "bf16": False, "activation_checkpointing": False, "max_steps": STEPS, "report_to": [],
+    "use_cpu": True, "bf16": False, **recomputing(False), "max_steps": STEPS, "report_to": [],
     "save_strategy": "no", "per_device_train_batch_size": 4, "learning_rate": 1e-2, "disable_tqdm": True,
     "logging_strategy": "no",
 }  # fmt: skip
@@ -83,7 +84,7 @@ def sft(model: Any, output: Path, recompute: bool = False, **fields: Any) -> Any
     data = [{"prompt": f"Ava has {n} pens.", "completion": f"#{n}"} for n in range(8)]
     return trl.SFTTrainer(
         model,
-        trl.SFTConfig(output_dir=str(output), **{**COMMON, "activation_checkpointing": recompute}),
+        trl.SFTConfig(output_dir=str(output), **{**COMMON, **recomputing(recompute)}),
         train_dataset=datasets.Dataset.from_list(data),
         processing_class=hf.AutoTokenizer.from_pretrained(TOKENIZER),
         **fields,
@@ -134,7 +135,7 @@ def test_what_should_move_does_and_what_computes_is_in_4_bits(
     trainer.save_model(str(tmp_path / "saved"))
     tokens = torch.arange(1, 13).reshape(2, 6)
     again = qsurgeon.load(tmp_path / "saved", dtype=torch.float32)
-    assert len(quant_linears(again)) == WRAPPED
+    assert len(quant_layers(again)) == WRAPPED
     assert torch.equal(again.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
@@ -185,7 +186,7 @@ def test_the_reference_is_in_full_precision_if_that_is_said(
         owned(trainer.model, "policy")
         before = states(trainer.ref_model)
         trainer.train()
-        assert quant_linears(trainer.ref_model) == {}
+        assert quant_layers(trainer.ref_model) == {}
         assert moved(trainer.ref_model, before) == set()
         assert set(calls) == {("policy", "gradient"), ("policy", "no gradient")}
 
@@ -195,7 +196,7 @@ def test_the_reference_of_a_live_model_is_the_wrapped_folder_that_is_named(
 ) -> None:
     model = qsurgeon.apply("w4a4-mxfp4", hf.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
     qsurgeon.reference(model, wrapped, wrapped=True)
-    assert len(quant_linears(grpo(model, tmp_path, beta=0.1).ref_model)) == WRAPPED
+    assert len(quant_layers(grpo(model, tmp_path, beta=0.1).ref_model)) == WRAPPED
 
 
 def preferences(model: Any, output: Path) -> Any:

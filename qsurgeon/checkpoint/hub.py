@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2
-from huggingface_hub import HfApi, ResolvedRevision, constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,12 +21,12 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    RevisionResolutionError,
 )
 
 from qsurgeon.checkpoint.reading.files import INDEX, OTHER_ENGINES, PICKLES, SINGLE, refuse_irregular
 from qsurgeon.checkpoint.reading.index import named_files, weight_files
 from qsurgeon.errors import CheckpointError, nearest
+from qsurgeon.hub_private import HTTPError, RevisionResolutionError, TransportError, resolve
 from qsurgeon.places import CONFIG, OFFLINE, missing, model_here
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import read_config
@@ -192,10 +191,10 @@ def _here(model: str | Path, revision: str | None) -> Source | None:
 # --- what is on the hub
 
 
-def _pinned(api: HfApi, model: str, revision: str | None) -> ResolvedRevision:
+def _pinned(api: HfApi, model: str, revision: str | None) -> Any:
     """Return the commit that ``revision`` of ``model`` is at: as the hub says, or as the cache remembers."""
     try:
-        return api.resolve_revision(model, revision=revision)
+        return resolve(api, model, revision)
     except RevisionNotFoundError as error:
         refs = api.list_repo_refs(model)
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
@@ -206,7 +205,7 @@ def _check_weights(api: HfApi, model: str, commit: str) -> None:
     """Refuse a model without safetensors before anything of it is downloaded. Out of reach of the hub, let it pass."""
     try:
         names = {file.rfilename for file in api.model_info(model, revision=commit).siblings or ()}
-    except (httpx2.TransportError, OfflineModeIsEnabled):
+    except (TransportError, OfflineModeIsEnabled):
         return  # the cache decides
     if names & {INDEX, SINGLE}:
         return
@@ -261,7 +260,7 @@ def _reading(model: str, revision: str | None) -> Iterator[None]:
         if error.response.status_code in _REFUSED:
             raise CheckpointError(f"{reason}; log in with {LOGIN}") from error
         raise ConnectionError(reason) from error
-    except httpx2.HTTPError as error:
+    except HTTPError as error:
         raise ConnectionError(f"the hub cannot be reached for {model}: {_first_line(error)}; {AGAIN}") from error
 
 
@@ -281,7 +280,7 @@ def _writing(repo: str) -> Iterator[None]:
                 f"{repo}: the hub does not let us write there ({reason}); log in with {LOGIN}, with a token that may"
             ) from error
         raise ConnectionError(f"{repo}: the hub does not take it: {_first_line(error)}; {AGAIN}") from error
-    except (httpx2.HTTPError, ConnectionError) as error:
+    except (HTTPError, ConnectionError) as error:
         raise ConnectionError(f"{repo}: the upload was cut off: {_first_line(error)}; {AGAIN}") from error
 
 

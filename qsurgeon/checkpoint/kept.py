@@ -3,28 +3,30 @@
 transformers saves a model as its checkpoint was: it joins the parameters that it split when it loaded them, permutes
 their rows and renames them. Codes and scales are bytes of a layout of their own, so that none of that may be done to
 them: they are saved under the names that their modules have, and loaded by these. What is not packed is converted as
-ever. What of transformers is not public here was seen in 5.23.
+ever.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
+from qsurgeon.errors import CheckpointError
+from qsurgeon.layers import packed_layers, quant_layers
+from qsurgeon.transformers_private.loading import (
+    Transforms,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
-    apply_converters,
-    apply_renamings,
-    rename_source_key,
+    copy_of_converter,
+    fill_renaming,
+    get_model_conversion_mapping,
+    joined_name,
+    loaded_name,
+    renamed_name,
+    reversed_transforms,
+    sorted_transforms,
 )
 
-from qsurgeon.errors import CheckpointError
-from qsurgeon.layers import packed_linears, quant_linears
-
-Transforms = Sequence[WeightTransform]
 State = dict[str, Any]
 
 
@@ -36,35 +38,25 @@ def kept_names(model: Any, packed: Mapping[str, Sequence[str]]) -> frozenset[str
     and if they are found again; else they are kept, and with them what would have been joined with them.
     """
     forward = get_model_conversion_mapping(model)
-    # A prefix is added or dropped as the checkpoint had it; loading goes by either.
-    backward = [one.reverse_transform() for one in reversed(forward) if not isinstance(one, PrefixChange)]
-    renamings, converters = _sorted(backward)
+    backward, transforms = sorted_transforms(reversed_transforms(forward)), sorted_transforms(forward)
     layers = {layer: {f"{layer}.{key}": key for key in keys} for layer, keys in packed.items()}
-    targets = {name: apply_converters(name, converters) for own in layers.values() for name in own}
+    targets = {name: joined_name(name, backward) for own in layers.values() for name in own}
     joined = {target for target, pattern in targets.values() if pattern is not None}
     names = model.state_dict().keys() | targets.keys()
-    kept = {name for name in names if joined and apply_converters(name, converters)[0] in joined}
+    kept = {name for name in names if joined and joined_name(name, backward)[0] in joined}
     state = dict.fromkeys(names, True)
     for own in layers.values():
-        renamed = {name: apply_renamings(name, renamings) for name in own}
-        back = [rename_source_key(one, *_sorted(forward), model.base_model_prefix, state) for one in renamed.values()]
+        renamed = {name: renamed_name(name, backward[0]) for name in own}
+        back = [loaded_name(one, transforms, model.base_model_prefix, state) for one in renamed.values()]
         apart = len({one.removesuffix(own[name]) for name, one in renamed.items()}) > 1  # a mapping of weights alone
         if apart or back != [(name, None) for name in own] or not kept.isdisjoint([*own, *renamed.values()]):
             kept.update(own)
     return frozenset(kept)
 
 
-def _sorted(transforms: Transforms) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """Return the renamings and the converters of ``transforms``, each in their order."""
-    return (
-        [one for one in transforms if isinstance(one, WeightRenaming)],
-        [one for one in transforms if isinstance(one, WeightConverter)],
-    )
-
-
 def packed_names(model: Any) -> dict[str, tuple[str, ...]]:
     """Return of each packed layer of ``model`` what the tensors are called that its weight consists of."""
-    return {name: tuple(layer.stored) for name, layer in packed_linears(model).items()}
+    return {name: tuple(layer.stored) for name, layer in packed_layers(model).items()}
 
 
 def past(transforms: Transforms, kept: frozenset[str], prefix: str) -> list[WeightTransform]:
@@ -84,8 +76,7 @@ class _Renaming(WeightRenaming):
     __slots__ = ("inner", "kept")
 
     def __init__(self, inner: WeightRenaming, kept: frozenset[str]) -> None:
-        for name in WeightTransform.__slots__:
-            object.__setattr__(self, name, getattr(inner, name))
+        fill_renaming(self, inner)
         self.inner, self.kept = inner, kept
 
     def __repr__(self) -> str:
@@ -114,9 +105,8 @@ class _Converter(WeightConverter):
 
     @classmethod
     def of(cls, one: WeightConverter, kept: frozenset[str]) -> "_Converter":
-        patterns = list(one._original_source_patterns), list(one._original_target_patterns)
-        new = cls(*patterns, one.operations, one.force_cpu, kept=kept)
-        new.scope_prefix, new.base_model_prefix = one.scope_prefix, one.base_model_prefix
+        new: _Converter = copy_of_converter(one, cls)
+        new.kept = kept
         return new
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
@@ -135,7 +125,7 @@ def _as_it_is(model: Any) -> Iterator[None]:
     before = getattr(model, "_weight_conversions", None)
     operations = [one for transform in before or () for one in getattr(transform, "operations", ())]
     quantizer = getattr(model, "hf_quantizer", None)
-    if all(getattr(one, "hf_quantizer", quantizer) is quantizer for one in operations) or not quant_linears(model):
+    if all(getattr(one, "hf_quantizer", quantizer) is quantizer for one in operations) or not quant_layers(model):
         yield
         return
     model._weight_conversions = None

@@ -173,6 +173,15 @@ class WideScale:
         return codes.to(torch.float32)
 
 
+# Functions with names, so that a format, and a layer that has one, can be pickled.
+def _floor(element: Element) -> int:
+    return 0
+
+
+def _ceil(element: Element) -> int:
+    return _MANTISSA_MASK
+
+
 def _even(element: Element) -> int:
     at_emax = sum(value >= 2.0**element.emax for value in element.magnitudes)  # how many lie from 2^emax up
     mantissa = (at_emax - 1).bit_length()
@@ -277,10 +286,10 @@ class NearestRule(ScaleRule):
 RULES: dict[str, ScaleRule] = {
     rule.name: rule
     for rule in (
-        PowerRule("floor", lambda element: 0),  # OCP MX v1.0
+        PowerRule("floor", _floor),  # OCP MX v1.0
         PowerRule("even", _even),  # rounds amax to the precision that the element has at its largest power of two
         PowerRule("rceil", _rceil),  # 2^ceil(log2(amax / max)): nothing saturates
-        PowerRule("ceil", lambda element: _MANTISSA_MASK),  # 2^(ceil(log2 amax) - emax)
+        PowerRule("ceil", _ceil),  # 2^(ceil(log2 amax) - emax)
         NearestRule("nearest"),
     )
 }

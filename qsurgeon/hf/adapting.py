@@ -11,19 +11,20 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
 from qsurgeon.errors import CodesError, SurgeryError
 from qsurgeon.hf.references import refuse_an_adapter
-from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLayer, QuantLayer, packed_layers, quant_layers
 from qsurgeon.patching import Method, patch
+from qsurgeon.peft_private import CHECK_MERGE, CREATE, BaseTuner, BaseTunerLayer, filled, is_target
 from qsurgeon.surgery import method_of, objection, refuse_adapters
+from qsurgeon.transformers_private.attributes import ADAPTED
 
 
 def _refusing(inject: Method) -> Method:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if not quant_linears(model):
+        if not quant_layers(model):
             inject(self, model, adapter_name, *args, **kwargs)
             return
         before, config = _State(model), self.peft_config[adapter_name]
@@ -37,7 +38,7 @@ def _refusing(inject: Method) -> Method:
             except BaseException as error:
                 before.restore()
                 _forget(self, model, adapter_name)
-                on_packed = bool(paths) and any(f"{one}.".startswith(f"{paths[-1]}.") for one in packed_linears(model))
+                on_packed = bool(paths) and any(f"{one}.".startswith(f"{paths[-1]}.") for one in packed_layers(model))
                 if not on_packed or isinstance(error, SurgeryError) or not isinstance(error, Exception):
                     raise
                 raise SurgeryError(f"{paths[-1]} cannot have this adapter: {_why(config, error)}") from error
@@ -47,18 +48,18 @@ def _refusing(inject: Method) -> Method:
 
 @contextmanager
 def _noting(tuner: Any) -> Iterator[list[str]]:
-    """Note the paths of the modules that ``tuner`` puts adapters on, each before it does: peft 0.21 says it nowhere."""
-    paths, create = list[str](), tuner._create_and_replace
+    """Note the paths of the modules that ``tuner`` puts adapters on, each before it does: peft says it nowhere."""
+    paths, create = list[str](), getattr(tuner, CREATE)
 
     def create_and_replace(*args: Any, **kwargs: Any) -> Any:
         paths.append(kwargs.get("current_key", ""))
         return create(*args, **kwargs)
 
-    vars(tuner)["_create_and_replace"] = create_and_replace
+    vars(tuner)[CREATE] = create_and_replace
     try:
         yield paths
     finally:
-        del vars(tuner)["_create_and_replace"]
+        del vars(tuner)[CREATE]
 
 
 def _why(config: Any, error: Exception) -> str:
@@ -102,7 +103,7 @@ def _check_saved(model: nn.Module, config: Any) -> None:
     For classifiers, peft itself adds the heads to ``modules_to_save``.
     """
     names = tuple(getattr(config, "modules_to_save", None) or ())
-    for path in packed_linears(model):
+    for path in packed_layers(model):
         parts = path.split(".")
         above = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
         if any(one.endswith(names) for one in above) and names:
@@ -120,21 +121,20 @@ def _check(tuner: Any, model: nn.Module, config: Any) -> None:
     if objection(config, is_packed=True) is None:
         return
     for path, layer in _targets(tuner, model, config):
-        how = objection(config, is_packed=isinstance(layer, PackedLinear))
+        how = objection(config, is_packed=isinstance(layer, PackedLayer))
         if how is not None:
             raise SurgeryError(f"{path} cannot have this adapter: {how}")
 
 
-def _targets(tuner: Any, model: nn.Module, config: Any) -> Iterator[tuple[str, QuantLinear]]:
+def _targets(tuner: Any, model: nn.Module, config: Any) -> Iterator[tuple[str, QuantLayer]]:
     """Yield the wrapped layers that peft would put adapters of ``config`` on, as it finds them itself."""
     parameters = tuple(getattr(config, "target_parameters", None) or ())
-    for path, layer in packed_linears(model).items() if parameters else ():
-        if f"{path}.weight".endswith(parameters):
+    for path, layer in packed_layers(model).items() if parameters else ():
+        if any(f"{path}.{weight.name}".endswith(parameters) for weight in layer.weights):
             yield path, layer
-    filled = tuner._prepare_adapter_config(deepcopy(config), tuner.get_model_config(model))
-    filled = _maybe_include_all_linear_layers(filled, model)
+    whole = filled(tuner, deepcopy(config), model)
     for path, _, held in _holding(model):
-        if path and isinstance(held, QuantLinear) and tuner._check_target_module_exists(filled, path):
+        if path and isinstance(held, QuantLayer) and is_target(tuner, whole, path):
             yield path, held
 
 
@@ -147,15 +147,15 @@ def _holding(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
 def _forget(tuner: Any, model: nn.Module, adapter_name: str) -> None:
     """Take back what was noted of an adapter before it was put on: peft notes its config, transformers that it is."""
     tuner.peft_config.pop(adapter_name, None)
-    if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
-        vars(model)["_hf_peft_config_loaded"] = False
+    if getattr(model, ADAPTED, False) and not getattr(model, "peft_config", None):
+        vars(model)[ADAPTED] = False
 
 
 def _refusing_codes(check: Method) -> Method:
     def check_merge_allowed(self: Any) -> None:
         check(self)
         for path, layer, held in _holding(self.model):
-            if isinstance(held, PackedLinear) and isinstance(layer, BaseTunerLayer) and layer.active_adapters:
+            if isinstance(held, PackedLayer) and isinstance(layer, BaseTunerLayer) and layer.active_adapters:
                 raise SurgeryError(
                     f"the weight of {path}.base_layer is packed, and peft would add {layer.active_adapters[0]!r} to "
                     "its codes: save the adapter, and use qsurgeon merge ADAPTER --output FOLDER"
@@ -165,4 +165,4 @@ def _refusing_codes(check: Method) -> Method:
 
 
 patch(BaseTuner, "inject_adapter", _refusing)
-patch(BaseTuner, "_check_merge_allowed", _refusing_codes)  # before merge_adapter, merge_and_unload
+patch(BaseTuner, CHECK_MERGE, _refusing_codes)

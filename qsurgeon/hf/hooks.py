@@ -5,20 +5,46 @@ Importing this module changes the methods; ``qsurgeon/__init__.py`` imports it r
 """
 
 import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
 from transformers import modeling_utils
-from transformers.distributed import tensor_parallel
 from transformers.modeling_utils import PreTrainedModel
 
 from qsurgeon.checkpoint.kept import keeping
 from qsurgeon.errors import CheckpointError, SurgeryError
+from qsurgeon.hf.adapter_info import noting, returning
 from qsurgeon.hf.opening import Stored, opened, opening
+from qsurgeon.hf.quantizer import QSurgeonQuantizer
 from qsurgeon.hf.saving import saving, uploading
-from qsurgeon.layers import PackedLinear, QuantLinear, uncounted
+from qsurgeon.layers import PackedLayer, QuantLayer, QuantProduct, packed_layers, uncounted
+from qsurgeon.layers.kinds import kind_in
 from qsurgeon.patching import Method, patch
+from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import inherit, is_ours
+from qsurgeon.transformers_private.loading import (
+    CASTS_BEFORE_QUANTIZING,
+    CONVERSIONS,
+    GET_QUANTIZER,
+    LOAD_TENSORS,
+    MAKE,
+    REPORT,
+    RETURNS_NO_INFO,
+    REVERT,
+    SEES_PARTS,
+    SPLITTING,
+    UPLOAD,
+    USE_PARTS,
+    adapters,
+    loads,
+    needs,
+    not_casting,
+)
+from qsurgeon.transformers_private.quantizers import ASKS_OF_EACH_TENSOR
+
+_ASKING_TO_SPLIT = ("tp_plan", "tp_size", "distributed_config")  # arguments of from_pretrained
 
 
 def _opening(load: Method) -> Method:
@@ -31,11 +57,22 @@ def _opening(load: Method) -> Method:
         with opening(given.get("pretrained_model_name_or_path"), given) as stored:
             if stored is None or not stored.is_ours:
                 return load(cls, *args, **kwargs)
+            _refuse_unseen_parts(stored.source, given)
             model, info = load(cls, *args, **{**kwargs, "output_loading_info": True})
         _refuse_missing(model, info, stored)
         return (model, info) if kwargs.get("output_loading_info") else model
 
     return from_pretrained
+
+
+def _refuse_unseen_parts(source: str, arguments: Mapping[str, Any]) -> None:
+    """Do nothing where a layer whose weight is split over processes can tell. Raises: SurgeryError."""
+    asked = next((name for name in _ASKING_TO_SPLIT if arguments.get(name) is not None), None)
+    if asked is not None and not SPLITTING:
+        raise SurgeryError(
+            f"{source}: {asked} would split the weights of a wrapped model over processes, and its layers could not "
+            f"tell that they round a part: {needs(SEES_PARTS)}"
+        )
 
 
 def _refuse_missing(model: Any, info: Any, stored: Stored) -> None:
@@ -56,6 +93,43 @@ def _settling(get: Method) -> Method:
     return get_hf_quantizer
 
 
+def _converting(get: Method) -> Method:
+    """Let what renames, joins and splits the tensors of a checkpoint leave codes and scales alone."""
+
+    def get_model_conversion_mapping(model: Any, key_mapping: Any = None, quantizer: Any = None, *args: Any) -> Any:
+        conversions = get(model, key_mapping, quantizer, *args)
+        is_known = isinstance(quantizer, QSurgeonQuantizer)
+        return quantizer.conversions_past_codes(conversions, model) if is_known else conversions
+
+    return get_model_conversion_mapping
+
+
+def _telling(load: Method) -> Method:
+    """Tell our quantizer of each tensor before it is read, and have it cast as transformers itself has it from 5.23 on.
+
+    Before 5.21 a quantizer is asked of no tensor, and one of a quantized checkpoint stays in the file's dtype if the
+    parameter has another name. Before 5.23 a weight that is to be packed is cast to the dtype of its codes first.
+    """
+    parameters = signature(load)
+
+    def convert_and_load_state_dict_in_model(*args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(*args, **kwargs)
+        model, stored, config = (given.arguments[name] for name in ("model", "state_dict", "load_config"))
+        quantizer, is_renamed = config.hf_quantizer, False
+        if not isinstance(quantizer, QSurgeonQuantizer):
+            return load(*args, **kwargs)
+        if not quantizer.pre_quantized:
+            given.arguments["load_config"] = not_casting(config, (f"{name}.{WEIGHT}" for name in packed_layers(model)))
+        elif not ASKS_OF_EACH_TENSOR:
+            for one in loads(model, stored, config):
+                quantizer.expect(one.targets, one.is_converted, one.tensor, one.dtype)
+                is_renamed |= one.is_converted or one.stored != one.targets[0]
+        with quantizer.casting() if is_renamed else nullcontext():
+            return load(*given.args, **given.kwargs)
+
+    return convert_and_load_state_dict_in_model
+
+
 def _making(make: Method) -> Method:
     """Warn of a model that is made from the config of a wrapped checkpoint alone: nothing of it is wrapped."""
 
@@ -73,7 +147,7 @@ def _making(make: Method) -> Method:
 
 
 def _resizing(resize: Method) -> Method:
-    """Let an output head that is resized stay wrapped: transformers makes a new Linear of it."""
+    """Let an output head that is resized stay wrapped: transformers makes a new layer of it."""
     parameters = signature(resize)
 
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,17 +155,17 @@ def _resizing(resize: Method) -> Method:
         arguments = parameters.bind(self, *args, **kwargs).arguments
         size = arguments.get("new_num_tokens")
         stays = size is None or (
-            size == getattr(before, "out_features", None) and not arguments.get("pad_to_multiple_of")
+            isinstance(before, QuantProduct) and size == before.features[0] and not arguments.get("pad_to_multiple_of")
         )
-        if isinstance(before, PackedLinear) and not stays:
+        if isinstance(before, PackedLayer) and not stays:
             raise SurgeryError(
                 f"the output head of {type(self).__name__} is packed, and codes cannot be resized: resize the token "
                 "embeddings first, then apply the recipe"
             )
         done = resize(self, *args, **kwargs)
         after = self.get_output_embeddings()
-        if isinstance(before, QuantLinear) and after is not before and not isinstance(after, QuantLinear):
-            QuantLinear.wrap(after, before.quantization)
+        if isinstance(before, QuantLayer) and after is not before and not isinstance(after, QuantLayer):
+            kind_in(before).wrap(after, before.quantizations)
             inherit(after, before)
         return done
 
@@ -111,24 +185,30 @@ def _counting_values(count: Method) -> Method:
 
 
 def _staying_sharded(ask: Method) -> Method:
-    """Let a wrapped layer see that its weight is split: transformers (5.23) hands a Linear its part as a plain tensor.
+    """Let a wrapped layer see that its weight is split: transformers hands a layer its part as a plain tensor.
 
     It does so where no gradient is computed, and a part alone does not say what the whole is rounded with.
     """
 
     def should_use_local_tensors(self: Any, module: Any) -> bool:
-        return not isinstance(module, QuantLinear) and bool(ask(self, module))
+        return not isinstance(module, QuantLayer) and bool(ask(self, module))
 
     return should_use_local_tensors
 
 
-for _style in (tensor_parallel.ColwiseParallel, tensor_parallel.RowwiseParallel):
-    patch(_style, "should_use_local_tensors", _staying_sharded)
+for _style in SPLITTING:
+    patch(_style, USE_PARTS, _staying_sharded)
 patch(PreTrainedModel, "from_pretrained", _opening)
 patch(PreTrainedModel, "save_pretrained", saving)
-patch(PreTrainedModel, "_upload_modified_files", uploading)
-patch(PreTrainedModel, "_from_config", _making)
+patch(PreTrainedModel, UPLOAD, uploading)
+patch(PreTrainedModel, MAKE, _making)
 patch(PreTrainedModel, "resize_token_embeddings", _resizing)
-patch(modeling_utils, "revert_weight_conversion", keeping)  # where save_pretrained looks it up
-patch(modeling_utils, "get_hf_quantizer", _settling)  # where from_pretrained looks it up
+patch(modeling_utils, REVERT, keeping)  # where save_pretrained looks it up
+patch(modeling_utils, GET_QUANTIZER, _settling)  # where from_pretrained looks these up
+patch(modeling_utils, CONVERSIONS, _converting)
+if RETURNS_NO_INFO:
+    patch(adapters, REPORT, noting)
+    patch(PreTrainedModel, "load_adapter", returning)
+if CASTS_BEFORE_QUANTIZING:
+    patch(modeling_utils, LOAD_TENSORS, _telling)
 patch(PreTrainedModel, "num_parameters", _counting_values)

@@ -17,7 +17,7 @@ from qsurgeon.hf.quantizer import hosts, note, register
 from qsurgeon.hf.references import refuse_unloaded, remember
 from qsurgeon.hf.rollouts import follow_rollouts
 from qsurgeon.launch.announce import announce
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.places import named
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
@@ -43,6 +43,11 @@ from qsurgeon.surgery import (
     skeleton,
     uninterrupted,
     unwrapped,
+)
+from qsurgeon.transformers_private.loading import (
+    SEES_PARTS,
+    is_split_unseen,
+    needs,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -119,6 +124,11 @@ def apply(recipe: Recipe | str | Path, model: Model | None = None) -> Model:
     foreign = next(filter(None, (foreign_method(host.config) for host in found)), None)
     if foreign is not None:
         raise SurgeryError(f"the model is quantized already, by {foreign}; expected one in full precision")
+    if any(is_split_unseen(host) for host in found):
+        raise SurgeryError(
+            "transformers split the model over processes, and its layers could not tell that they round a part: "
+            f"{needs(SEES_PARTS)}"
+        )
     made, before = _following(build_plan(as_recipe(recipe), modules_of(model)), model)
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     excluded = {step.module.name: step.fate for step in made.steps if isinstance(step.fate, Excluded)}
@@ -131,7 +141,7 @@ def apply(recipe: Recipe | str | Path, model: Model | None = None) -> Model:
         mark(model, Origin(source, made.recipe.text), excluded)
         follow_rollouts(model, chosen.values())
         for host in found:
-            if not quant_linears(host):
+            if not quant_layers(host):
                 continue
             note(host)
             if host.config.name_or_path and before is None:
@@ -170,7 +180,7 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
         raise NothingWrappedError(_nothing(source))
     if not wrapped and record_in(there) is not None:
         raise CheckpointError(f"{source} was rewritten by qsurgeon; expected a checkpoint in full precision")
-    if not wrapped and quant_linears(model) and any(module.adapter for module in inventory(model)):
+    if not wrapped and quant_layers(model) and any(module.adapter for module in inventory(model)):
         refuse_unloaded(str(source))
     config.name_or_path = str(source)
     remember(root, str(source), wrapped=wrapped)
@@ -209,7 +219,7 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
         if (inside / "config.json").is_file() or not (inside / ADAPTER).is_file():
             raise
         raise CheckpointError(f"{path}: the adapter cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if not quant_linears(model):
+    if not quant_layers(model):
         raise NothingWrappedError(_nothing_in(path, model, adapter))
     missing = sorted(info["missing_keys"])
     if missing:

@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from qsurgeon.checkpoint import read_header
 from qsurgeon.checkpoint.reading.naming import Names, names_in
 from qsurgeon.errors import CheckpointError, NothingWrappedError
 from qsurgeon.reading import read_json
-from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import configs_in, inventory, is_ours, skeleton
+from qsurgeon.transformers_private.loading import (
+    find_adapter_config_file,
+    ignored_if_missing,
+    ties,
+)
 
 ADAPTER = "adapter_config.json"
 # What from_pretrained hands on to whatever finds a file, on this disk or on the hub.
@@ -197,6 +200,7 @@ def _places_by_tensors(
     saved, here = names_in(whole, tensors), names_in(model, tensors)
     _refuse_absent(type(whole).__name__, wrapped, {module.name for module in inventory(whole)})
     _refuse_missing_tensors(whole, saved)
+    weights, saved_weights = ({one.parameter: one.name for one in inventory(it)} for it in (model, whole))
     sources = _sources(saved)
     owners: dict[str, list[str]] = defaultdict(list)
     for parameter, keys in sources.items():
@@ -205,11 +209,10 @@ def _places_by_tensors(
     found = {}
     for parameter, keys in _sources(here).items():
         candidates = [owner for key in keys for owner in owners[key]]
-        module, _, name = parameter.rpartition(".")
-        if name == WEIGHT and candidates:
-            owner = max(candidates, key=lambda one: _in_common(one, parameter)).removesuffix(f".{WEIGHT}")
+        if parameter in weights and candidates:
+            owner = saved_weights.get(max(candidates, key=lambda one: _in_common(one, parameter)), "")
             if owner in known:
-                found[module] = owner
+                found[weights[parameter]] = owner
     if not _sources(here):
         raise NothingWrappedError(
             f"no tensor of {stored.source} belongs to a {kind}; it was saved as a {stored.saved_class}"
@@ -232,11 +235,9 @@ def _sources(names: Names) -> dict[str, tuple[str, ...]]:
 
 def _refuse_missing_tensors(whole: Any, saved: Names) -> None:
     """Do nothing if the checkpoint has all of the model that was saved. Raises: CheckpointError."""
-    ignored = whole._keys_to_ignore_on_load_missing or ()
+    ignored = ignored_if_missing(whole)
     filled = _sources(saved)
-    # While a checkpoint is opened, a new model is not tied yet: it only says what will be.
-    ties = [{one, other} for one, other in whole.all_tied_weights_keys.items()]
-    tied = {name for knot in ties if not knot.isdisjoint(filled) for name in knot}
+    tied = {name for knot in ties(whole) if not knot.isdisjoint(filled) for name in knot}
     for name in saved.missing:
         if name not in tied and not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(f"the checkpoint has no tensor {name}")

@@ -1,10 +1,10 @@
 """transformers' own registration: ``quantization_config`` in config.json, and the quantizer that obeys it.
 
 Importing this module registers both; ``qsurgeon/__init__.py`` sees to it that it is imported as soon as
-``transformers.quantizers.auto`` is. Anything of transformers that this depends on and that is not public stands here.
+``transformers.quantizers.auto`` is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -12,26 +12,29 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsurgeon.checkpoint.kept import kept_names, packed_names, past
 from qsurgeon.checkpoint.reading.headers import DTYPES
 from qsurgeon.errors import CheckpointError
 from qsurgeon.hf.opening import places
 from qsurgeon.hf.rollouts import follow_rollouts
-from qsurgeon.layers import PackedLinear, pack, packed_linears, quant_linears
+from qsurgeon.layers import PackedLayer, packed_layers, quant_layers
 from qsurgeon.patching import Method, patch
 from qsurgeon.storage import PACKED
 from qsurgeon.storage.packed import WEIGHT
 from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
 from qsurgeon.torch_private import COMPILED_FROM
+from qsurgeon.transformers_private.attributes import READ
+from qsurgeon.transformers_private.loading import ConversionOps, WeightConverter
+from qsurgeon.transformers_private.quantizers import (
+    AUTO_QUANTIZER_MAPPING,
+    HfQuantizer,
+    QuantizationConfigMixin,
+    assign_is_quantized,
+    new_dtype,
+    register_quantization_config,
+    register_quantizer,
+)
 
 
 class QSurgeonConfig(QuantizationConfigMixin):
@@ -68,6 +71,7 @@ class QSurgeonQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QSurgeonConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._packs = not self.pre_quantized  # what is loaded is a plain checkpoint
         self._slots: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # what the packed layers are to be filled with
         self._found: set[str] = set()
         self._computing: dict[str, torch.dtype] = {}
@@ -127,60 +131,76 @@ class QSurgeonQuantizer(HfQuantizer):
             patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)
         self._slots = {
             f"{name}.{key}": (tuple(parameter.shape), parameter.dtype)
-            for name, module in packed_linears(model).items()
+            for name, module in packed_layers(model).items()
             for key, parameter in module.named_parameters(recurse=False)
         }
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """Return conversions that leave codes and scales alone."""
+    def conversions_past_codes(self, conversions: Any, model: Any) -> Any:
+        """Return ``conversions``, which ``model`` is to be loaded by, that leave codes and scales alone."""
         self._kept = kept_names(model, packed_names(model)) if self.is_packed else frozenset()
-        return past(weight_conversions, self._kept, model.base_model_prefix)
+        return past(conversions, self._kept, model.base_model_prefix)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Say what a tensor of a checkpoint is to be cast to. transformers asks of each, before it is read.
 
+        Raises: as ``expect``.
+        """
+        self.expect(converter.target_patterns, isinstance(converter, WeightConverter), param, dtype)
+        return new_dtype(self, converter, param, dtype)
+
+    def expect(self, targets: Sequence[str], is_converted: bool, tensor: Any, dtype: torch.dtype | None = None) -> None:
+        """Note that a tensor of a checkpoint, not read yet, is about to be loaded into ``targets``.
+
         Raises: CheckpointError for one that is not what a packed layer takes.
         """
-        name = converter.target_patterns[0]
-        if isinstance(converter, WeightConverter):  # of biases, which are split as ever
-            self._found |= {one for one in self._slots if any(part in one for part in converter.target_patterns)}
-        if name in self._slots:
-            self._found.add(name)
-            shape, kind = self._slots[name]
-            found = _Header(param)
-            if found.shape != shape:
-                raise CheckpointError(f"{name} has shape {list(found.shape)}; the packed layer takes {list(shape)}")
-            exact = DTYPES.get(kind, "")
-            names = (exact.lower(), str(kind).removeprefix("torch."))
-            fits = found.is_floating_point if kind.is_floating_point else found.dtype.lower() in names
-            if not fits:
-                wanted = "floating point" if kind.is_floating_point else exact
-                raise CheckpointError(f"{name} is {found.dtype}; the packed layer takes {wanted}")
-            layer, _, key = name.rpartition(".")
-            if key == WEIGHT and dtype is not None and dtype.is_floating_point:
-                self._computing[layer] = dtype  # the model's class keeps it in another dtype than the rest
-        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        return new
+        if is_converted:  # of biases, which are split as ever
+            self._found |= {one for one in self._slots if any(part in one for part in targets)}
+        name = targets[0]
+        if name not in self._slots:
+            return
+        self._found.add(name)
+        shape, kind = self._slots[name]
+        found = _Header(tensor)
+        if found.shape != shape:
+            raise CheckpointError(f"{name} has shape {list(found.shape)}; the packed layer takes {list(shape)}")
+        exact = DTYPES.get(kind, "")
+        names = (exact.lower(), str(kind).removeprefix("torch."))
+        fits = found.is_floating_point if kind.is_floating_point else found.dtype.lower() in names
+        if not fits:
+            wanted = "floating point" if kind.is_floating_point else exact
+            raise CheckpointError(f"{name} is {found.dtype}; the packed layer takes {wanted}")
+        layer, _, key = name.rpartition(".")
+        if key == WEIGHT and dtype is not None and dtype.is_floating_point:
+            self._computing[layer] = dtype  # the model's class keeps it in another dtype than the rest
+
+    @contextmanager
+    def casting(self) -> Iterator[None]:
+        """Let transformers cast inside the block what it loads, as it casts the tensors of a plain checkpoint."""
+        self.pre_quantized = False
+        try:
+            yield
+        finally:
+            self.pre_quantized = True
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a tensor of a plain checkpoint is a weight to be packed on the way."""
         module, _, key = param_name.rpartition(".")
-        if self.pre_quantized or key != WEIGHT:
+        if not self._packs or key != WEIGHT:
             return False
         # Of what is split into several weights, transformers asks of the first alone.
-        return param_name in self._kept or isinstance(model.get_submodule(module), PackedLinear)
+        return param_name in self._kept or isinstance(model.get_submodule(module), PackedLayer)
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what packs a weight."""
         return _Pack()
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, module in quant_linears(model).items():
+        for name, module in quant_layers(model).items():
             for key, parameter in module.named_parameters(recurse=False):
                 # transformers marks what it read from the checkpoint; the rest it would leave random. What is still
                 # on the meta device was offloaded.
-                is_read = getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta
-                is_named = not self.pre_quantized or f"{name}.{key}" not in self._slots.keys() - self._found
+                is_read = getattr(parameter, READ, False) or parameter.is_meta
+                is_named = self._packs or f"{name}.{key}" not in self._slots.keys() - self._found
                 if not (is_read and is_named):
                     raise CheckpointError(f"the checkpoint has no tensor {name}.{key}")
         for name, dtype in self._computing.items():
@@ -221,14 +241,14 @@ class _Pack(ConversionOps):
             weight = found[0] if isinstance(found, list) else found
             path = name.removesuffix(f".{WEIGHT}")
             layer = kwargs["model"].get_submodule(path)
-            if not isinstance(layer, PackedLinear):
+            if not isinstance(layer, PackedLayer):
                 done[name] = weight
                 continue
-            expected = layer.out_features, layer.in_features
+            expected = layer.weights[0].row_shape(layer.features)
             if tuple(weight.shape) != expected:
                 raise CheckpointError(f"{name} has shape {list(weight.shape)}; expected {list(expected)}")
             layer.compute_in(weight.dtype)
-            done |= {f"{path}.{key}": tensor for key, tensor in pack(weight, layer.quantization).items()}
+            done |= {f"{path}.{key}": tensor for key, tensor in layer.packed(weight).items()}
         return done
 
 
@@ -266,7 +286,7 @@ def note(model: Any) -> None:
         return
     config = QSurgeonConfig(**record.to_dict())
     vars(model.config)["quantization_config"] = config
-    _assign_is_quantized(model)
+    assign_is_quantized(model)
     vars(model).update(hf_quantizer=None, is_quantized=False)
     if record.encoding is not None:
         patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)

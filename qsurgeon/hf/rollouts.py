@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from qsurgeon.errors import UsageError
-from qsurgeon.layers import Quantization, generation, is_active, quant_linears, rollout_unless_told
+from qsurgeon.layers import Quantization, generation, quant_layers, rollout_unless_told
 from qsurgeon.layers.phases.around import around
 from qsurgeon.layers.phases.state import State, current, inside
 from qsurgeon.patching import Method, patch
@@ -121,6 +121,4 @@ def _check_alike(model: nn.Module, started: State) -> None:
 
 def _acting(model: nn.Module, state: State) -> set[str]:
     with inside(state):
-        return {
-            name for name, layer in quant_linears(model).items() if is_active(layer, layer.quantization.behavior.phases)
-        }
+        return {name for name, layer in quant_layers(model).items() if layer.rounds}

@@ -27,6 +27,8 @@ from qsurgeon.surgery import (
     is_ours,
     record_in,
 )
+from qsurgeon.transformers_private.attributes import ADAPTED
+from qsurgeon.transformers_private.loading import saves_here
 
 
 def saving(save: Method) -> Method:
@@ -42,7 +44,7 @@ def saving(save: Method) -> Method:
         with _recorded(self.config, record), nullcontext() if record is None else uncompiled(self):
             done = save(self, save_directory, is_main_process, *args, **kwargs)
         card = Path(save_directory) / CARD
-        is_writer = self.should_save_on_this_rank(is_main_process)
+        is_writer = saves_here(self, is_main_process)
         if record is not None and is_writer and card.parent.is_dir() and not card.exists():
             card.write_text(with_record("", record, headline_of(self)), "utf-8")
         return done
@@ -70,7 +72,7 @@ def uploading(upload: Method) -> Method:
 
 
 def _saves_adapter_alone(model: Any) -> bool:
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+    return bool(getattr(model, ADAPTED, False))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from qsurgeon.launch import VARIABLE
-from qsurgeon.layers import Quantization, quant_linears
+from qsurgeon.layers import Quantization, quant_layers
 from qsurgeon.surgery import headline_of
 from qsurgeon.telling import say
 
@@ -24,9 +24,9 @@ def announce(model: Any) -> None:
     who = f"pid {os.getpid()}" if rank is None else f"pid {os.getpid()} (rank {rank})"
     name = type(model).__name__
     what = headline_of(model)
-    wrapped = quant_linears(model).values()
+    wrapped = quant_layers(model).values()
     if wrapped:
-        rules = ", ".join(dict.fromkeys(_named(layer.quantization) for layer in wrapped))
+        rules = ", ".join(dict.fromkeys(_named(how) for layer in wrapped for how in layer.quantizations.values()))
         line = f"{who}: {name}: {what} (recipe rules: {rules})"
     else:
         origin = getattr(getattr(model, "config", None), "name_or_path", "")

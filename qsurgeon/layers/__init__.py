@@ -1,8 +1,9 @@
 """Modules that compute in a number format, and the gradient they pass on."""
 
 from qsurgeon.layers.dequantized import packed_format
-from qsurgeon.layers.linear import QuantLinear, quant_linears
-from qsurgeon.layers.packed import PackedLinear, disabled, kept_bytes, pack, packed_linears, uncounted
+from qsurgeon.layers.layer import QuantLayer, QuantProduct, Weight, quant_layers
+from qsurgeon.layers.linear import QuantLinear
+from qsurgeon.layers.packed import PackedLayer, PackedLinear, disabled, kept_bytes, pack, packed_layers, uncounted
 from qsurgeon.layers.phases import current_phase, generation, is_active, phase, rollout_unless_told, rounded_once
 from qsurgeon.layers.phases.around import around
 from qsurgeon.layers.phases.keeping import keep_at_most
@@ -11,9 +12,13 @@ from qsurgeon.layers.straight_through import straight_through
 
 __all__ = [
     "AS_IT_IS",
+    "PackedLayer",
     "PackedLinear",
+    "QuantLayer",
     "QuantLinear",
+    "QuantProduct",
     "Quantization",
+    "Weight",
     "around",
     "current_phase",
     "disabled",
@@ -23,9 +28,9 @@ __all__ = [
     "kept_bytes",
     "pack",
     "packed_format",
-    "packed_linears",
+    "packed_layers",
     "phase",
-    "quant_linears",
+    "quant_layers",
     "rollout_unless_told",
     "rounded_once",
     "straight_through",

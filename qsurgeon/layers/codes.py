@@ -23,6 +23,7 @@ from qsurgeon.torch_private import (
     PRIVATE_COPIES,
     PRIVATE_DESCRIBES,
     PRIVATE_MOVES,
+    PRIVATE_NAMESPACES,
     PRIVATE_SETTABLE,
     is_operator,
     without_subclass,
@@ -56,7 +57,7 @@ _NEW = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
 _ASKS = {"dtype", "is_floating_point", "to", "type_as", *_NEW}
 _SETTABLE = {"data", "grad", "requires_grad", "names", *PRIVATE_SETTABLE}
 # Operators that only move bytes: ours, and those of collective communication.
-_NAMESPACES = {"qsurgeon", "fsdp", "c10d", "_c10d_functional"}
+_NAMESPACES = {"qsurgeon", "fsdp", "c10d", *PRIVATE_NAMESPACES}
 
 
 class Codes(nn.Parameter):

@@ -1,6 +1,7 @@
-"""PackedLinear: a QuantLinear that holds its weight as codes and scales alone."""
+"""PackedLayer: a wrapped layer that holds its weight as codes and scales alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,8 @@ from qsurgeon.formats.rotation import rotated
 from qsurgeon.layers.codes import Codes, plain
 from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.export import refuse_export
-from qsurgeon.layers.linear import QuantLinear, quant_linears
+from qsurgeon.layers.layer import QuantProduct, quant_layers
+from qsurgeon.layers.linear import QuantLinear
 from qsurgeon.layers.phases import During, without
 from qsurgeon.layers.product import packed_linear
 from qsurgeon.layers.quantization import Quantization
@@ -20,16 +22,18 @@ from qsurgeon.layers.sharded import is_sharded, sharded_packed_linear
 from qsurgeon.storage import PACKED, Encoding
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT, from_stored, stored_shapes, to_stored
 from qsurgeon.torch_private import own_parameters, without_subclass
+from qsurgeon.transformers_private.attributes import READ
 from qsurgeon.words import Behavior
 
 
-class PackedLinear(QuantLinear):
-    """A QuantLinear whose ``weight`` is uint8: the codes, beside ``weight_scale`` and ``weight_tensor_scale``.
+class PackedLayer(QuantProduct):
+    """A QuantProduct whose ``weight`` is uint8: the codes, beside ``weight_scale`` and ``weight_tensor_scale``.
 
-    The layout is that of ``formats.stored``; with a format that rotates, the codes are of the rotated weight, W·R,
-    which is what the rotated input is multiplied with. It computes what a QuantLinear does with the weight that was
-    packed, to the bit. The weight is opened anew in each forward and each backward pass, in the dtype that the input
-    has, and has no gradient; the input and the bias have theirs.
+    The codes are of the weight as (outputs, inputs), whatever the layout of the parameter was. Their own layout is that
+    of ``storage.packed``. With a format that rotates, they are of the rotated weight, W·R, which is what the rotated
+    input is multiplied with. The layer computes what it did with the weight that was packed, to the bit. The weight is
+    dequantized in each forward and each backward pass, in the dtype that the input has, and has no gradient. The input
+    and the bias have theirs.
 
     Its tensors are ``Codes``, with which nothing can compute by mistake; what is put in their place becomes Codes too.
 
@@ -40,17 +44,17 @@ class PackedLinear(QuantLinear):
     compute_dtype: torch.dtype
     encoding: Encoding = PACKED  # how the tensors are stored
 
-    @staticmethod
-    def check_packing(linear: nn.Module, quantization: Quantization) -> None:
+    @classmethod
+    def check_packing(cls, linear: nn.Module, quantization: Quantization) -> None:
         """Do nothing if ``linear`` can be packed.
 
-        Raises: SurgeryError as QuantLinear's ``check``, for a weight that is no parameter (old-style weight_norm,
+        Raises: SurgeryError as ``check``, for a weight that is no parameter (old-style weight_norm,
         spectral_norm, prune), of a dtype that cannot be rounded, or whose values are elsewhere (offloaded, sharded),
         and for a rule that does not round it in every phase; FormatError for a static scale without a number;
         ShapeError for a weight that its format or rotation does not fit.
         """
-        QuantLinear.check(linear)
-        weight, grid = own_parameters(linear).get("weight"), packed_format(quantization)
+        cls.check(linear)
+        weight, grid = own_parameters(linear).get(WEIGHT), packed_format(quantization)
         if weight is None:
             raise SurgeryError(
                 "its weight is not a parameter: a hook computes it before each call (weight_norm, spectral_norm or "
@@ -69,20 +73,29 @@ class PackedLinear(QuantLinear):
         if weight.is_meta and getattr(linear, "_hf_hook", None) is not None:
             raise SurgeryError("its weight is offloaded, and its values are not here to be packed")
         # Of a weight without rows, to learn whether the dtype and the length of a row can be rounded.
-        pack(torch.empty(0, weight.shape[1], dtype=weight.dtype), quantization)
+        inputs = cls.weights[0].row_shape(weight.shape)[-1]
+        pack(torch.empty(0, inputs, dtype=weight.dtype), quantization)
+
+    @classmethod
+    def check_all(cls, module: nn.Module, hows: Mapping[str, Quantization]) -> None:
+        """Do nothing if ``module`` can be packed. Raises: as ``check_packing``."""
+        cls.check_packing(module, hows[WEIGHT])
 
     @classmethod
     def wrap(cls, linear: nn.Module, quantization: Quantization, name: str = "") -> None:
-        """Turn ``linear`` itself into a PackedLinear; of a weight on the meta device only the shapes are packed.
+        """Turn ``linear`` itself into a packed layer; of a weight on the meta device only the shapes are packed.
 
         ``name``: see the class. Raises: as ``check_packing``.
         """
         cls.check_packing(linear, quantization)
-        weight = linear.get_parameter("weight")
-        packed = empty(packed_format(quantization), *weight.shape) if weight.is_meta else pack(weight, quantization)
+        weight = linear.get_parameter(WEIGHT)
+        if weight.is_meta:
+            packed = empty(packed_format(quantization), *cls.weights[0].row_shape(weight.shape))
+        else:
+            packed = pack(cls.weights[0].rows(weight), quantization)
         super().wrap(linear, quantization, name)
         vars(linear)["compute_dtype"] = weight.dtype
-        vars(linear)["_is_hf_initialized"] = True  # transformers would draw new codes as if they were a weight
+        vars(linear)[READ] = True  # transformers would draw new codes as if they were a weight
         for key, tensor in packed.items():
             linear.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 
@@ -100,7 +113,7 @@ class PackedLinear(QuantLinear):
     def encode_as(self, encoding: Encoding) -> None:
         """Store the weight otherwise; on the meta device only the shapes are. Raises: FormatError for its format."""
         before = {name: plain(tensor) for name, tensor in self.stored.items()}
-        slots = encoding.slots(self.grid, self.out_features, self.in_features)
+        slots = encoding.slots(self.grid, *self.features)
         if any(tensor.is_meta for tensor in before.values()):
             new = {name: torch.empty(slot.shape, dtype=slot.dtype, device="meta") for name, slot in slots.items()}
         else:
@@ -136,7 +149,11 @@ class PackedLinear(QuantLinear):
             name: plain(tensor.detach()) if len(tensor) == 1 else plain(tensor.detach())[places[name]]
             for name, tensor in kept.items()
         }
-        return from_stored(taken, self.grid, self.in_features, torch.float32).dequantize()
+        return from_stored(taken, self.grid, self.features[1], torch.float32).dequantize()
+
+    def packed(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of ``weight``, a parameter in the layout that it had, packed; the layer stays as it is."""
+        return pack(self.weights[0].rows(weight), self.quantization)
 
     def codes(self) -> Tensor:
         """Return the codes of the weight (outputs, inputs), uint8, one a value. Raises: as ``opened``."""
@@ -148,15 +165,15 @@ class PackedLinear(QuantLinear):
 
         Raises: ShapeError for values of another shape.
         """
-        if values.shape != (self.out_features, self.in_features):
-            raise ShapeError(f"a weight is {(self.out_features, self.in_features)}, got {tuple(values.shape)}")
+        if values.shape != self.features:
+            raise ShapeError(f"a weight is {self.features}, got {tuple(values.shape)}")
         for name, tensor in self.encoding.encode(self.grid.quantize(values)).items():
             self.get_parameter(name).copy_(tensor)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return q(x) · q(W)ᵀ + b. Raises: ShapeError for an input of another length or of whole numbers."""
-        if input.shape[-1] != self.in_features:
-            raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.in_features}")
+        if input.shape[-1] != self.features[1]:
+            raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.features[1]}")
         refuse_export(self.training)
         stored: dict[str, Any] = self.stored if self.encoding is PACKED else self._as_packed()
         with without_subclass():  # of Codes
@@ -170,7 +187,7 @@ class PackedLinear(QuantLinear):
 
     def _quantized(self, dtype: torch.dtype) -> Quantized:
         stored = {name: plain(tensor) for name, tensor in self.stored.items()}
-        return self.encoding.decode(stored, self.grid, self.in_features, dtype)
+        return self.encoding.decode(stored, self.grid, self.features[1], dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -230,12 +247,16 @@ class PackedLinear(QuantLinear):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuse tensors that torch would cast: a value that is rounded to a byte is no code."""
-        slots = self.encoding.slots(self.grid, self.out_features, self.in_features)
+        slots = self.encoding.slots(self.grid, *self.features)
         for name, slot in slots.items():
             found = state_dict.get(prefix + name)
             if found is not None and found.dtype != slot.dtype:
                 raise CheckpointError(f"{prefix}{name} is {found.dtype}; a packed weight is {slot.dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PackedLinear(PackedLayer, QuantLinear):
+    """A QuantLinear whose weight is packed."""
 
 
 def refused_by_packing(behavior: Behavior) -> tuple[str, str] | None:
@@ -259,17 +280,15 @@ def empty(grid: Format, rows: int, columns: int) -> dict[str, Tensor]:
     return {name: torch.empty(shape, dtype=torch.uint8, device="meta") for name, shape in shapes.items()}
 
 
-def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return the PackedLinear modules of ``model`` by their names in it."""
-    return {name: module for name, module in quant_linears(model).items() if isinstance(module, PackedLinear)}
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """Return the layers of ``model`` with packed weights, of all kinds, by their names in it."""
+    return {name: module for name, module in quant_layers(model).items() if isinstance(module, PackedLayer)}
 
 
 def uncounted(model: nn.Module) -> int:
     """Return how many values more than bytes, which ``numel`` counts, the packed weights of ``model`` have."""
-    layers = packed_linears(model).values()
-    return sum(
-        layer.out_features * layer.in_features - sum(one.numel() for one in layer.stored.values()) for layer in layers
-    )
+    layers = packed_layers(model).values()
+    return sum(prod(layer.features) - sum(one.numel() for one in layer.stored.values()) for layer in layers)
 
 
 def kept_bytes(model: nn.Module) -> int:
@@ -277,10 +296,13 @@ def kept_bytes(model: nn.Module) -> int:
 
     They are the weights that are rounded at each call: of a packed weight none are kept, and tied ones count once.
     """
-    rounded = [
-        one for one in quant_linears(model).values() if not isinstance(one, PackedLinear) and one.quantization.weight
+    rounded: list[Tensor] = [
+        getattr(layer, weight)
+        for layer in quant_layers(model).values()
+        for weight, how in layer.quantizations.items()
+        if not isinstance(layer, PackedLayer) and how.weight
     ]
-    weights = {id(one.weight): one.weight for one in rounded}
+    weights = {id(one): one for one in rounded}
     return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
@@ -293,11 +315,11 @@ def disabled(*models: nn.Module) -> During:
     Raises: NothingWrappedError for a model without a QuantLinear, which is in full precision everywhere. SurgeryError
     for one with packed weights, whose full precision is nowhere any more.
     """
-    found = [quant_linears(model) for model in models]
+    found = [quant_layers(model) for model in models]
     for model, layers in zip(models, found, strict=True):
         if not layers:
             raise NothingWrappedError(f"no module of {type(model).__name__} is wrapped: there is nothing to disable")
-        if packed := packed_linears(model):
+        if packed := packed_layers(model):
             raise SurgeryError(
                 f"{len(packed)} weights of {type(model).__name__} are packed, such as that of {next(iter(packed))}: "
                 "their full precision is gone. Load the checkpoint that they were packed from as a teacher or "

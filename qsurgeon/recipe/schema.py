@@ -20,11 +20,12 @@ from pydantic import (
     model_validator,
 )
 
-from qsurgeon.errors import FormatError
+from qsurgeon.errors import FormatError, nearest
 from qsurgeon.formats import CATALOG, Format
 from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
 from qsurgeon.formats.scale import RULES, SCALES
+from qsurgeon.layers.kinds import DEFAULT, KINDS
 from qsurgeon.recipe.select import check_pattern
 from qsurgeon.recipe.text import Path
 from qsurgeon.recipe.words import unknown_format
@@ -89,12 +90,25 @@ class FormatSpec(Section):
 PatternText = Annotated[str, AfterValidator(check_pattern)]
 
 
+def _check_type(name: str) -> str:
+    if name not in KINDS:
+        raise ValueError(f"'types' cannot be '{name}'; {nearest(name, KINDS)}")
+    return name
+
+
+def _list_types(schema: dict[str, Any]) -> None:
+    schema["enum"] = list(KINDS)
+
+
+TypeName = Annotated[str, AfterValidator(_check_type), Field(json_schema_extra=_list_types)]
+
+
 class _Choice(Section):
     """Which modules a rule takes, and the formats that it gives them."""
 
     name: Annotated[str, Field(min_length=1, description="What plan and inspect call the rule.")] | None = None
     target: tuple[PatternText, ...] = Field(min_length=1, description="Patterns of the modules to take.")
-    types: tuple[Literal["Linear"], ...] = Field(("Linear",), min_length=1, description="Kinds of modules to take.")
+    types: tuple[TypeName, ...] = Field((DEFAULT,), min_length=1, description="Kinds of modules to take.")
     exclude: tuple[PatternText, ...] = Field(
         (), description="Patterns of the modules to leave; <output_head>? names the output head."
     )

@@ -11,7 +11,7 @@ from torch import nn
 
 from qsurgeon.arguments import check_model
 from qsurgeon.checkpoint import config_of
-from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_linears, quant_linears
+from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_layers, quant_layers
 from qsurgeon.observing import observed, undisturbed
 from qsurgeon.report.rows import Report, Row, mark_large
 from qsurgeon.storage import MASTER
@@ -23,6 +23,7 @@ from qsurgeon.surgery import (
     exclusions,
     inventory,
     misread,
+    quantizations,
     record_in,
     refuse_foreign,
     skeleton,
@@ -80,30 +81,28 @@ def inspect(
 
 def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report:
     excluded = exclusions(model)
-    layers = quant_linears(model)
-    wrapped = {path: layer.quantization for path, layer in layers.items()}
-    steps = [Step(module, wrapped.get(module.path) or excluded.get(module.name)) for module in inventory(model)]
+    layers = quant_layers(model)
+    wrapped = quantizations(model)
+    steps = [Step(module, wrapped.get(module.name) or excluded.get(module.name)) for module in inventory(model)]
     called = None if example is None else _called(model, example)
-    packed = packed_linears(model)
+    packed = packed_layers(model)
     storage = next((one.encoding.name for one in packed.values()), MASTER if layers else "")
     resting = {
-        path
-        for path, one in layers.items()
-        if path not in packed and not is_active(one, one.quantization.behavior.phases)
+        step.module.name
+        for step in steps
+        for how, layer in [(step.quantization, layers.get(step.module.path))]
+        if how is not None and layer is not None and step.module.path not in packed
+        if not is_active(layer, how.behavior.phases)
     }
     report = _report(steps, storage, "", called, bypassed(model), misread(model))
-    paths = (step.module.path for step in steps if step.why)
-    rows = (
-        replace(row, rounds=path not in resting) if path in layers else row
-        for path, row in zip(paths, report.rows, strict=True)
-    )
+    rows = (replace(row, rounds=row.module not in resting) if row.module in wrapped else row for row in report.rows)
     return replace(report, rows=tuple(rows), phase=current_phase())
 
 
 def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
-    """Return the paths of the QuantLinears that ``model`` calls when it is called with ``example``."""
+    """Return the paths of the wrapped layers that ``model`` calls when it is called with ``example``."""
     called: set[str] = set()
-    with observed(quant_linears(model), lambda call: called.add(call.name)), undisturbed(model):
+    with observed(quant_layers(model), lambda call: called.add(call.name)), undisturbed(model):
         model(**example)
     return called
 
@@ -146,7 +145,7 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         module.parameters,
         how.weight.bits if how and how.weight else stored,
         module.bytes,
-        module.linear and not module.adapter,
+        module.type,
         was_called,
         bypassed=module.path in past,
         misread=module.path in wrong,

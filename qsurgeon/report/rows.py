@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qsurgeon.layers import AS_IT_IS
+from qsurgeon.layers.kinds import in_order, listed
 from qsurgeon.report.tables import Column, left_out, narrowed, natural_width, table_text, wrapped
 from qsurgeon.surgery import Part, Tower, headline, in_words, percent
 from qsurgeon.surgery.fold import folded
@@ -22,6 +23,7 @@ class Row:
     """One module: what it is, what it computes with, and why.
 
     bits: of one weight value as the layer computes with it. bytes: of the parameters it holds now.
+    type: what recipes call its kind; nothing for what cannot be wrapped.
     called: by the example, where there was one to ask with. bypassed: by an adapter that computes past it.
     misread: by an adapter that takes its codes for values. behavior: how it uses its formats, where it is wrapped.
     rounds: whether it did when a live model was asked; None where there was none to ask.
@@ -37,7 +39,7 @@ class Row:
     parameters: int
     bits: float | None
     bytes: int
-    linear: bool
+    type: str
     called: bool | None = None
     large: bool = False
     bypassed: bool = False
@@ -76,7 +78,7 @@ class Row:
     def part(self) -> Part:
         """Its part in the headline."""
         how = in_words(self.weight, self.input, self.when) if self.is_wrapped else ""
-        return Part(self.parameters, self.kind, self.linear, self.adapter, how)
+        return Part(self.parameters, self.kind, self.type, self.adapter, how)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Reached:
     kind: str
     reads: str
     wrapped: int
-    linears: int
+    wrappable: int
     share: float
 
 
@@ -120,9 +122,14 @@ class Report:
         return sum(row.is_wrapped for row in self.rows)
 
     @property
-    def linears(self) -> int:
-        """How many Linear modules there are, wrapped or not; adapters are not counted."""
-        return sum(row.linear for row in self.rows)
+    def wrappable(self) -> int:
+        """How many modules could be wrapped, or are; adapters are not counted."""
+        return sum(bool(row.type) for row in self.rows)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The kinds of those modules, by name."""
+        return in_order(row.type for row in self.rows)
 
     @property
     def parameters(self) -> int:
@@ -167,7 +174,7 @@ class Report:
                 tower.kind,
                 tower.reads,
                 sum(row.is_wrapped for row in rows),
-                sum(row.linear for row in rows),
+                sum(bool(row.type) for row in rows),
                 sum(row.parameters for row in rows if row.is_wrapped) / self.parameters,
             )
             for tower, rows in found.items()
@@ -212,7 +219,7 @@ class Report:
             "storage": self.storage,
             "phase": self.phase,
             "wrapped": self.wrapped,
-            "linears": self.linears,
+            "wrappable": self.wrappable,
             "coverage": self.coverage,
             "bits_per_weight": self.bits_per_weight,
             "bytes": self.bytes,
@@ -292,7 +299,7 @@ def totals_text(report: Report) -> str:
     for one in report.towers:
         lines.append(
             f"wrapped with the rest: {one.module} ({one.kind}, which reads {one.reads}), {one.wrapped} of its "
-            f"{one.linears} Linear modules, {percent(one.share)} of the parameters"
+            f"{one.wrappable} {listed(report.types, 'and')} modules, {percent(one.share)} of the parameters"
         )
     lines.append(f"parameters: {shares}; {report.bits_per_weight:.2f} bits per weight")
     size = f"size: {_megabytes(report.bytes)}"

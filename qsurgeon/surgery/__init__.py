@@ -4,7 +4,7 @@ from qsurgeon.surgery.adapters import bypassed, method_of, misread, objection, r
 from qsurgeon.surgery.current import Origin, current_record, exclusions, inherit, mark
 from qsurgeon.surgery.headline import Part, headline, headline_of, in_words, percent
 from qsurgeon.surgery.interrupts import uninterrupted
-from qsurgeon.surgery.inventory import Module, Tower, inventory, plain_model
+from qsurgeon.surgery.inventory import Module, Tower, inventory, plain_model, quantizations
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
 from qsurgeon.surgery.quantized import configs_in, foreign_method, is_ours, refuse_foreign, refuse_quantized
@@ -44,6 +44,7 @@ __all__ = [
     "operate",
     "percent",
     "plain_model",
+    "quantizations",
     "read_config",
     "read_record",
     "record_in",

@@ -1,6 +1,6 @@
 """Which peft adapters compute past their layer, and which use a packed weight's codes as values.
 
-peft has no way to ask, so that this is what was measured of peft 0.21; tests/test_peft.py measures it again.
+peft has no way to ask, so that this is what was measured of peft 0.20 and 0.21; tests/test_peft.py measures it again.
 """
 
 import sys
@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from qsurgeon.errors import SurgeryError
-from qsurgeon.layers import QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import QuantLayer, packed_layers, quant_layers
 from qsurgeon.layers.compiling import HELD
 
 _HELD = ".base_layer"
 # Their forward reads the weight and multiplies with it itself, changed or not, and never calls the layer.
 _READ_THE_WEIGHT = {"frod", "glora", "hra", "shira", "supertuning", "trainable_tokens"}
+# So do these with ``init_weights='bat'``, which their layers keep under this name. Bone was in peft until 0.18.
+_BAT = {"miss": "miss_fn", "bone": "bone_fn"}
 # Those compute with the weight's values beside the layer that they call.
 _COMPUTE_WITH_THE_WEIGHT = {"hira", "loha", "lokr", "peanut"}
 # Fields of a LoraConfig that make LoRA do so.
@@ -25,10 +27,16 @@ _ON_VALUES = {
     "target_parameters": "LoRA with target_parameters",
 }
 
+# What variants of LoRA do to the weight. Older peft has no KaSA.
+_VARIANTS = {
+    "DoraLinearVariant": "DoRA) computes with its weight",
+    "KasaLinearVariant": "KaSA) replaces its weight",
+}
+
 
 def bypassed(model: nn.Module) -> dict[str, str]:
-    """Return how adapters compute past the QuantLinears of ``model``, by the paths of those that they do that to."""
-    found = {path: bypass(model, path) for path in quant_linears(model)}
+    """Return how adapters compute past the wrapped layers of ``model``, by the paths of those that they do that to."""
+    found = {path: bypass(model, path) for path in quant_layers(model)}
     return {path: how for path, how in found.items() if how is not None}
 
 
@@ -39,7 +47,7 @@ def bypass(model: nn.Module, path: str) -> str | None:
 
 def misread(model: nn.Module) -> dict[str, str]:
     """Return how adapters take the codes of packed weights for values, by the paths of those that they do that to."""
-    found = {path: misreading(model, path) for path in packed_linears(model)}
+    found = {path: misreading(model, path) for path in packed_layers(model)}
     return {path: how for path, how in found.items() if how is not None}
 
 
@@ -49,7 +57,7 @@ def misreading(model: nn.Module, path: str) -> str | None:
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Do nothing if all adapters call the QuantLinears that they sit on. Raises: SurgeryError with the first others."""
+    """Do nothing if all adapters call the wrapped layers they sit on. Raises: SurgeryError with the first others."""
     for found, what in (
         (bypassed(model), "would have no effect"),
         (misread(model), "have codes that would be misread"),
@@ -73,8 +81,8 @@ def objection(config: Any, *, is_packed: bool) -> str | None:
     past = "multiplies with its weight itself and never calls it"
     if method in _READ_THE_WEIGHT:
         return f"{method} {past}"
-    if method == "miss" and config.init_weights == "bat":
-        return f"miss with init_weights='bat' {past}"
+    if method in _BAT and config.init_weights == "bat":
+        return f"{method} with init_weights='bat' {past}"
     is_dora = method == "lora" and config.use_dora
     if is_packed:
         found = [name for field, name in _ON_VALUES.items() if method == "lora" and getattr(config, field, None)]
@@ -114,10 +122,9 @@ def _into_what_it_holds(layer: Any) -> str | None:
         return "the adapter on it (LoRA's target_parameters) adds to its weight, which is packed"
     if "lora" in methods and variants is not None:
         for variant in getattr(layer, "lora_variant", {}).values():
-            if isinstance(variant, variants.DoraLinearVariant):
-                return "the adapter on it (DoRA) computes with its weight, which is packed"
-            if isinstance(variant, variants.KasaLinearVariant):
-                return "the adapter on it (KaSA) replaces its weight, which is packed"
+            for name, how in _VARIANTS.items():
+                if isinstance(variant, getattr(variants, name, ())):
+                    return f"the adapter on it ({how}, which is packed"
     return None
 
 
@@ -127,11 +134,11 @@ def _past_what_it_holds(layer: Any) -> str | None:
     if methods & _READ_THE_WEIGHT:
         method = min(methods & _READ_THE_WEIGHT)
         return f"the adapter on it ({kind} of peft's {method}) multiplies with its weight itself and never calls it"
-    if "miss" in methods and getattr(layer, "miss_fn", None) == "bat":
+    if any(getattr(layer, _BAT[method], None) == "bat" for method in methods & _BAT.keys()):
         return f"the adapter on it ({kind}, init_weights='bat') multiplies with its weight itself and never calls it"
     if "ln_tuning" in methods:
         copies: nn.ModuleDict = layer.ln_tuning_layers
-        if not all(isinstance(one, QuantLinear) for one in copies.values()):
+        if not all(isinstance(one, QuantLayer) for one in copies.values()):
             return f"the adapter on it ({kind}) trains a copy of it in full precision, and calls that instead"
     if "lora" in methods and variants is not None:
         for adapter, variant in getattr(layer, "lora_variant", {}).items():

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from qsurgeon.errors import SurgeryError
-from qsurgeon.layers import PackedLinear, QuantLinear, quant_linears
+from qsurgeon.layers import PackedLayer, quant_layers
 from qsurgeon.storage import MASTER
-from qsurgeon.surgery.inventory import inventory, plain_model
+from qsurgeon.surgery.inventory import inventory, plain_model, quantizations
 from qsurgeon.surgery.plan import Excluded
 from qsurgeon.surgery.record import Header, Record, make_record
 from qsurgeon.version import __version__
@@ -31,12 +31,13 @@ class Origin:
 
 
 def mark(model: nn.Module, origin: Origin, excluded: Mapping[str, Excluded]) -> None:
-    """Let the modules of ``model`` carry where their wrapping came from, and what ``excluded`` them, by plain name."""
-    for layer in quant_linears(model).values():
+    """Let the modules of ``model`` carry where their wrapping came from, and what ``excluded`` weights, by name."""
+    for layer in quant_layers(model).values():
         vars(layer)[_ORIGIN] = origin
     for module in inventory(model):
         if module.name in excluded:
-            vars(model.get_submodule(module.path))[_EXCLUDED] = excluded[module.name]
+            own = vars(model.get_submodule(module.path))
+            own[_EXCLUDED] = {**own.get(_EXCLUDED, {}), module.weight: excluded[module.name]}
 
 
 def inherit(module: nn.Module, before: nn.Module) -> None:
@@ -45,9 +46,9 @@ def inherit(module: nn.Module, before: nn.Module) -> None:
 
 
 def exclusions(model: nn.Module) -> dict[str, Excluded]:
-    """Return what excluded each module that a rule named and did not take, by its name in the plain model."""
-    found = ((module.name, vars(model.get_submodule(module.path)).get(_EXCLUDED)) for module in inventory(model))
-    return {name: fate for name, fate in found if fate is not None}
+    """Return what excluded each weight that a rule named and did not take, by its name in the inventory."""
+    found = ((module, vars(model.get_submodule(module.path)).get(_EXCLUDED, {})) for module in inventory(model))
+    return {module.name: fates[module.weight] for module, fates in found if module.weight in fates}
 
 
 def current_record(model: nn.Module) -> Record | None:
@@ -56,32 +57,37 @@ def current_record(model: nn.Module) -> Record | None:
     Raises: SurgeryError if some weights are packed and others, which have a format too, are not.
     """
     _, root = plain_model(model)
-    paths = {module.path: module.name for module in inventory(root)}
-    layers = {paths[path]: layer for path, layer in quant_linears(root).items()}
+    layers = quant_layers(root).values()
     if not layers:
         return None
-    origins = list(dict.fromkeys(vars(layer).get(_ORIGIN, Origin()) for layer in layers.values()))
+    origins = list(dict.fromkeys(vars(layer).get(_ORIGIN, Origin()) for layer in layers))
     return make_record(
         Header(
             __version__,
-            _storage(layers),
+            _storage(root),
             "" if len({one.source for one in origins}) > 1 else origins[0].source,
             "\n---\n".join(dict.fromkeys(one.recipe for one in origins if one.recipe)),
         ),
-        {name: layer.quantization for name, layer in layers.items()},
+        quantizations(root),
         exclusions(root),
     )
 
 
-def _storage(layers: Mapping[str, QuantLinear]) -> Storage:
-    packed = {name: layer for name, layer in layers.items() if isinstance(layer, PackedLinear)}
+def _storage(root: nn.Module) -> Storage:
+    layers = quant_layers(root)
+    packed = {path: layer for path, layer in layers.items() if isinstance(layer, PackedLayer)}
     if not packed:
         return MASTER
-    master = [name for name, layer in layers.items() if name not in packed and layer.quantization.weight is not None]
+    master = [
+        path
+        for path, layer in layers.items()
+        if path not in packed and any(how.weight is not None for how in layer.quantizations.values())
+    ]
     if master:
+        named = {module.path: module.module for module in inventory(root)}
         raise SurgeryError(
-            f"the weight of {next(iter(packed))} is packed and that of {master[0]} is not; a checkpoint has one "
-            "storage: apply recipes with the same storage to both"
+            f"the weight of {named[next(iter(packed))]} is packed and that of {named[master[0]]} is not; a checkpoint "
+            "has one storage: apply recipes with the same storage to both"
         )
     names = list(dict.fromkeys(layer.encoding.name for layer in packed.values()))
     if names[1:]:

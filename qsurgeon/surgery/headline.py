@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qsurgeon.layers import Quantization, quant_linears
-from qsurgeon.surgery.inventory import Module, inventory
+from qsurgeon.layers import Quantization
+from qsurgeon.layers.kinds import in_order, listed
+from qsurgeon.surgery.inventory import Module, inventory, quantizations
 from qsurgeon.visible import one_line
 
 
@@ -19,13 +20,13 @@ from qsurgeon.visible import one_line
 class Part:
     """One module's part in a headline.
 
-    kind: its class. linear: whether it could be wrapped. adapter: whether peft added it. how: what it computes with, in
-    words; nothing for one that stays as it is.
+    kind: its class. type: what recipes call its kind, if it could be wrapped. adapter: whether peft added it. how: what
+    it computes with, in words; nothing for one that stays as it is.
     """
 
     parameters: int
     kind: str
-    linear: bool
+    type: str
     adapter: bool
     how: str
 
@@ -37,7 +38,7 @@ class Part:
             if quantization is None
             else in_words(quantization.weight_name, quantization.input_name, quantization.when)
         )
-        return cls(module.parameters, module.kind, module.linear and not module.adapter, module.adapter, how)
+        return cls(module.parameters, module.kind, module.type, module.adapter, how)
 
 
 def in_words(weight: str, input: str, when: str = "") -> str:
@@ -51,37 +52,38 @@ def headline(parts: Iterable[Part], remarks: Sequence[str] = (), resting: str = 
     ``remarks``: what else there is to say of the wrapped modules. ``resting``: how many of them do not round now.
     """
     parts = tuple(parts)
-    linears = sum(part.linear for part in parts)
+    count = sum(bool(part.type) for part in parts)
+    types = in_order(part.type for part in parts)
     hows = Counter(part.how for part in parts if part.how)
     if not hows:
-        return f"full precision: none of {linears} Linear modules is wrapped"
+        return f"full precision: none of {count} {listed(types, 'and')} modules is wrapped"
     everything = sum(part.parameters for part in parts) or 1
     wrapped = percent(sum(part.parameters for part in parts if part.how) / everything)
     said = [*(f"{count} with {how}" for how, count in hows.items()), *remarks]
     return one_line(
-        f"{wrapped} of the parameters are wrapped, in {hows.total()} of {linears} Linear modules"
-        f"{_elsewhere(parts, everything)}{resting}: {'; '.join(said)}"
+        f"{wrapped} of the parameters are wrapped, in {hows.total()} of {count} {listed(types, 'and')} modules"
+        f"{_elsewhere(parts, types, everything)}{resting}: {'; '.join(said)}"
     )
 
 
 def headline_of(model: nn.Module) -> str:
     """Return the headline of a live model: of what its layers are now, whatever its config says."""
-    hows = {path: layer.quantization for path, layer in quant_linears(model).items()}
-    return headline(Part.of(module, hows.get(module.path)) for module in inventory(model))
+    hows = quantizations(model)
+    return headline(Part.of(module, hows.get(module.name)) for module in inventory(model))
 
 
-def _elsewhere(parts: Sequence[Part], everything: int) -> str:
+def _elsewhere(parts: Sequence[Part], types: Sequence[str], everything: int) -> str:
     """Return what share of the parameters lies where no rule reaches, and in which modules most of that lies."""
     kinds: dict[str, int] = defaultdict(int)
     for part in parts:
-        if not part.linear and not part.adapter:
+        if not part.type and not part.adapter:
             kinds[part.kind] += part.parameters
     others = sum(kinds.values())
     if not others:
         return ""
     largest = max(kinds, key=lambda kind: kinds[kind])
     most = "most" if kinds[largest] * 2 > others else "the largest part"
-    return f" ({percent(others / everything)} are in no Linear, {most} in {largest})"
+    return f" ({percent(others / everything)} are in no {listed(types)}, {most} in {largest})"
 
 
 def percent(share: float) -> str:

@@ -1,12 +1,13 @@
 """What a recipe does to each module of one model, decided before any tensor is read. Pure."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qsurgeon.errors import FormatError, Mistake, PlanError
 from qsurgeon.formats import Format
 from qsurgeon.layers import Quantization, packed_format
+from qsurgeon.layers.kinds import DEFAULT, KINDS, listed
 from qsurgeon.layers.packed import refused_by_packing
 from qsurgeon.recipe import Recipe
 from qsurgeon.recipe.select import OUTPUT_HEAD, Match, Namespace, parse_pattern
@@ -28,7 +29,7 @@ class Excluded:
 
 @dataclass(frozen=True)
 class Step:
-    """One module and its fate: how it computes, or what excluded it, or None: no rule names it."""
+    """One weight of one module and its fate: how it computes, or what excluded it, or None: no rule names it."""
 
     module: Module
     fate: Quantization | Excluded | None
@@ -41,10 +42,12 @@ class Step:
     def packed_bytes(self, encoding: Encoding) -> int:
         """Return what the module takes once its weight is packed, which is not tied to another's then."""
         how = self.quantization
-        if how is None or how.weight is None or len(self.module.shape) != 2:  # a record may name anything
+        # A record may name anything.
+        if how is None or how.weight is None or self.module.wraps is None or len(self.module.shape) != 2:
             return self.module.bytes
         own = 0 if self.module.tied_to is not None else self.module.weight_bytes
-        return self.module.bytes - own + encoding.bytes(packed_format(how), *self.module.shape)
+        rows, columns = self.module.row_shape
+        return self.module.bytes - own + encoding.bytes(packed_format(how), rows, columns)
 
     @property
     def remark(self) -> str:
@@ -62,9 +65,11 @@ class Step:
                 return f"excluded by '{pattern}' of rule '{rule}'"
         if self.module.adapter and self.module.parameters:
             return "adapter of peft: stays in full precision"
-        if self.module.linear:
+        if self.module.type == DEFAULT:
             return "no rule names it"
-        return "not a Linear" if self.module.parameters or self.module.tied_to else ""
+        if self.module.type:
+            return f"no rule with 'types: [{self.module.type}]' names it"
+        return f"not a {listed(self.module.types)}" if self.module.parameters or self.module.tied_to else ""
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,11 @@ class Plan:
     @property
     def growth(self) -> int:
         """How many bytes more the parameters take once the model is operated on; fewer where it is negative."""
-        owners = {step.module.tied_to for step in self.steps}
+        owned = {step.module.tied_weight for step in self.steps}
         grown = 0
         for step in self.wrapped:
             how, module = step.quantization, step.module
-            stays = module.weight_bytes if module.name in owners else 0  # with those that are tied to it
+            stays = module.weight_bytes if module.parameter in owned else 0  # with those that are tied to it
             encoding = self.recipe.encoding
             if encoding is not None and how is not None and how.weight is not None:
                 grown += step.packed_bytes(encoding) - module.bytes + stays
@@ -136,7 +141,8 @@ class _Planner:
                 excluded.setdefault(one, pattern)
         taken = [one for one in targets if one not in excluded]
         if not taken and len(self.mistakes) == before and not self._all_optional(place):
-            self.report(f"rule '{name}' excludes every Linear that it targets{self._others(place)}", "rules", place)
+            types = listed(rule.types)
+            self.report(f"rule '{name}' excludes every {types} that it targets{self._others(place)}", "rules", place)
         fresh = [one for one in taken if not isinstance(self.decided.get(one), Quantization)]
         if taken and not fresh:
             self.report(f"rule '{name}' decides nothing: earlier rules took all it names", "rules", place)
@@ -144,6 +150,7 @@ class _Planner:
         if quantization is not None:
             self._check_rotation(quantization, fresh, place)
             self._check_readers(quantization, fresh, place)
+            self._check_kinds(quantization, fresh, place)
             for one in fresh:
                 self._check_tie(self.modules[one], place)
                 self.decided[one] = quantization
@@ -169,35 +176,33 @@ class _Planner:
         found: set[str] = set()
         for number, pattern in enumerate(rule.target):
             names = self._match(pattern, "rules", place, "target", number).names
-            takeable = {one for one in names if self.modules[one].linear and not self.modules[one].adapter}
+            takeable = {one for one in names if self.modules[one].type in rule.types}
             if names and not takeable and not parse_pattern(pattern).optional:
-                named = (self.modules[one] for one in names)
-                kinds = ", ".join(sorted({one.kind + (" (adapter)" if one.adapter else "") for one in named}))
-                self.report(
-                    f"'{pattern}' names no Linear, only {kinds}; only nn.Linear itself is wrapped",
-                    "rules",
-                    place,
-                    "target",
-                    number,
-                )
+                message = _nothing_to_take(pattern, rule.types, [self.modules[one] for one in names])
+                self.report(message, "rules", place, "target", number)
             found |= takeable
         return [name for name in self.modules if name in found]
 
     def _others(self, place: int) -> str:
         """Return the end of a message: which modules with a matrix of weights a rule names, and cannot take."""
+        types = self.recipe.rules[place].types
         patterns = map(parse_pattern, self.recipe.rules[place].target)
         named = {name for pattern in patterns for name in self.namespace.match(pattern).names}
         found = [one for name, one in self.modules.items() if name in named]
+        others = Counter(one.type for one in found if one.type and one.type not in types)
         kinds: Counter[str] = Counter()
         for one in found:
-            if not one.linear and not one.adapter and one.parameters and len(one.shape) > 1:
+            if not one.type and not one.adapter and one.parameters and len(one.shape) > 1:
                 kinds[one.kind] += one.parameters
+        if others:
+            told = listed((f"{count} {name}" for name, count in others.items()), "and")
+            return f"; it also names {told}, which '{_types(types, others)}' takes"
         if not kinds:
             return ""
         told = ", ".join(
             f"{sum(one.kind == kind for one in found)} {kind}" for kind, _ in kinds.most_common(MOST_KINDS)
         )
-        return f"; what it also names is not nn.Linear itself and never wrapped: {told}"
+        return f"; what it also names is not {_sources(types)} itself and never wrapped: {told}"
 
     def _all_optional(self, place: int) -> bool:
         return all(parse_pattern(pattern).optional for pattern in self.recipe.rules[place].target)
@@ -248,7 +253,7 @@ class _Planner:
     def _check_rotation(self, how: Quantization, names: list[str], place: int) -> None:
         """Report the first module whose inputs the rotation does not divide."""
         for one in names:
-            inputs = self.modules[one].shape[-1]
+            inputs = self.modules[one].row_shape[-1]
             if how.rotation is not None and inputs % how.rotation.size:
                 self.report(
                     f"rule '{self.recipe.rule_name(place)}' rotates {how.rotation.size} values at a time, which does "
@@ -256,6 +261,20 @@ class _Planner:
                     "rules",
                     place,
                     "target",
+                )
+                return
+
+    def _check_kinds(self, how: Quantization, names: list[str], place: int) -> None:
+        """Report the first module of a kind whose weights cannot be packed, where they are to be."""
+        for one in names:
+            kind = self.modules[one].wraps
+            if self.recipe.encoding is not None and how.weight is not None and kind is not None and kind.packed is None:
+                self.report(
+                    f"rule '{self.recipe.rule_name(place)}' takes {one}, a {kind.name}, whose weights cannot be "
+                    "packed: say 'storage: master', or exclude it",
+                    "rules",
+                    place,
+                    "types",
                 )
                 return
 
@@ -281,12 +300,12 @@ class _Planner:
             self.report(f"{reached}: {where} {wrong}; {way}", "rules", place)
 
     def _check_tie(self, module: Module, place: int) -> None:
-        others = [one.name for one in self.modules.values() if one.tied_to == module.name]
-        tied = module.tied_to or (others[0] if others else None)
+        others = [one for one in self.modules.values() if one.tied_weight == module.parameter]
+        tied = module.tied_to or (others[0].name if others else None)
         if tied is None:
             return
-        knot = f"{module.name if module.tied_to else tied}.weight"
-        ties = [f"{one.name}.{key}" for one in self.modules.values() for key in one.shared]
+        knot = module.parameter if module.tied_to else others[0].parameter
+        ties = [tie for one in self.modules.values() for tie in one.shared]
         also = [tie for tie in ties if tie != knot]
         if self.recipe.untie and also:
             self.report(
@@ -306,6 +325,24 @@ class _Planner:
             )
 
 
+def _nothing_to_take(pattern: str, types: Sequence[str], named: Sequence[Module]) -> str:
+    """Return the message on a pattern that names modules, and none of a rule's ``types``."""
+    kinds = ", ".join(sorted({one.kind + (" (adapter)" if one.adapter else "") for one in named}))
+    others = dict.fromkeys(one.type for one in named if one.type)
+    start = f"'{pattern}' names no {listed(types)}, only {kinds}; "
+    if others:
+        return f"{start}say '{_types((), others)}' to take the {listed(others, 'and')} modules"
+    return f"{start}only {_sources(types)} itself is wrapped"
+
+
+def _types(types: Iterable[str], others: Iterable[str]) -> str:
+    return f"types: [{', '.join((*types, *others))}]"
+
+
+def _sources(types: Iterable[str]) -> str:
+    return listed(KINDS[name].source_name for name in types)
+
+
 def _and_more(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
@@ -314,7 +351,8 @@ def build_plan(recipe: Recipe, modules: Sequence[Module]) -> Plan:
     """Decide the fate of every module. Reads no file, touches no tensor.
 
     Raises: PlanError with every mistake: a pattern, or a word in its braces, that names nothing; a target without
-    a Linear; a rule that decides nothing; a tied weight; a weight that other code takes; an unknown format.
+    a module of the rule's types; a rule that decides nothing; a tied weight; a weight that other code takes; an
+    unknown format.
     """
     if recipe.extends is not None:
         where, excerpt = recipe.where("extends")

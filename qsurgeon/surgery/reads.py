@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import nn
 
+from qsurgeon.layers.kinds import KINDS
+from qsurgeon.layers.layer import USUAL
 from qsurgeon.surgery.inventory import Module, inventory
 from qsurgeon.surgery.reader import Reader
 from qsurgeon.surgery.source import ANY, CALLED, FIRST, Path, Test, Use, uses_in
 from qsurgeon.torch_private import children
+from qsurgeon.transformers_private.attributes import SET_ON_CONFIGS
 
 _MOST_DEEP = 4  # methods of held modules that call such methods
-# What transformers sets on the config of each model that has a quantizer, ours too.
-_SET_ON_CONFIGS = "_is_quantized"
 _COMPARE: dict[type, Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
@@ -24,24 +25,25 @@ _COMPARE: dict[type, Callable[[Any, Any], bool]] = {
 
 
 def modules_of(model: nn.Module) -> tuple[Module, ...]:
-    """Return the inventory of ``model``, with what takes the weights of its Linears."""
+    """Return the inventory of ``model``, with what takes the weights of those that can be wrapped."""
     found = weight_readers(model)
     return tuple(replace(one, readers=found.get(one.path, ())) for one in inventory(model))
 
 
 def weight_readers(model: nn.Module) -> dict[str, tuple[Reader, ...]]:
-    """Return what takes the weight of each Linear of ``model`` that something takes, by the Linear's path.
+    """Return what takes the weights of each layer of ``model`` that something takes, by the layer's path.
 
-    Where nothing calls the Linear, whatever takes its values is certain to compute past it.
+    Where nothing calls the layer, whatever takes its values is certain to compute past it.
     """
     paths = {id(module): path for path, module in model.named_modules()}
+    sources = tuple(kind.source for kind in KINDS.values())
     found: dict[str, dict[Reader, None]] = defaultdict(dict)
     called = set[str]()
     for module in model.modules():
         if type(module).__module__.startswith("peft."):  # adapters.py says what was measured of those
             continue
         for owner, reader in _taken(module, "forward", True, 0):
-            if isinstance(owner, nn.Linear) and owner is not module and id(owner) in paths:
+            if isinstance(owner, sources) and owner is not module and id(owner) in paths:
                 if reader.what == CALLED:
                     called.add(paths[id(owner)])
                 else:
@@ -77,7 +79,7 @@ def _owners(module: nn.Module, use: Use) -> Iterator[nn.Module]:
     if use.path[-1:] == (FIRST,):
         for held in _at(module, use.path[:-1]):
             first = next(held.named_parameters(), ("", None))[0]
-            if first.rpartition(".")[2] == "weight":
+            if first.rpartition(".")[2] == USUAL:
                 yield held.get_submodule(first.rpartition(".")[0])
         return
     for held in _at(module, use.path):
@@ -137,7 +139,7 @@ def _value(node: ast.expr, module: nn.Module) -> Any:
             except TypeError as error:
                 raise _UnknownError from error
         case ast.Call(func=ast.Name(id="hasattr"), args=[value, ast.Constant(value=str(attr))]):
-            return attr == _SET_ON_CONFIGS or hasattr(_value(value, module), attr)
+            return attr == SET_ON_CONFIGS or hasattr(_value(value, module), attr)
     raise _UnknownError
 
 

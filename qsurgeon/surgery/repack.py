@@ -6,13 +6,12 @@ Master weights may have been trained since they were wrapped, so that the model 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.formats import Format
-from qsurgeon.layers import Quantization, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import Quantization, QuantLayer, packed_layers, quant_layers
 from qsurgeon.surgery.plan import Plan, Step
 from qsurgeon.surgery.record import Record
 from qsurgeon.words import FIELDS
@@ -99,32 +98,22 @@ def _fields(format: Format) -> str:
 
 @contextmanager
 def unwrapped(model: nn.Module) -> Iterator[None]:
-    """Let the QuantLinears of ``model`` be Linears again inside the block, so that they can be wrapped anew.
+    """Let the wrapped layers of ``model`` be plain again inside the block, so that they can be wrapped once more.
 
-    What is not wrapped at the end of the block, or all if it fails, is a QuantLinear as it was.
+    What is not wrapped at the end of the block, or all if it fails, is a wrapped layer as it was.
 
     Raises: SurgeryError for packed weights.
     """
-    if packed := packed_linears(model):
-        raise SurgeryError(f"the weight of {next(iter(packed))} is packed: it cannot become a Linear's again")
-    layers = list(quant_linears(model).values())
-    before: list[tuple[QuantLinear, Quantization, Any]] = []
+    if packed := packed_layers(model):
+        raise SurgeryError(f"the weight of {next(iter(packed))} is packed: it cannot become a plain layer's again")
+    layers = list(quant_layers(model).values())
+    before: list[tuple[nn.Module, type[QuantLayer], Mapping[str, Quantization], str]] = []
     try:
         for layer in layers:
-            before.append((layer, layer.quantization, vars(layer).get("_old_forward")))
-            _unwrap(layer)
+            before.append((layer, type(layer), layer.quantizations, layer.name))
+            layer.unwrap()
         yield
     finally:
-        for layer, how, forward in before:
-            if type(layer) is nn.Linear:
-                layer.__class__ = QuantLinear
-                vars(layer)["quantization"] = how
-                if forward is not None:
-                    vars(layer)["_old_forward"] = forward
-
-
-def _unwrap(layer: Any) -> None:
-    layer.__class__ = nn.Linear
-    del vars(layer)["quantization"]
-    if "_old_forward" in vars(layer):  # what accelerate's hook calls
-        vars(layer)["_old_forward"] = nn.Linear.forward.__get__(layer)
+        for module, layer_class, hows, name in before:
+            if type(module) is layer_class.source:
+                layer_class.take(module, hows, name)

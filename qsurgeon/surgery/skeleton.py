@@ -19,12 +19,14 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _LazyAutoMapping  # transformers 5.23
 
 from qsurgeon.errors import CheckpointError
 from qsurgeon.reading import read_json
+from qsurgeon.transformers_private.loading import (
+    auto_mappings,
+    get_class_from_dynamic_module,
+    without_weights,
+)
 
 # What transformers raises, in its own words or Python's, for a config that describes no model.
 _BAD_CONFIG = (
@@ -137,8 +139,7 @@ def _takes(model_class: Any, config: Any) -> bool:
     """
     if model_class.config_class is not None and isinstance(config, model_class.config_class):
         return True
-    mappings = (one for one in vars(modeling_auto).values() if isinstance(one, _LazyAutoMapping))
-    found = (one.get(type(config), None) for one in mappings)
+    found = (one.get(type(config), None) for one in auto_mappings())
     return any(model_class in (one if isinstance(one, tuple) else (one,)) for one in found)
 
 
@@ -204,7 +205,7 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
             model: nn.Module = (
                 auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
                 if model_class is None
-                else model_class._from_config(config, dtype=dtype)
+                else without_weights(model_class, config, dtype)
             )
     except (*_BAD_CONFIG, *_BAD_CODE) as error:
         raise CheckpointError(f"its config describes no model that can be built: {_first_lines(error)}") from error

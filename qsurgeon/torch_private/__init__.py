@@ -68,9 +68,10 @@ def is_view(x: Tensor) -> bool:
     return x._is_view()
 
 
-def owner_of(x: Tensor) -> Tensor:
-    """Return the tensor that ``x`` is a view of; itself if it is none."""
-    return x._base if x._is_view() and x._base is not None else x
+def base_of(x: Tensor) -> Tensor:
+    """Return the tensor that autograd knows ``x`` as a view of; itself where it is none."""
+    base: Tensor | None = x._base if x._is_view() else None
+    return x if base is None else base
 
 
 def unsafe_view(x: Tensor, shape: torch.Size) -> Tensor:
@@ -104,6 +105,8 @@ PRIVATE_MOVES = frozenset({"_to_copy"})
 PRIVATE_DESCRIBES = frozenset({"_storage", "_typed_storage", "_has_compatible_shallow_copy_type"})
 PRIVATE_COPIES = frozenset({"_foreach_copy_"})
 PRIVATE_SETTABLE = frozenset({"_backward_hooks"})
+# The namespace of operators that collective communication consists of.
+PRIVATE_NAMESPACES = frozenset({"_c10d_functional"})
 
 
 # ---- threads: objects that torch hands on to the threads of a backward pass

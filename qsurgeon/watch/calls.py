@@ -6,8 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qsurgeon.layers import PackedLinear, QuantLinear
-from qsurgeon.watch.sample import Sample, as_it_is, local, places, rows_of, sample
+from qsurgeon.layers import PackedLayer, QuantProduct, Weight
+from qsurgeon.watch.sample import Sample, as_it_is, local, places, rows_in, rows_of, sample
 from qsurgeon.watch.stack import Stack, alike, energy
 
 OUTPUTS = 4  # of each token of a sample: enough to tell by, and little to compute
@@ -20,16 +20,25 @@ class Call:
     """
 
     def __init__(
-        self, layer: QuantLinear, x: Tensor, output: Tensor, rows: int, known: Sample | None, *, trains: bool, due: bool
+        self,
+        layer: QuantProduct,
+        declared: Weight,
+        x: Tensor,
+        output: Tensor,
+        rows: int,
+        known: Sample | None,
+        *,
+        trains: bool,
+        due: bool,
     ) -> None:
         self.trains, self.due = trains, due
-        how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), local(layer.weight)
+        how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), rows_in(layer, declared)
         height = how.weight.block_shape[0] if how.weight else 1
         outputs = rows_of(len(weight), rows, height)[: -(-OUTPUTS // height) * height]
         input, format = how.input and how.input.as_input, how.weight and how.weight.as_weight
         self.x = sample(tokens, input, how.rotation, rows_of(len(tokens), rows, 1))
-        self.is_packed = isinstance(layer, PackedLinear)
-        if isinstance(layer, PackedLinear):
+        self.is_packed = isinstance(layer, PackedLayer)
+        if isinstance(layer, PackedLayer):
             self.w = as_it_is(layer.opened_rows(outputs), outputs)
         else:
             self.w = sample(weight, format, how.rotation, outputs, known)

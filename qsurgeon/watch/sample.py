@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsurgeon.formats import Format
 from qsurgeon.formats.kernels import arithmetic
 from qsurgeon.formats.rotation import Rotation, rotated
+from qsurgeon.layers import PackedLayer, Quantization, QuantLayer, Weight
 from qsurgeon.torch_private import writes
 
 _SEED = 0
@@ -18,7 +19,7 @@ _SEED = 0
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Some rows of a tensor, and how a QuantLinear rounds them.
+    """Some rows of a tensor, and how a wrapped layer rounds them.
 
     at: where they stand in it. format: None leaves them as they are, but for the rotation. above: the tensor scale of
     the whole tensor, or the static one. state: the tensor's place in memory, and autograd's count of writes to it.
@@ -74,6 +75,20 @@ def local(parameter: Tensor) -> Tensor:
     parameter = parameter.detach()
     shard: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return shard
+
+
+def how_of(layer: nn.Module, weight: Weight) -> Quantization | None:
+    """Return how a weight computes; also of a layer that has become a plain one since, if its attributes are there."""
+    if isinstance(layer, QuantLayer):
+        return layer.quantizations.get(weight.name)
+    how: Quantization | None = vars(layer).get("quantization")
+    return how
+
+
+def rows_in(layer: QuantLayer, weight: Weight) -> Tensor:
+    """Return a view of a weight as (outputs, inputs), or its codes, (outputs, bytes); of a DTensor, of its shard."""
+    tensor = local(getattr(layer, weight.name))
+    return tensor if isinstance(layer, PackedLayer) else weight.rows(tensor)
 
 
 @lru_cache(256)

@@ -46,7 +46,7 @@ class Stack:
 
     @cached_property
     def values(self) -> Tensor:
-        """What a QuantLinear multiplies, float32, (layers, rows, k)."""
+        """What a wrapped layer multiplies, float32, (layers, rows, k)."""
         return (self.turned if self._samples[0].format is None else self.quantized.dequantize()).float()
 
     @property

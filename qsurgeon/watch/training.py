@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
-from qsurgeon.layers import QuantLinear, current_phase, quant_linears
+from qsurgeon.layers import QuantProduct, current_phase, quant_layers
 from qsurgeon.layers.compiling import is_compiled, uncompiled_name
+from qsurgeon.layers.kinds import kind_in
 from qsurgeon.layers.sharded import is_sharded
 from qsurgeon.observing import Seen, observed
 from qsurgeon.watch.calls import Call, Calls, by_kind
+from qsurgeon.watch.sample import how_of
 from qsurgeon.watch.weights import Weights, fetched
 
 Numbers = dict[str, float]
@@ -27,13 +29,13 @@ def leaf(name: str) -> str:
 
 
 class Watch:
-    """Numbers about the QuantLinear layers of a model in training, a flat dict each ``every`` steps.
+    """Numbers about the wrapped layers of a model in training, a flat dict each ``every`` steps.
 
     ``qsurgeon/called``, ``qsurgeon/active``: the share of the layers that were called since the step before, and that
     computed with rounded operands, which is checked: of each layer's first call (the first that computes gradients, if
     there is one: a teacher or a rollout may come before) a few outputs are computed again, and must be nearer to the
     product of the rounded operands than to that of the unrounded ones. 1.0 is all of them; a quantizer that is off
-    makes it fall.
+    makes it fall. Only layers that are one product are looked at so: of one with several weights, the weights are.
     ``qsurgeon/in_phase``, where a rule has ``phases``: the share of the layers whose rule rounds in the phase of that
     call, which is one in their phase, if there was one. The others are active if they did not round: an evaluation
     under ``phases: rollout`` has 1.0 active and 0.0 in phase, and was in full precision.
@@ -76,22 +78,24 @@ class Watch:
         compiled: bool | None = None,
     ) -> None:
         check_counts(every, rows)
-        self._layers = quant_linears(model)
-        if not self._layers:
+        layers = quant_layers(model)
+        if not layers:
             raise NothingWrappedError(
                 f"{type(model).__name__} has no QuantLinear to watch: it computes in full precision. "
                 "Wrap it first (qsurgeon.apply, or qsurgeon.load)"
             )
-        for name, layer in self._layers.items():
-            if layer.weight.is_meta:
+        for name, layer in layers.items():
+            if any(getattr(layer, weight.name).is_meta for weight in layer.weights):
                 raise SurgeryError(f"the weight of {name} is on the meta device (offloaded, or not loaded yet)")
+        self._layers = {name: layer for name, layer in layers.items() if isinstance(layer, QuantProduct)}
         self._every, self._rows = every, rows
-        self._groups = {name: groups(uncompiled_name(name)) for name in self._layers}
+        entries = (kind_in(layer).entry(name, one.name) for name, layer in layers.items() for one in layer.weights)
+        self._groups = {name: groups(uncompiled_name(name)) for name in entries}
         self._compiled = is_compiled(model) if compiled is None else compiled
         self._steps = 0
         self._open: _Window | None = None
         self._closed = False
-        self._weights = Weights(self._layers, rows)
+        self._weights = Weights(layers, rows)
         self._arm()
 
     def __enter__(self) -> "Watch":
@@ -166,11 +170,14 @@ class Watch:
         """Return what evaluations log too, and the calls, by kind."""
         found = by_kind(calls)
         active = fetched((names, ones.are_as_ruled) for names, ones in found)
+        if not self._layers:
+            return {}, found
         numbers = {
             f"{PREFIX}/called": len(calls) / len(self._layers),
             f"{PREFIX}/active": sum(active.values()) / len(self._layers),
         }
-        if any(layer.quantization.behavior.phases != "both" for layer in self._layers.values()):
+        hows = (how_of(layer, self._weights.declared(name)) for name, layer in self._layers.items())
+        if any(how is not None and how.behavior.phases != "both" for how in hows):
             numbers[f"{PREFIX}/in_phase"] = sum(call.due for call in calls.values()) / len(self._layers)
         return numbers, found
 
@@ -192,7 +199,7 @@ class Watch:
         sizes = {
             name: size
             for name, size in self._weights.sizes().items()
-            if name in rates or not self._layers[name].weight.requires_grad
+            if name in rates or not self._weights.is_trained(name)
         }
         flipped = {name: size * rates.get(name, 0.0) for name, size in sizes.items()}
         numbers = {f"{PREFIX}/flip_rate": sum(flipped.values()) / sum(sizes.values())}
@@ -213,7 +220,7 @@ class _Window:
 
     def __init__(
         self,
-        layers: Mapping[str, QuantLinear],
+        layers: Mapping[str, QuantProduct],
         rows: int,
         weights: Weights,
         compiled: bool,
@@ -232,19 +239,25 @@ class _Window:
         """Remove the hooks."""
         self._stack.close()
 
-    def _see(self, seen: Seen[QuantLinear]) -> None:
+    def _see(self, seen: Seen[QuantProduct]) -> None:
         """Sample a call. Gradient checkpointing recomputes in a later one."""
         name, layer = seen.name, seen.layer
-        due = layer.quantization.behavior.phases in ("both", current_phase())
+        how = how_of(layer, self._weights.declared(name))
+        if how is None:
+            return
+        due = how.behavior.phases in ("both", current_phase())
         if not seen.output.numel() or not self._wants(name, due=due, trains=seen.trains):
             return
-        if is_sharded(layer.weight):  # FSDP has put it together by now
+        declared = self._weights.declared(name)
+        if is_sharded(getattr(layer, declared.name)):  # FSDP has put it together by now
             raise SurgeryError(
                 f"the weight of {name} is split by tensor parallelism, and Watch cannot tell from a part whether a "
                 "layer rounds; close it"
             )
         known = self._weights.known.get(name)
-        self.calls[name] = Call(layer, seen.input, seen.output, self._rows, known, trains=seen.trains, due=due)
+        self.calls[name] = Call(
+            layer, declared, seen.input, seen.output, self._rows, known, trains=seen.trains, due=due
+        )
 
     def _wants(self, name: str, *, due: bool, trains: bool) -> bool:
         """Return whether a call of the layer is to be looked at: the first in a phase of its rule, with gradients."""

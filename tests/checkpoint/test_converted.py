@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import conversion_mapping, modeling_utils
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from versions import at_least
 
 import qsurgeon
 from qsurgeon.checkpoint import Options, rewrite
@@ -22,7 +23,7 @@ from qsurgeon.checkpoint.kept import keeping, kept_names, packed_names, past
 from qsurgeon.checkpoint.writing import stream
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import get_format
-from qsurgeon.layers import Quantization, packed_linears, quant_linears
+from qsurgeon.layers import Quantization, packed_layers, quant_layers
 from qsurgeon.recipe import Recipe
 from qsurgeon.surgery import operate
 
@@ -59,6 +60,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Tensor], str]] = {
     "Dinov2Backbone": ("dinov2", {**_TINY, **_IMAGE, "use_swiglu_ffn": True}, _PIXELS, "gate_proj"),
     "ViTForImageClassification": ("vit", {**_TINY, **_IMAGE}, _PIXELS, "q_proj"),
 }  # fmt: skip
+# Before, transformers did not split the weights of some of them.
+IF_PRESENT = "" if at_least("transformers", "5.21") else "?"
 
 
 def recipe(storage: str, exclude: str = "lm_head?", weight: str = "nvfp4") -> Recipe:
@@ -66,8 +69,16 @@ def recipe(storage: str, exclude: str = "lm_head?", weight: str = "nvfp4") -> Re
     return Recipe.model_validate({"version": 1, "storage": storage, "rules": [rule]})
 
 
+def model_class(name: str) -> Any:
+    """Return a class of MODELS; the test is left out where transformers has none such."""
+    if not hasattr(hf, name):
+        pytest.skip(f"transformers {hf.__version__} has no {name}")
+    return getattr(hf, name)
+
+
 def plain(name: str) -> Any:
     kind, fields, _, _ = MODELS[name]
+    model_class(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(hf, name)._from_config(hf.AutoConfig.for_model(kind, **fields)).eval()
@@ -102,14 +113,14 @@ def same(model: Any, expected: Any, name: str) -> bool:
 def test_what_is_saved_and_what_is_rewritten_opens_as_the_live_model(
     folders: Callable[[str], Path], tmp_path: Path, name: str, storage: str, part: bool
 ) -> None:
-    made = recipe(storage, MODELS[name][3] if part else "lm_head?")
-    live = qsurgeon.apply(made, getattr(hf, name).from_pretrained(folders(name)).eval())
+    made = recipe(storage, f"{MODELS[name][3]}{IF_PRESENT}" if part else "lm_head?")
+    live = qsurgeon.apply(made, model_class(name).from_pretrained(folders(name)).eval())
     live.save_pretrained(tmp_path / "live")
     assert same(qsurgeon.load(tmp_path / "live"), live, name)
     rewrite(made, folders(name), tmp_path / "written")
     again = qsurgeon.load(tmp_path / "written")
     assert same(again, live, name)
-    assert len(packed_linears(again)) == (len(quant_linears(live)) if storage == "packed" else 0)
+    assert len(packed_layers(again)) == (len(quant_layers(live)) if storage == "packed" else 0)
     again.save_pretrained(tmp_path / "again")
     assert same(qsurgeon.load(tmp_path / "again"), live, name)
 
@@ -121,7 +132,7 @@ def test_rows_are_gathered_in_slabs_of_any_size(
     name = "Kimi_K25ForConditionalGeneration"
     monkeypatch.setattr(stream, "SLAB", slab)
     rewrite(recipe("packed"), folders(name), tmp_path / "out", options=Options(max_shard_size="20KB", workers=3))
-    live = qsurgeon.apply(recipe("packed"), getattr(hf, name).from_pretrained(folders(name)).eval())
+    live = qsurgeon.apply(recipe("packed"), model_class(name).from_pretrained(folders(name)).eval())
     assert same(qsurgeon.load(tmp_path / "out"), live, name)
 
 
@@ -139,7 +150,7 @@ def test_a_packed_checkpoint_opens_without_its_head(tmp_path: Path) -> None:
     live.save_pretrained(tmp_path)
     base = hf.NomicBertModel.from_pretrained(tmp_path)
     expected = live.nomic_bert.state_dict()
-    assert len(packed_linears(base)) > 0
+    assert len(packed_layers(base)) > 0
     assert all(torch.equal(one, expected[key]) for key, one in base.state_dict().items() if key in expected)
 
 
@@ -275,4 +286,4 @@ def test_codes_pass_every_conversion_of_transformers_as_they_are(model_type: str
 
 
 def test_most_mappings_were_tried() -> None:
-    assert len(list(converting())) > 25
+    assert len(list(converting())) > (25 if at_least("transformers", "5.21") else 2)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import qsurgeon
 from qsurgeon.errors import QSurgeonError
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.recipe import Recipe
 
 ROUNDS = int(os.environ.get("QSURGEON_FUZZ", "300")) // 6
@@ -167,7 +167,7 @@ def change(folder: Path, dice: random.Random) -> str:
 def opened(folder: Path, _out: Path) -> None:
     """Load, and see that every value is what the files have: no parameter is random."""
     model = qsurgeon.load(folder)
-    assert quant_linears(model)
+    assert quant_layers(model)
     tensors: dict[str, torch.Tensor] = {}
     state = model.state_dict()
     for file in folder.glob("*.safetensors"):

@@ -17,7 +17,7 @@ from qsurgeon.checkpoint import Options, fetch, fetch_config, push, reserve
 from qsurgeon.checkpoint.hub import hub_id, origin
 from qsurgeon.cli import main
 from qsurgeon.errors import CheckpointError, PlanError
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 
 HINT = "log in with `hf auth login`"
 
@@ -288,8 +288,8 @@ def test_plan_and_inspect_take_a_revision(hub: Any, tiny_folder: Path, sharded: 
     hub.add("me/tiny", tiny_folder)
     hub.add("me/tiny", sharded, branch="small")
     assert len(qsurgeon.plan("w4a4-mxfp4", "me/tiny", "small").wrapped) == 7
-    assert qsurgeon.inspect("me/tiny", revision="small").linears == 8
-    assert qsurgeon.inspect("me/tiny").linears == 22
+    assert qsurgeon.inspect("me/tiny", revision="small").wrappable == 8
+    assert qsurgeon.inspect("me/tiny").wrappable == 22
 
 
 @pytest.fixture
@@ -444,7 +444,7 @@ def written(tiny_folder: Path, tmp_path: Path) -> Path:
 
 def test_a_model_on_the_hub_is_checked_before_it_is_loaded(hub: Any, written: Path) -> None:
     hub.add("me/whole", written)
-    assert quant_linears(qsurgeon.load("me/whole")).keys() == quant_linears(qsurgeon.load(written)).keys()
+    assert quant_layers(qsurgeon.load("me/whole")).keys() == quant_layers(qsurgeon.load(written)).keys()
     tensors = load_file(written / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:8].clone()
     save_file(tensors, written / "model.safetensors", metadata={"format": "pt"})

@@ -11,7 +11,7 @@ import torch
 import qsurgeon
 from qsurgeon.checkpoint import Options, rewrite
 from qsurgeon.errors import CheckpointError, PlanError, SurgeryError
-from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, packed_layers, quant_layers
 from qsurgeon.recipe import Recipe
 
 Maker = Callable[..., Any]
@@ -75,8 +75,8 @@ def test_what_was_trained_is_packed_and_computes_the_same_to_the_bit(
     else:
         rewrite(recipe("packed", **rule), tmp_path / "trained", tmp_path / "packed")
     loaded = qsurgeon.load(tmp_path / "packed")
-    assert len(quant_linears(loaded)) == 14
-    assert len(packed_linears(loaded)) == (14 if rule.get("weight", "") is not None else 0)
+    assert len(quant_layers(loaded)) == 14
+    assert len(packed_layers(loaded)) == (14 if rule.get("weight", "") is not None else 0)
     assert torch.equal(logits(loaded), expected)
 
 
@@ -116,7 +116,7 @@ def test_where_the_model_came_from_stays_known(small_model: Maker, tmp_path: Pat
 def test_a_plan_of_a_trained_folder_says_what_would_be_packed(folder: Path, master: Any) -> None:
     for model in (folder, master):
         plan = qsurgeon.plan(recipe("packed"), model)
-        assert [step.module.name for step in plan.wrapped] == list(quant_linears(master))
+        assert [step.module.name for step in plan.wrapped] == list(quant_layers(master))
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
@@ -156,7 +156,7 @@ def test_a_recipe_that_says_something_else_is_refused_with_what_that_is(
         "in full precision"
     )
     assert not (tmp_path / "packed").exists()
-    assert not packed_linears(master)
+    assert not packed_layers(master)
     assert torch.equal(logits(master), before)
 
 
@@ -191,7 +191,7 @@ def test_a_live_model_that_cannot_be_packed_stays_wrapped(master: Any) -> None:
     assert str(caught.value) == (
         f"{DOWN} cannot be wrapped: its weight is offloaded, and its values are not here to be packed"
     )
-    assert [type(one) for one in quant_linears(master).values()] == [QuantLinear] * 14
+    assert [type(one) for one in quant_layers(master).values()] == [QuantLinear] * 14
     assert master.config.quantization_config.record.storage == "master"
 
 
@@ -200,6 +200,6 @@ def test_a_packed_weight_is_never_unwrapped(small_model: Maker) -> None:
     with pytest.raises(SurgeryError) as caught, qsurgeon.surgery.unwrapped(model):
         pass
     assert str(caught.value) == (
-        "the weight of model.layers.0.self_attn.q_proj is packed: it cannot become a Linear's again"
+        "the weight of model.layers.0.self_attn.q_proj is packed: it cannot become a plain layer's again"
     )
-    assert all(isinstance(one, PackedLinear) for one in quant_linears(model).values())
+    assert all(isinstance(one, PackedLinear) for one in quant_layers(model).values())

@@ -162,7 +162,7 @@ def test_plan_can_show_one_line_a_module(run: Run) -> None:
 
 def test_plan_prints_json(run: Run) -> None:
     report = json.loads(run("plan", "mine.yaml", "-m", "tiny", "--json").out)
-    assert (report["source"], report["wrapped"], report["linears"], report["unnamed"]) == (
+    assert (report["source"], report["wrapped"], report["wrappable"], report["unnamed"]) == (
         "tiny",
         21,
         22,
@@ -181,7 +181,7 @@ def test_plan_prints_json(run: Run) -> None:
         "parameters": 4160,
         "bits": 4.25,
         "bytes": 16640,
-        "linear": True,
+        "type": "Linear",
         "called": None,
         "large": False,
         "bypassed": False,
@@ -266,7 +266,7 @@ def test_inspect_exits_0_if_something_is_wrapped(run: Run) -> None:
 
 def test_inspect_prints_json(run: Run) -> None:
     report = json.loads(run("inspect", rewritten(), "--json").out)
-    assert (report["storage"], report["wrapped"], report["linears"]) == ("master", 21, 22)
+    assert (report["storage"], report["wrapped"], report["wrappable"]) == ("master", 21, 22)
     assert report["modules"][-1]["why"] == "excluded by '<output_head>?' of rule 'linears'; tied to model.embed_tokens"
 
 

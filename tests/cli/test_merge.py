@@ -11,7 +11,7 @@ import torch
 
 import qsurgeon
 from qsurgeon.cli import main
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -56,7 +56,7 @@ def test_merge_writes_a_folder_and_shows_what_changed(run: Run) -> None:
     ]
     assert lines[4].startswith("6 modules are merged, 6 of them rounded again: ΔW/W ")
     assert err.splitlines()[-1] == "load it with: qsurgeon.load('out')"
-    assert len(quant_linears(qsurgeon.load("out"))) == 21
+    assert len(quant_layers(qsurgeon.load("out"))) == 21
 
 
 def test_merge_can_show_one_line_a_module_and_json(run: Run) -> None:

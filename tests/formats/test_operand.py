@@ -11,10 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qsurgeon.errors import FormatError
-from qsurgeon.formats import Format, get_format, kernels
+from qsurgeon.formats import Format, get_format
 from qsurgeon.formats.catalog import CATALOG
-from qsurgeon.formats.kernels import arithmetic, native, operand
-from qsurgeon.formats.kernels.pieces import EAGER
+from qsurgeon.formats.kernels import choosing, native, operand
 from qsurgeon.layers import Quantization, QuantLinear
 
 SHAPES = [(64,), (1, 64), (5, 37), (3, 4, 96), (64, 64), (300, 130), (2, 3, 16, 33)]
@@ -61,7 +60,7 @@ def same(found: Tensor | None, expected: Tensor | None) -> bool:
 @pytest.mark.parametrize("name", list(GRIDS))
 def test_values_codes_and_scales_are_those_of_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = GRIDS[name]
-    monkeypatch.setenv(kernels.VARIABLE, "eager")
+    monkeypatch.setenv(choosing.VARIABLE, "eager")
     for dtype in (torch.float32, torch.bfloat16) if grid.name in CATALOG else (torch.bfloat16,):
         for shape in SHAPES:
             for kind, change in SPECIAL.items():
@@ -78,7 +77,7 @@ def test_values_codes_and_scales_are_those_of_the_definition(name: str, monkeypa
                 assert same(found.data, expected.data), case
                 parts = found.data, found.scale, found.tensor_scale
                 with monkeypatch.context() as chosen:
-                    chosen.setenv(kernels.VARIABLE, "")
+                    chosen.setenv(choosing.VARIABLE, "")
                     assert same(operand.read(*parts, grid, shape[-1], dtype), found.values), case
                 assert same(found.scale, expected.scale), case
                 assert same(found.tensor_scale, expected.tensor_scale), case
@@ -86,23 +85,21 @@ def test_values_codes_and_scales_are_those_of_the_definition(name: str, monkeypa
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ["nvfp4, weight", "nvfp4, input", "mxfp4, weight", "square, weight", "dither, weight"])
-def test_threads_and_places_in_memory_change_nothing(name: str, threads: int) -> None:
+def test_threads_and_places_in_memory_change_nothing(name: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     grid, before = GRIDS[name], torch.get_num_threads()
     x = torch.randn(200, 600)
+    monkeypatch.setenv(choosing.VARIABLE, "eager")
     torch.set_num_threads(threads)
     try:
         for one in (x, x.T, x[:, 1:], x[::2], x.expand(2, 200, 600), torch.randn(200, 601)[:, 1:]):
-            expected = EAGER.fake_quantize(
-                one if one.dim() > 1 else one[None], arithmetic.tensor_scale(one, grid), grid
-            )
-            assert same(operand.values(one, grid), expected)
+            assert same(operand.values(one, grid), grid.fake_quantize(one))
     finally:
         torch.set_num_threads(before)
 
 
 def test_what_is_unusual_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 32)
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.delenv(choosing.VARIABLE, raising=False)
     assert operand.is_usual(x)
     assert operand.is_usual(torch.nn.Parameter(x))
 
@@ -125,14 +122,19 @@ def test_what_is_unusual_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> 
         warnings.simplefilter("ignore")  # it is deprecated
         torch.jit.trace(inside, x, check_trace=False)
     for word, is_usual in (("", True), ("native", True), ("eager", False), ("compile", False), ("nativ", False)):
-        monkeypatch.setenv(kernels.VARIABLE, word)
+        monkeypatch.setenv(choosing.VARIABLE, word)
         assert operand.is_usual(x) is is_usual
+
+
+def test_a_backend_that_is_asked_first_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "BACKENDS", choosing.BACKENDS[1:])
+    assert not operand.is_usual(torch.randn(4, 32))
 
 
 def test_a_word_that_is_no_choice_stays_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Linear(32, 32)
     QuantLinear.wrap(layer, Quantization(get_format("mxfp4"), get_format("mxfp4")))
-    monkeypatch.setenv(kernels.VARIABLE, "nativ")
+    monkeypatch.setenv(choosing.VARIABLE, "nativ")
     with pytest.raises(FormatError) as caught:
         layer(torch.randn(2, 32))
     assert str(caught.value) == "QSURGEON_KERNELS is 'nativ'; did you mean 'native'?"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsurgeon.formats import Format, Quantized, get_format, kernels
-from qsurgeon.formats.kernels import native
+from qsurgeon.formats import Format, Quantized, get_format
+from qsurgeon.formats.kernels import choosing, native
 from qsurgeon.formats.kernels.product import FEWEST_VALUES, MOST_ROWS, few_rows
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, rounding
 
@@ -26,7 +26,7 @@ SHAPES = [(300, 1000), (1024, 80), (70, 1024), (1000, 77), (257, 256)]
 
 def has_product(format: Format, dtype: torch.dtype = torch.bfloat16) -> bool:
     library = native.library(format, dtype)
-    return library is not None and library.has_product
+    return library is not None and library.direct.has_product
 
 
 pytestmark = pytest.mark.skipif(not has_product(FORMATS["mxfp4"]), reason="this processor has no product of codes")
@@ -138,7 +138,7 @@ def test_what_is_unusual_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> 
     assert few_rows(x, strided, None) is None
     wide = weight_of(get_format("mxfp8"), 300, 1000, torch.float32)
     assert few_rows(x, wide, None) is None
-    monkeypatch.setenv(kernels.VARIABLE, "eager")
+    monkeypatch.setenv(choosing.VARIABLE, "eager")
     assert few_rows(x, weight, None) is None
 
 

@@ -1,6 +1,9 @@
 """A wrapped output head, and libraries that multiply with its weight themselves."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import peft
@@ -12,6 +15,8 @@ from qsurgeon.errors import SurgeryError
 from qsurgeon.recipe import Recipe
 
 trainer = pytest.importorskip("trl.trainer")
+utils = pytest.importorskip("trl.trainer.utils")
+sft_trainer = pytest.importorskip("trl.trainer.sft_trainer")
 
 Maker = Callable[..., Any]
 
@@ -26,8 +31,25 @@ def model(make_qwen2: Maker) -> Any:
     return make_qwen2(num_hidden_layers=1, tie_word_embeddings=False)
 
 
+def fuse(model: Any) -> None:
+    """Give a model the head of TRL that is never called, as its trainers do."""
+    if hasattr(utils, "add_fused_lm_head"):
+        utils.add_fused_lm_head(model)
+    elif hasattr(utils, "patch_chunked_lm_head"):
+        utils.patch_chunked_lm_head(model, 256, 1.0)
+    else:
+        pytest.skip(f"TRL {version('trl')} has no such head; 1.0 is the first that has")
+
+
+def fuse_for_sft(model: Any) -> None:
+    if not hasattr(sft_trainer, "_patch_chunked_ce_lm_head"):
+        pytest.skip(f"SFTTrainer of TRL {version('trl')} has no such head of its own; 1.2 to 1.14 have")
+    sft_trainer._patch_chunked_ce_lm_head(model, 256)
+
+
 DOORS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "TRL": (trainer.add_fused_lm_head, "the fused head of TRL's trainers"),
+    "TRL": (fuse, "the fused head of TRL's trainers"),
+    "SFT": (fuse_for_sft, "the fused head of TRL's trainers"),
     "Liger": (lambda model: liger.apply_liger_kernel(model, None), "Liger's fused_linear_cross_entropy"),
 }
 WOULD = {"master": "train it in full precision", "packed": "take its packed codes for values"}
@@ -51,7 +73,7 @@ def test_a_fused_loss_is_refused_a_wrapped_head(model: Any, door: str, storage: 
 def test_so_is_one_below_an_adapter(model: Any) -> None:
     adapted = peft.get_peft_model(wrapped(model), peft.LoraConfig(r=4, target_modules=["lm_head"]))
     with pytest.raises(SurgeryError, match=r"^lm_head, the output head of Qwen2ForCausalLM, is wrapped"):
-        trainer.add_fused_lm_head(adapted.get_base_model())
+        fuse(adapted.get_base_model())
 
 
 def test_what_is_not_computed_past_goes_on(make_qwen2: Maker) -> None:
@@ -62,13 +84,24 @@ def test_what_is_not_computed_past_goes_on(make_qwen2: Maker) -> None:
     )
     for change in changes:
         model = change(make_qwen2(num_hidden_layers=1, tie_word_embeddings=False))
-        trainer.add_fused_lm_head(model)
+        fuse(model)
         assert "forward" in vars(model)
 
 
-def test_every_trainer_of_trl_uses_the_function_that_refuses() -> None:
-    names = ("DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer", "SFTTrainer")
-    for name in names:
-        module = __import__(getattr(trainer, name).__module__, fromlist=[name])
-        assert module.add_fused_lm_head is trainer.add_fused_lm_head
-        assert vars(module.add_fused_lm_head)["patched_by_qsurgeon"]
+@pytest.mark.parametrize("order", ["qsurgeon, used", "used, qsurgeon"])
+def test_every_trainer_of_trl_uses_the_function_that_refuses_whichever_is_imported_first(order: str) -> None:
+    names = "DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer"
+    code = """
+import sys
+{}
+functions = "add_fused_lm_head", "patch_chunked_lm_head", "_patch_chunked_ce_lm_head", "apply_liger_kernel"
+users = [module for name, module in sys.modules.items() if name.startswith(("trl.trainer.", "transformers.trainer"))]
+found = [vars(module)[name] for module in users for name in functions if name in vars(module)]
+print(len(found), all("patched_by_qsurgeon" in vars(one) for one in found))
+""".format(
+        "\n".join({"qsurgeon": "import qsurgeon", "used": f"from trl import {names}"}[one] for one in order.split(", "))
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    count, refuse = done.stdout.split()[-2:]
+    assert int(count) >= 1  # transformers' Trainer, at least
+    assert refuse == "True"

@@ -21,7 +21,7 @@ from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
 from qsurgeon.formats import get_format
 from qsurgeon.formats.rotation import Rotation
 from qsurgeon.hf.quantizer import QSurgeonConfig
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.layers import Quantization, QuantLinear, quant_layers
 from qsurgeon.recipe import FormatSpec, Recipe, Rule
 from qsurgeon.surgery import operate
 
@@ -57,7 +57,7 @@ def test_a_plain_from_pretrained_rebuilds_the_wrapping(
 ) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map)
     expected = qsurgeon.apply("w4a4-mxfp4", hf.AutoModelForCausalLM.from_pretrained(plain_folder, dtype=dtype))
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
     assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
 
 
@@ -90,8 +90,8 @@ def test_the_tensors_in_a_master_checkpoint_are_those_of_the_plain_model(small_m
 def test_a_checkpoint_with_a_head_loads_into_the_base_model(folder: Path) -> None:
     model = hf.AutoModel.from_pretrained(folder)
     assert type(model).__name__ == "Qwen2Model"
-    assert sorted(quant_linears(model))[0] == "layers.0.mlp.down_proj"
-    assert len(quant_linears(model)) == 14
+    assert sorted(quant_layers(model))[0] == "layers.0.mlp.down_proj"
+    assert len(quant_layers(model)) == 14
 
 
 def test_a_checkpoint_of_a_base_model_loads_under_a_new_head_that_stays_as_it_is(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_a_base_model_loads_under_a_new_head_that_stays_as_it_is
     base = qsurgeon.apply("w4a4-mxfp4", hf.BertModel(config))
     base.save_pretrained(tmp_path)
     model = hf.BertForSequenceClassification.from_pretrained(tmp_path)
-    assert sorted(quant_linears(model)) == sorted(f"bert.{name}" for name in quant_linears(base))
+    assert sorted(quant_layers(model)) == sorted(f"bert.{name}" for name in quant_layers(base))
     assert type(model.classifier) is torch.nn.Linear
 
 
@@ -120,7 +120,7 @@ def test_an_adapter_trained_on_a_wrapped_model_reloads_on_it(folder: Path, tmp_p
             torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(qsurgeon.load(folder), tmp_path)
-    assert len(quant_linears(again)) == 14
+    assert len(quant_layers(again)) == 14
     assert torch.equal(again.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
 
 
@@ -232,7 +232,7 @@ def test_an_adapter_whose_base_is_not_wrapped_is_refused(plain_folder: Path, tmp
 def test_a_layer_that_peft_saves_whole_is_an_adapter_and_the_one_it_stands_for_is_wrapped(small_model: Maker) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"])
     model = qsurgeon.apply("w4a4-mxfp4", peft.get_peft_model(small_model(), config))
-    down = [name for name in quant_linears(model) if "down_proj" in name]
+    down = [name for name in quant_layers(model) if "down_proj" in name]
     assert [name.split(".")[-1] for name in down] == ["original_module"] * 2
     rows = {row.module: row.why for row in qsurgeon.inspect(model).rows}
     assert rows["model.layers.0.mlp.down_proj"] == "rule 'linears'"
@@ -256,7 +256,7 @@ def test_a_model_that_something_else_quantized_is_refused_before_anything_change
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.apply("w4a4-mxfp4", model)
     assert str(caught.value) == "the model is quantized already, by gptq; expected one in full precision"
-    assert quant_linears(model) == {}
+    assert quant_layers(model) == {}
 
 
 def test_plan_and_inspect_refuse_what_something_else_quantized(plain_folder: Path, tmp_path: Path) -> None:
@@ -317,9 +317,9 @@ def test_formats_with_every_kind_of_field_come_back_to_the_bit(small_model: Make
     model = qsurgeon.apply(Recipe(version=1, formats=formats, rules=rules), small_model())
     model.save_pretrained(tmp_path)
     loaded = qsurgeon.load(tmp_path)
-    layers = quant_linears(loaded)
+    layers = quant_layers(loaded)
     assert {path: layer.quantization for path, layer in layers.items()} == {
-        path: layer.quantization for path, layer in quant_linears(model).items()
+        path: layer.quantization for path, layer in quant_layers(model).items()
     }
     assert layers["model.layers.0.mlp.gate_proj"].quantization.rotation == Rotation(32, 11)
     assert torch.equal(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)

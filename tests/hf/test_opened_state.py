@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import QuantLinear, quant_layers
 from qsurgeon.recipe import Recipe, Rule
 from qsurgeon.surgery import record_in
 
@@ -47,7 +47,7 @@ def test_a_teacher_of_the_same_config_object_is_saved_in_full_precision(qwen2_co
     student.save_pretrained(tmp_path / "student")
     assert section(tmp_path / "teacher") is None
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
-    assert quant_linears(again) == {}
+    assert quant_layers(again) == {}
     assert torch.equal(logits(again), logits(teacher))
     assert torch.equal(logits(qsurgeon.load(tmp_path / "student")), logits(student))
     assert record_in(config) is not None  # saving the teacher leaves the student's config alone
@@ -78,7 +78,7 @@ def test_the_checkpoint_decides_and_not_the_config_that_is_passed(
     for config in (model.config, plain, hf.AutoConfig.from_pretrained(tmp_path)):
         again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
         assert torch.equal(logits(again), logits(model))
-        assert len(quant_linears(qsurgeon.load(tmp_path, config=config))) == 15
+        assert len(quant_layers(qsurgeon.load(tmp_path, config=config))) == 15
     assert record_in(plain) is None  # the caller's config stays as it was
 
 
@@ -90,7 +90,7 @@ def test_a_plain_checkpoint_under_a_wrapped_config_is_plain_and_says_so(small_mo
         f"{plain_folder} is a checkpoint in full precision, and is loaded as such; the config that was passed is that "
         "of a model which qsurgeon wrapped"
     )
-    assert quant_linears(again) == {}
+    assert quant_layers(again) == {}
 
 
 def test_parts_that_were_wrapped_make_one_record_of_the_whole(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_parts_that_were_wrapped_make_one_record_of_the_whole(tmp_path: Path) ->
     assert "quantization_config" not in config["decoder"]
     assert {rule["weight"] for rule in config["quantization_config"]["rules"]} == {"nvfp4", "mxfp4"}
     again = hf.EncoderDecoderModel.from_pretrained(tmp_path / "whole")
-    assert {name: layer.quantization for name, layer in quant_linears(again).items()} == {
-        name: layer.quantization for name, layer in quant_linears(whole).items()
+    assert {name: layer.quantization for name, layer in quant_layers(again).items()} == {
+        name: layer.quantization for name, layer in quant_layers(whole).items()
     }
 
 
@@ -184,17 +184,17 @@ def test_a_module_that_was_swapped_away_is_said_and_saved_as_it_is(small_model: 
         "precision"
     )
     again = qsurgeon.load(tmp_path)
-    assert quant_linears(again).keys() == quant_linears(model).keys()
+    assert quant_layers(again).keys() == quant_layers(model).keys()
     assert torch.equal(logits(again), logits(model))
 
 
 def test_a_model_in_which_nothing_is_wrapped_any_more_has_no_record(small_model: Maker, tmp_path: Path) -> None:
     model = qsurgeon.apply("w4a4-mxfp4", small_model())
-    for path in list(quant_linears(model)):
+    for path in list(quant_layers(model)):
         swapped(model, path)
     model.save_pretrained(tmp_path)
     assert section(tmp_path) is None
-    with pytest.raises(NothingWrappedError):
+    with pytest.raises(NothingWrappedError, match=r"no module is wrapped; its config\.json has no quantization_config"):
         qsurgeon.load(tmp_path)
 
 
@@ -205,8 +205,8 @@ def test_a_copy_of_a_wrapped_model_has_a_record_of_its_own(small_model: Maker, t
     model.save_pretrained(tmp_path / "model")
     with pytest.warns(UserWarning, match="lm_head was wrapped and is a Linear now"):
         other.save_pretrained(tmp_path / "other")
-    assert len(quant_linears(qsurgeon.load(tmp_path / "model"))) == 15
-    assert len(quant_linears(qsurgeon.load(tmp_path / "other"))) == 14
+    assert len(quant_layers(qsurgeon.load(tmp_path / "model"))) == 15
+    assert len(quant_layers(qsurgeon.load(tmp_path / "other"))) == 14
 
 
 def test_what_excluded_a_module_is_known_wherever_it_is(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_two_models_in_one_container_have_a_record_each(small_model: Maker, tmp_
     qsurgeon.apply(Recipe(version=1, rules=(Rule(target=("layers",), weight="mxfp4"),)), pair)
     for name, count in (("actor", 14), ("critic", 7)):
         pair[name].save_pretrained(tmp_path / name)
-        assert len(quant_linears(qsurgeon.load(tmp_path / name))) == count
+        assert len(quant_layers(qsurgeon.load(tmp_path / name))) == count
 
 
 def test_parts_with_two_storages_are_not_saved_as_one(small_model: Maker, tmp_path: Path) -> None:
@@ -287,6 +287,7 @@ def test_a_live_model_is_in_the_state_of_one_that_was_loaded(small_model: Maker,
     assert live.config.quantization_config.record == loaded.config.quantization_config.record
 
 
+@pytest.mark.filterwarnings("ignore:.*mamba_inner_fn is handed its weight:UserWarning")
 @pytest.mark.parametrize(
     "config",
     [
@@ -310,6 +311,7 @@ def test_models_that_ask_whether_they_are_quantized_compute_alike(config: Any, t
 # --- load
 
 
+@pytest.mark.skipif("internlm3" not in hf.CONFIG_MAPPING, reason=f"transformers {hf.__version__} has no internlm3")
 def test_a_class_with_the_config_of_another_model_type_is_opened_with_that_config(tmp_path: Path) -> None:
     config = hf.AutoConfig.for_model(
         "internlm3", vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
@@ -326,7 +328,7 @@ def test_a_class_with_the_config_of_another_model_type_is_opened_with_that_confi
 def test_load_returns_the_loading_info_too(small_model: Maker, tmp_path: Path) -> None:
     qsurgeon.apply("w4a4-mxfp4", small_model()).save_pretrained(tmp_path)
     model, info = qsurgeon.load(tmp_path, output_loading_info=True)
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
     assert not info["missing_keys"]
 
 
@@ -352,7 +354,7 @@ def test_load_opens_a_hub_id_as_the_class_that_its_config_names(
     again = qsurgeon.load("me/reward", cache_dir=tmp_path, **more)
     assert type(again) is hf.Qwen2ForSequenceClassification
     assert torch.equal(again.score.weight, model.score.weight)
-    assert len(quant_linears(again)) == len(quant_linears(model))
+    assert len(quant_layers(again)) == len(quant_layers(model))
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
@@ -381,7 +383,7 @@ def test_load_refuses_a_head_that_would_be_random(small_model: Maker, tmp_path: 
         "all). To train it, use AutoModelForSequenceClassification.from_pretrained"
     )
     model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])

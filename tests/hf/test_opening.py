@@ -17,7 +17,7 @@ import transformers as hf
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError
-from qsurgeon.layers import PackedLinear, QuantLinear, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, quant_layers
 from qsurgeon.layers.codes import plain
 from qsurgeon.recipe import Recipe, Rule
 
@@ -233,7 +233,7 @@ def test_what_was_applied_and_saved_whole_or_in_part_comes_back(
     again = type(model).from_pretrained(tmp_path, **options)
     assert type(qsurgeon.load(tmp_path, **options)) is type(model)
     assert list(differences(again, model)) == []
-    assert len(quant_linears(again)) == len(quant_linears(model))
+    assert len(quant_layers(again)) == len(quant_layers(model))
     assert qsurgeon.inspect(again).summary == qsurgeon.inspect(model).summary
 
 
@@ -269,7 +269,7 @@ def test_a_class_that_opens_a_part_is_saved_and_opened_again(name: str, tmp_path
         first.save_pretrained(tmp_path / str(place))
         again = type(first).from_pretrained(tmp_path / str(place))
         assert list(differences(again, first)) == []
-        assert len(quant_linears(again)) == len(quant_linears(first)) > 0
+        assert len(quant_layers(again)) == len(quant_layers(first)) > 0
         told = {"architectures": [type(first).__name__], "_name_or_path": str(tmp_path / str(place))}
         assert again.config.to_dict() == first.config.to_dict() | told
 
@@ -290,4 +290,4 @@ def test_the_streamed_checkpoint_is_opened_as_the_live_one(name: str, storage: s
 
 
 def test_all_storages_are_tried() -> None:
-    assert {type(layer) for layer in quant_linears(wrapped("qwen2", "", "packed")).values()} == {PackedLinear}
+    assert {type(layer) for layer in quant_layers(wrapped("qwen2", "", "packed")).values()} == {PackedLinear}

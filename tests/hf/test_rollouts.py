@@ -14,10 +14,11 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from versions import needs, recomputing
 
 import qsurgeon
 from qsurgeon.errors import UsageError
-from qsurgeon.layers import QuantLinear, quant_linears
+from qsurgeon.layers import QuantLinear, quant_layers
 from qsurgeon.recipe import Recipe, Rule
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "models" / "tiny-math"
@@ -277,7 +278,7 @@ def test_generate_of_a_model_that_is_loaded_is_a_rollout(
 ) -> None:
     qsurgeon.apply(recipe("training"), make_qwen2()).save_pretrained(tmp_path)
     model = OwnLoop.from_pretrained(tmp_path)
-    assert quant_linears(model)
+    assert quant_layers(model)
     seen.clear()
     model.generate(IDS)
     assert seen == {"full"}
@@ -343,6 +344,7 @@ def test_a_manager_that_is_kept_follows_the_next_sessions_state(tiny_qwen2: Any,
     model.destroy_cached_continuous_batching_manager()
 
 
+@needs("trl", "1.8", "does not know use_transformers_continuous_batching")
 @pytest.mark.parametrize("phases", ["training", "rollout"])
 def test_grpo_with_continuous_batching_rolls_out_in_the_phase(
     phases: str, make_qwen2: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -360,7 +362,7 @@ def test_grpo_with_continuous_batching_rolls_out_in_the_phase(
 
     monkeypatch.setattr(QuantLinear, "forward", watched)
     arguments = trl.GRPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, max_steps=1, report_to=[],
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, **recomputing(False), max_steps=1, report_to=[],
         save_strategy="no", per_device_train_batch_size=4, num_generations=4, disable_tqdm=True, beta=0.0,
         logging_strategy="no", max_completion_length=3, use_transformers_continuous_batching=True,
         transformers_continuous_batching_config=SMALL,

@@ -13,7 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 import qsurgeon
 from qsurgeon.errors import CodesError
-from qsurgeon.layers import PackedLinear, packed_linears
+from qsurgeon.layers import PackedLinear, packed_layers
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -67,10 +67,10 @@ def test_codes_are_refused_by_name(small_model: Callable[..., Any], options: dic
 def test_packed_layers_that_are_left_out_stay_as_they_are(small_model: Callable[..., Any]) -> None:
     expected = step(adapted(qsurgeon.apply("w4a4-mxfp4-packed", small_model())))
     model = adapted(qsurgeon.apply("w4a4-mxfp4-packed", small_model()))
-    before = {name: layer.weight.clone() for name, layer in packed_linears(model).items()}
-    found = step(flattened(model, use_orig_params=True, ignored_states=[*packed_linears(model).values()]))
+    before = {name: layer.weight.clone() for name, layer in packed_layers(model).items()}
+    found = step(flattened(model, use_orig_params=True, ignored_states=[*packed_layers(model).values()]))
     torch.testing.assert_close(found, expected)
-    assert all(torch.equal(layer.weight, before[name]) for name, layer in packed_linears(model).items())
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in packed_layers(model).items())
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["original", "flat"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import qsurgeon
 from qsurgeon.errors import UsageError
 from qsurgeon.formats import get_format
-from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, generation, product, quant_linears
+from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, generation, product, quant_layers
 from qsurgeon.layers.phases.state import current
 from qsurgeon.layers.product import quantized_linear
 from qsurgeon.recipe import Recipe, Rule
@@ -150,7 +150,7 @@ def _averaged(layer: QuantLinear, other: Tensor) -> None:
 
 
 def _set(layer: QuantLinear, other: Tensor) -> None:
-    layer.weight.set_(other.clone())  # type: ignore[call-overload]
+    layer.weight.set_(other.clone())
 
 
 SEEN: dict[str, Callable[[QuantLinear, Tensor], None]] = {
@@ -545,7 +545,7 @@ def test_generate_rounds_each_weight_once_and_gives_the_same_tokens(
     make_qwen2: Callable[..., Any], rounded: Rounded
 ) -> None:
     model = model_of(make_qwen2)
-    layers = len(quant_linears(model))
+    layers = len(quant_layers(model))
     qsurgeon.keep_at_most(0)
     expected = generated(model)
     assert len(rounded) == 6 * layers
@@ -582,7 +582,7 @@ def test_an_adapter_that_is_merged_between_two_generations_is_seen(make_qwen2: C
 
 def test_generate_that_changes_a_weight_unseen_is_an_error(make_qwen2: Callable[..., Any]) -> None:
     model = model_of(make_qwen2)
-    name, layer = next(iter(quant_linears(model).items()))
+    name, layer = next(iter(quant_layers(model).items()))
 
     def meddle(ids: Tensor, scores: Tensor) -> Tensor:
         layer.weight.data.mul_(1.5)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qsurgeon.errors import FormatError, SurgeryError
 from qsurgeon.formats import CATALOG, get_format
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.layers import Quantization, QuantLinear, quant_layers
 
 MXFP4, NVFP4, MXFP8 = (get_format(name) for name in ("mxfp4", "nvfp4", "mxfp8"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -182,11 +182,11 @@ def test_a_layer_whose_forward_was_replaced_is_not_wrapped() -> None:
     assert str(caught.value) == "its forward was replaced on the instance, so that wrapping would have no effect"
 
 
-def test_quant_linears_names_them_in_the_models_order() -> None:
+def test_quant_layers_names_them_in_the_models_order() -> None:
     model = nn.Sequential(make(), nn.ReLU(), make(48, 48), make(48, 48))
     QuantLinear.wrap(model[2], Quantization(MXFP4, MXFP4))
     QuantLinear.wrap(model[0], Quantization(MXFP4, MXFP4))
-    assert list(quant_linears(model)) == ["0", "2"]
+    assert list(quant_layers(model)) == ["0", "2"]
 
 
 ROTATED = MXFP4.with_fields("rotated", hadamard=32, seed=7)

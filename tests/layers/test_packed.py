@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsurgeon.errors import CheckpointError, FormatError, GradientError, NothingWrappedError, ShapeError, SurgeryError
 from qsurgeon.formats import CATALOG, Quantized, get_format
-from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, disabled, packed_linears
+from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, disabled, packed_layers
 from qsurgeon.layers.codes import plain
 from qsurgeon.layers.quantization import AS_IT_IS
 from qsurgeon.storage.packed import stored_bytes, stored_shapes
@@ -239,7 +239,10 @@ def test_there_is_no_full_precision_to_return_to() -> None:
         "1 weights of Sequential are packed, such as that of 0: their full precision is gone. Load the checkpoint that "
         "they were packed from as a teacher or reference, or use storage: master"
     )
-    with pytest.raises(NothingWrappedError), disabled(nn.Sequential(linear())):
+    with (
+        pytest.raises(NothingWrappedError, match=r"^no module of Sequential is wrapped"),
+        disabled(nn.Sequential(linear())),
+    ):
         pass
 
 
@@ -407,7 +410,7 @@ def test_packing_keeps_no_weight() -> None:
     PackedLinear.wrap(layer, Quantization(NV, None))
     gc.collect()
     assert before() is None
-    assert len(packed_linears(nn.Sequential(layer))) == 1
+    assert len(packed_layers(nn.Sequential(layer))) == 1
 
 
 def test_of_a_weight_on_the_meta_device_the_shapes_are_packed() -> None:

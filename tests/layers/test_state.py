@@ -574,7 +574,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.linear, QuantLinear)
         acts = is_active(self.linear, self.linear.quantization.behavior.phases)
-        return x + (1 if acts else 0) * self.linear.bias
+        moved: Tensor = x + (1 if acts else 0) * self.linear.bias
+        return moved
 
 
 def state_for(name: str, model: nn.Module) -> AbstractContextManager[Any]:

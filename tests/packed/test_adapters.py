@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from versions import adapter_config, part, recompute
 
 import qsurgeon
 from qsurgeon.errors import SurgeryError
-from qsurgeon.layers import packed_linears, quant_linears
+from qsurgeon.layers import packed_layers, quant_layers
 from qsurgeon.recipe import Recipe
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -63,7 +63,7 @@ def test_an_adapter_reloads_on_its_packed_base_to_the_bit(
         qsurgeon.load(tmp_path),
         hf.AutoModelForCausalLM.from_pretrained(tmp_path),
     ):
-        assert len(packed_linears(again)) == 11
+        assert len(packed_layers(again)) == 11
         assert torch.equal(logits(again), logits(model))
 
 
@@ -98,7 +98,7 @@ def test_recomputing_changes_no_bit(folder: Path, adapted: Adapt, step: Step, re
     expected = step(adapted(qsurgeon.load(folder)).train())
     model = adapted(qsurgeon.load(folder)).train()
     model.enable_input_require_grads()
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute(model.get_base_model(), use_reentrant=reentrant)
     assert_equal_steps(step(model), expected)
 
 
@@ -119,38 +119,42 @@ def test_a_compiled_packed_model_trains_its_adapter_without_a_break(
     assert (found[0] - expected[0]).norm() < 1e-2 * expected[0].norm()
 
 
-REFUSED: dict[str, tuple[Any, str]] = {
-    "dora": (peft.LoraConfig(use_dora=True), "DoRA) computes with"),
-    "kasa": (peft.LoraConfig(kasa_config=peft.KasaConfig()), "KaSA) replaces"),
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "dora": ("LoraConfig", {"use_dora": True}, "DoRA) computes with"),
+    "kasa": ("LoraConfig", {"kasa_config": part("KasaConfig")}, "KaSA) replaces"),
     "target_parameters": (
-        peft.LoraConfig(target_parameters=["q_proj.weight"]),
+        "LoraConfig",
+        {"target_modules": [], "target_parameters": ["q_proj.weight"]},
         "LoRA's target_parameters) adds to",
     ),
-    "hira": (peft.HiraConfig(r=4), "Linear of peft's hira) computes with"),
-    "loha": (peft.LoHaConfig(r=4), "Linear of peft's loha) computes with"),
-    "lokr": (peft.LoKrConfig(r=4), "Linear of peft's lokr) computes with"),
-    "peanut": (peft.PeanutConfig(), "Linear of peft's peanut) computes with"),
+    "hira": ("HiraConfig", {"r": 4}, "Linear of peft's hira) computes with"),
+    "loha": ("LoHaConfig", {"r": 4}, "Linear of peft's loha) computes with"),
+    "lokr": ("LoKrConfig", {"r": 4}, "Linear of peft's lokr) computes with"),
+    "peanut": ("PeanutConfig", {}, "Linear of peft's peanut) computes with"),
 }
+
+
+def refused(name: str) -> tuple[Any, str]:
+    """Return a config of peft that is refused on packed weights, and how the error begins."""
+    kind, fields, how = REFUSED[name]
+    return adapter_config(kind, **{"target_modules": ["q_proj"], **fields}), how
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_adapter_that_takes_codes_for_values_is_refused_by_surgery(
     small_model: Maker, recipe: MakeRecipe, name: str
 ) -> None:
-    config, how = REFUSED[name]
-    config = deepcopy(config)
-    config.target_modules = [] if name == "target_parameters" else ["q_proj"]
+    config, how = refused(name)
     model = peft.get_peft_model(small_model(), config)
     with pytest.raises(SurgeryError) as caught:
         qsurgeon.apply(recipe(), model)
     assert str(caught.value) == f"{Q} cannot be wrapped: the adapter on it ({how} its weight, which is packed"
-    assert quant_linears(model) == {}
+    assert quant_layers(model) == {}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_on_packed_weights_it_is_refused_and_changes_nothing(small_model: Maker, recipe: MakeRecipe, name: str) -> None:
-    config = deepcopy(REFUSED[name][0])
-    config.target_modules = [] if name == "target_parameters" else ["q_proj"]
+    config, _ = refused(name)
     model = qsurgeon.apply(recipe(), small_model())
     before, modules = {key: one.clone() for key, one in model.state_dict().items()}, list(model.named_modules())
     trains = [parameter.requires_grad for parameter in model.parameters()]
@@ -167,10 +171,10 @@ def test_on_packed_weights_it_is_refused_and_changes_nothing(small_model: Maker,
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 
-ASK_THE_DTYPE = {
-    "velora": peft.LoraConfig(velora_config=peft.VeloraConfig(num_groups=8)),
-    "orthogonal": peft.LoraConfig(r=4, init_lora_weights="orthogonal"),
-    "unilora": peft.UniLoraConfig(),
+ASK_THE_DTYPE: dict[str, tuple[str, dict[str, Any]]] = {
+    "velora": ("LoraConfig", {"velora_config": part("VeloraConfig", num_groups=8)}),
+    "orthogonal": ("LoraConfig", {"r": 4, "init_lora_weights": "orthogonal"}),
+    "unilora": ("UniLoraConfig", {}),
 }
 
 
@@ -179,8 +183,8 @@ def test_an_adapter_that_makes_its_tensors_in_the_weights_dtype_is_that_on_the_m
     small_model: Maker, recipe: MakeRecipe, moved: Move, step: Step, name: str
 ) -> None:
     def make(storage: str) -> Any:
-        config: Any = deepcopy(ASK_THE_DTYPE[name])
-        config.target_modules = ["q_proj"]
+        kind, fields = ASK_THE_DTYPE[name]
+        config = adapter_config(kind, **{"target_modules": ["q_proj"], **fields})
         torch.manual_seed(2)
         return moved(peft.get_peft_model(qsurgeon.apply(recipe(storage), small_model().bfloat16()), config))
 
@@ -195,9 +199,7 @@ def test_load_refuses_an_adapter_that_takes_codes_for_values(
 ) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     qsurgeon.apply(recipe("master"), small_model()).save_pretrained(base)
-    peft.get_peft_model(qsurgeon.load(base), peft.HiraConfig(r=4, target_modules=["q_proj"])).save_pretrained(
-        str(adapter)
-    )
+    peft.get_peft_model(qsurgeon.load(base), refused("hira")[0]).save_pretrained(str(adapter))
     shutil.rmtree(base)
     qsurgeon.apply(recipe(), small_model()).save_pretrained(base)
     with pytest.raises(SurgeryError) as caught:

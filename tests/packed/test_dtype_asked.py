@@ -18,7 +18,7 @@ from torch import nn
 from transformers import models
 
 import qsurgeon
-from qsurgeon.layers import packed_linears
+from qsurgeon.layers import packed_layers
 from qsurgeon.layers.codes import plain
 from qsurgeon.recipe import Recipe
 
@@ -105,7 +105,7 @@ def assert_alike(one: Any, other: Any) -> None:
     assert a.keys() == b.keys()
     assert [name for name in a if a[name].dtype != b[name].dtype] == []
     assert [name for name in a if not torch.equal(a[name].nan_to_num(), b[name].nan_to_num())] == []
-    computing = [{name: layer.compute_dtype for name, layer in packed_linears(model).items()} for model in (one, other)]
+    computing = [{name: layer.compute_dtype for name, layer in packed_layers(model).items()} for model in (one, other)]
     assert computing[0] == computing[1]
     assert one.dtype == other.dtype
 
@@ -153,5 +153,5 @@ def test_layers_that_a_class_keeps_in_float32_compute_in_it_reloaded(tmp_path: P
         assert_alike(model, kind.from_pretrained(tmp_path / "packed", dtype=torch.float16))
         packing = {"dtype": torch.float16, "quantization_config": model.config.quantization_config}
         assert_alike(model, kind.from_pretrained(tmp_path / "plain", **packing))
-        kept |= {module for layer in packed_linears(model).values() if layer.compute_dtype == torch.float32}
+        kept |= {module for layer in packed_layers(model).values() if layer.compute_dtype == torch.float32}
     assert {one.partition(".")[0] for one in kept} >= {"t5", "deepseek_v32"}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import qsurgeon
 from qsurgeon.errors import CheckpointError, SurgeryError
 from qsurgeon.hf.quantizer import QSurgeonConfig
-from qsurgeon.layers import pack, packed_linears
+from qsurgeon.layers import PackedLayer, pack, packed_layers
 from qsurgeon.recipe import Recipe
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
@@ -43,11 +43,11 @@ def test_it_reloads_to_the_bit(
 ) -> None:
     expected = qsurgeon.apply(recipe(), small_model())
     for model in (qsurgeon.load(folder), hf.AutoModelForCausalLM.from_pretrained(folder)):
-        assert len(packed_linears(model)) == 11
+        assert len(packed_layers(model)) == 11
         assert different(model, expected) == []
         assert torch.equal(logits(model), logits(expected))
         frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
-        assert frozen == {f"{name}.{key}" for name, layer in packed_linears(model).items() for key in layer.stored}
+        assert frozen == {f"{name}.{key}" for name, layer in packed_layers(model).items() for key in layer.stored}
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu", "auto", SPLIT], ids=["none", "cpu", "auto", "disk"])
@@ -59,12 +59,12 @@ def test_it_loads_anywhere_and_in_any_dtype(
     # The codes are of the float32 weight, whatever the rest is loaded as.
     expected = hf.AutoModelForCausalLM.from_pretrained(plain_folder, dtype=asked)
     codes = load_file(folder / "model.safetensors")
-    for name, layer in packed_linears(qsurgeon.apply(recipe(), expected)).items():
+    for name, layer in packed_layers(qsurgeon.apply(recipe(), expected)).items():
         for key, one in layer.stored.items():
             one.copy_(codes[f"{name}.{key}"])
     options = {"offload_folder": tmp_path} if isinstance(device_map, dict) else {}
     model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype=dtype, **options)
-    assert {layer.compute_dtype for layer in packed_linears(model).values()} == {asked}
+    assert {layer.compute_dtype for layer in packed_layers(model).values()} == {asked}
     assert torch.equal(logits(model), logits(expected))
 
 
@@ -78,7 +78,7 @@ def test_it_can_be_offloaded_to_a_cpu(folder: Path, logits: Logits) -> None:
 
 def test_its_base_model_loads_without_the_head(folder: Path) -> None:
     base = hf.AutoModel.from_pretrained(folder)
-    assert len(packed_linears(base)) == 11
+    assert len(packed_layers(base)) == 11
     whole = qsurgeon.load(folder)
     assert torch.equal(base(TOKENS).last_hidden_state, whole.model(TOKENS).last_hidden_state)
 
@@ -87,7 +87,7 @@ def test_a_base_model_s_folder_loads_under_a_new_head(small_model: Maker, recipe
     base = qsurgeon.apply(recipe(), small_model().model)
     base.save_pretrained(tmp_path)
     model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
-    assert len(packed_linears(model)) == 11
+    assert len(packed_layers(model)) == 11
     assert type(model.score) is nn.Linear
     assert model.score.weight.dtype == torch.float32
     assert torch.equal(model.model(TOKENS).last_hidden_state, base(TOKENS).last_hidden_state)
@@ -199,12 +199,12 @@ def test_packing_on_the_way_holds_one_weight_at_a_time(
     read: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    def counted(weight: Tensor, how: Any) -> dict[str, Tensor]:
+    def counted(layer: PackedLayer, weight: Tensor) -> dict[str, Tensor]:
         alive.append(sum(one() is not None for one in read))
         read.append(weakref.ref(weight))
-        return pack(weight, how)
+        return pack(weight, layer.quantization)
 
-    monkeypatch.setattr("qsurgeon.hf.quantizer.pack", counted)
+    monkeypatch.setattr(PackedLayer, "packed", counted)
     config = config_of(qsurgeon.load(folder))
     model = hf.AutoModelForCausalLM.from_pretrained(plain_folder, device_map="auto", quantization_config=config)
     assert different(model, qsurgeon.load(folder)) == []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import qsurgeon
 from qsurgeon.errors import PlanError, SurgeryError
 from qsurgeon.formats import get_format
-from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, packed_layers, quant_layers
 from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.storage.packed import stored_bytes
 
@@ -34,14 +34,14 @@ def test_a_packed_model_computes_what_its_master_does_to_the_bit(
 ) -> None:
     load = functools.partial(hf.AutoModelForCausalLM.from_pretrained, plain_folder, dtype=dtype)
     master, packed = qsurgeon.apply(recipe("master"), load()), qsurgeon.apply(recipe(), load())
-    assert len(packed_linears(packed)) == len(quant_linears(master)) == 11
+    assert len(packed_layers(packed)) == len(quant_layers(master)) == 11
     assert type(packed.model.layers[0].mlp.down_proj) is nn.Linear
     assert torch.equal(logits(packed), logits(master))
     outputs = [one(input_ids=TOKENS, labels=TOKENS) for one in (packed, master)]
     for output in outputs:
         output.loss.backward()
     grads = [{name: p.grad for name, p in one.named_parameters() if p.grad is not None} for one in (packed, master)]
-    assert sorted(set(grads[1]) - set(grads[0])) == sorted(f"{name}.weight" for name in quant_linears(master))
+    assert sorted(set(grads[1]) - set(grads[0])) == sorted(f"{name}.weight" for name in quant_layers(master))
     assert [name for name, grad in grads[0].items() if not torch.equal(grad, grads[1][name])] == []
 
 
@@ -61,7 +61,7 @@ def test_a_rule_for_inputs_alone_keeps_its_weights(small_model: Maker, recipe: M
         {"target": ["self_attn"], "weight": "mxfp4"},
     ]
     model = qsurgeon.apply(recipe(rules=rules), small_model())
-    kinds = {name.split(".")[3]: type(layer) for name, layer in quant_linears(model).items()}
+    kinds = {name.split(".")[3]: type(layer) for name, layer in quant_layers(model).items()}
     assert kinds == {"mlp": QuantLinear, "self_attn": PackedLinear}
     assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.float32
     assert model.model.layers[0].mlp.down_proj.weight.requires_grad

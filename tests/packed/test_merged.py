@@ -12,7 +12,7 @@ from torch import Tensor
 import qsurgeon
 from qsurgeon.formats import get_format
 from qsurgeon.formats.quality import sqnr
-from qsurgeon.layers import PackedLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, packed_layers, quant_layers
 from qsurgeon.recipe import Recipe
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
@@ -39,13 +39,13 @@ def test_an_adapter_is_merged_into_codes(
     model = adapted(qsurgeon.load(base), target_modules=["q_proj", "down_proj"])
     model.save_pretrained(adapter)
     done = qsurgeon.merge(adapter, out)
-    merged, before = qsurgeon.load(out), packed_linears(qsurgeon.load(base))
-    assert len(packed_linears(merged)) == 14
+    merged, before = qsurgeon.load(out), packed_layers(qsurgeon.load(base))
+    assert len(packed_layers(merged)) == 14
     assert [one.module for one in done.changes] == [
         f"model.layers.{layer}.{one}" for layer in range(2) for one in ("self_attn.q_proj", "mlp.down_proj")
     ]
     for change_ in done.changes:
-        layer, old = packed_linears(merged)[change_.module], before[change_.module]
+        layer, old = packed_layers(merged)[change_.module], before[change_.module]
         delta = model.base_model.model.get_submodule(change_.module).get_delta_weight("default").detach()
         rotation = layer.quantization.rotation
         trained = old.opened() + (delta if rotation is None else rotation(delta))
@@ -98,13 +98,13 @@ def test_static_scales_of_inputs_are_found_on_packed_weights(
     model = qsurgeon.apply(recipe(formats=formats, rules=rules), small_model())
     before = {name: one.clone() for name, one in model.state_dict().items()}
     qsurgeon.calibrate(model, [{"input_ids": TOKENS}])
-    scales = {name: one.quantization.static_scales for name, one in quant_linears(model).items()}
+    scales = {name: one.quantization.static_scales for name, one in quant_layers(model).items()}
     assert all(one["weight"] == 0.001 and one["input"] > 0 for one in scales.values())
     assert len({one["input"] for one in scales.values()}) > 4
     assert [name for name, one in model.state_dict().items() if not torch.equal(one, before[name])] == []
     model.save_pretrained(tmp_path)
     again = qsurgeon.load(tmp_path)
-    assert {name: one.quantization.static_scales for name, one in quant_linears(again).items()} == scales
+    assert {name: one.quantization.static_scales for name, one in quant_layers(again).items()} == scales
     assert torch.equal(logits(again), logits(model))
 
     found = _found_by_the_master(small_model, recipe, formats)
@@ -116,10 +116,10 @@ def _found_by_the_master(small_model: Maker, recipe: MakeRecipe, formats: dict[s
     rules = [{"target": ["layers"], "input": "late"}]
     model = qsurgeon.apply(recipe("master", formats=formats, rules=rules), small_model())
     known = get_format("nvfp4").with_fields("known", tensor_scale="static", static_scale=0.001)
-    for layer in quant_linears(model).values():
+    for layer in quant_layers(model).values():
         layer.weight.data = known.fake_quantize(layer.weight.detach())
     qsurgeon.calibrate(model, [{"input_ids": TOKENS}])
-    return {name: one.quantization.static_scales["input"] for name, one in quant_linears(model).items()}
+    return {name: one.quantization.static_scales["input"] for name, one in quant_layers(model).items()}
 
 
 STORAGES = ("master", "packed")
@@ -145,7 +145,7 @@ def test_watching_sees_an_input_that_is_not_rounded(
     small_model: Maker, recipe: MakeRecipe, adapted: Adapt, step: Step
 ) -> None:
     model = adapted(qsurgeon.apply(recipe(), small_model())).train()
-    for layer in quant_linears(model).values():
+    for layer in quant_layers(model).values():
         vars(layer.quantization)["input_grid"] = None
     with qsurgeon.Watch(model, every=1) as watch:
         step(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import qsurgeon
 from qsurgeon.errors import CodesError, SurgeryError
-from qsurgeon.layers import PackedLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, packed_layers, quant_layers
 from qsurgeon.recipe import Recipe
 from qsurgeon.surgery import inventory
 
@@ -91,7 +91,7 @@ def base_of(model: Any) -> dict[str, Tensor]:
 def named(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the wrapped layers of the model itself by their names in the plain model."""
     names = {module.path: module.name for module in inventory(model)}
-    found = [(names[path], one) for path, one in quant_linears(model).items() if path in names]
+    found = [(names[path], one) for path, one in quant_layers(model).items() if path in names]
     return [(name.replace("self_attn.model.", "self_attn."), one) for name, one in found]  # as adaption prompts wrap
 
 
@@ -126,12 +126,12 @@ def test_a_method_trains_and_leaves_the_base_or_is_refused_and_leaves_all(
         return
     adapted = peft.get_peft_model(model, config_of(kind)).train()
     calls = set[str]()
-    for name, layer in quant_linears(adapted).items():
+    for name, layer in quant_layers(adapted).items():
         layer.register_forward_hook(lambda *_, name=name: calls.add(name))
     passed_by = ".base_layer" if kind == "LN_TUNING" else "no layer"  # it calls a copy, which is wrapped too
     tasks = {"task_ids": torch.zeros(2, dtype=torch.long)}
     learns(adapted, tasks if kind in ("POLY", "MULTITASK_PROMPT_TUNING") else {})
-    assert calls == {name for name in quant_linears(adapted) if not name.endswith(passed_by)}
+    assert calls == {name for name in quant_layers(adapted) if not name.endswith(passed_by)}
     if storage == "packed":
         assert differing(base_of(adapted), base) == []
         assert {type(layer) for _, layer in named(adapted)} == {PackedLinear}
@@ -226,7 +226,7 @@ def test_parameters_are_counted_as_values(small_model: Maker, recipe: Callable[.
     trained, total = adapted.get_nb_trainable_parameters()
     assert total == plain + trained
     assert adapted.get_model_status().total_params == total
-    assert len(packed_linears(adapted)) == 11
+    assert len(packed_layers(adapted)) == 11
 
 
 def test_a_mixed_adapter_counts_values_too(small_model: Maker, recipe: Callable[..., Recipe]) -> None:

@@ -83,7 +83,7 @@ def test_a_plan_says_what_packing_will_take_and_inspect_what_it_takes(
         assert (one.module, one.shape, one.parameters, one.bits) == (
             planned_row.module, planned_row.shape, planned_row.parameters, planned_row.bits,
         )  # fmt: skip
-        assert (one.bytes, one.linear) == (other.bytes, other.linear)
+        assert (one.bytes, one.type) == (other.bytes, other.type)
     row = next(row for row in live.rows if row.module == DOWN)
     assert (row.kind, row.shape, row.parameters) == ("PackedLinear", (64, 128), 64 * 128)
     assert row.bytes == stored_bytes(get_format("nvfp4").as_weight, 64, 128)

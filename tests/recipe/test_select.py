@@ -269,8 +269,9 @@ def test_a_regular_expression_is_refused_with_its_equal_here(pattern: str, inste
 
 
 def test_ranges_inside_a_component_that_multiply_past_the_most_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^bad pattern"):
+    with pytest.raises(ValueError, match=r"^bad pattern") as caught:
         parse_pattern("x{0..199}{0..199}")
+    assert str(caught.value).endswith("'x{0..199}{0..199}' stands for more than 10000 words")
 
 
 def test_the_longest_range_is_accepted() -> None:

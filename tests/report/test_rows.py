@@ -57,11 +57,11 @@ def report(name: str) -> Report:
 
 
 def part(parameters: int, how: str = "", **fields: Any) -> Part:
-    return Part(parameters, **{"kind": "Linear", "linear": True, "adapter": False, **fields}, how=how)
+    return Part(parameters, **{"kind": "Linear", "type": "Linear", "adapter": False, **fields}, how=how)
 
 
 def test_the_headline_leads_with_the_share_of_the_parameters() -> None:
-    experts = part(970, kind="Experts", linear=False)
+    experts = part(970, kind="Experts", type="")
     assert headline([part(10, "x"), part(10, "y"), part(10), experts]) == (
         "2.0% of the parameters are wrapped, in 2 of 3 Linear modules (97.0% are in no Linear, most in Experts): "
         "1 with x; 1 with y"
@@ -70,9 +70,9 @@ def test_the_headline_leads_with_the_share_of_the_parameters() -> None:
 
 
 def test_the_headline_says_no_more_than_is_true() -> None:
-    kinds = [part(40, kind=kind, linear=False) for kind in "ABC"]
+    kinds = [part(40, kind=kind, type="") for kind in "ABC"]
     assert "(100.0% are in no Linear, the largest part in A)" in headline([part(0, "x"), *kinds])
-    assert headline([part(1, "x"), part(9, adapter=True, linear=False)], ["so it is"]) == (
+    assert headline([part(1, "x"), part(9, adapter=True, type="")], ["so it is"]) == (
         "10.0% of the parameters are wrapped, in 1 of 1 Linear modules: 1 with x; so it is"
     )
 
@@ -103,7 +103,7 @@ def test_everybody_says_the_same_headline(tiny_folder: Path, tmp_path: Path) -> 
 
 
 def row(module: str, parameters: int, kind: str = "Expert") -> Row:
-    return Row(module, kind, (1, parameters), "-", "-", None, "not a Linear", parameters, 16, 2 * parameters, False)
+    return Row(module, kind, (1, parameters), "-", "-", None, "not a Linear", parameters, 16, 2 * parameters, "")
 
 
 def test_small_modules_that_are_large_together_are_pointed_out() -> None:
@@ -132,7 +132,7 @@ def test_experts_in_one_tensor_are_no_linear_and_are_named() -> None:
 def test_a_part_that_reads_images_is_remarked_with_its_share() -> None:
     (tower,) = report("vision").towers
     assert (tower.module, tower.kind, tower.reads) == ("model.vision_tower", "SiglipVisionModel", "image")
-    assert 0 < tower.wrapped == tower.linears
+    assert 0 < tower.wrapped == tower.wrappable
     assert (
         report_text(report("vision")).count("\nwrapped with the rest: model.vision_tower (SiglipVisionModel, which ")
         == 1

@@ -18,7 +18,7 @@ from qsurgeon.checkpoint.writing import stream
 from qsurgeon.errors import CheckpointError, FormatError, RecipeError, ShapeError, SurgeryError
 from qsurgeon.formats import Format, Quantized, get_format
 from qsurgeon.hf.quantizer import QSurgeonConfig
-from qsurgeon.layers import PackedLinear, Quantization, packed_linears
+from qsurgeon.layers import PackedLinear, Quantization, packed_layers
 from qsurgeon.recipe import Recipe
 from qsurgeon.storage import ENCODINGS, PACKED, Encoding, Slot, encoding_of, register, storages
 from qsurgeon.storage.packed import SCALE, TENSOR_SCALE, WEIGHT
@@ -96,7 +96,7 @@ def source(tiny_qwen2: Any, tmp_path: Path) -> Path:
 
 
 def weights(model: Any) -> dict[str, Tensor]:
-    return {name: layer.opened(torch.float32) for name, layer in packed_linears(model).items()}
+    return {name: layer.opened(torch.float32) for name, layer in packed_layers(model).items()}
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -150,12 +150,12 @@ def test_an_encoded_model_is_saved_copied_and_pickled(source: Path, tmp_path: Pa
     assert same(tensors(tmp_path / "again"), tensors(tmp_path / "out"))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # made here
         assert same(weights(other), weights(model))
-        assert {layer.encoding for layer in packed_linears(other).values()} == {encoding_of("swapped")}
+        assert {layer.encoding for layer in packed_layers(other).values()} == {encoding_of("swapped")}
     fresh = qsurgeon.apply(recipe("swapped"), AutoModelForCausalLM.from_pretrained(source))
     fresh.load_state_dict(model.state_dict())
     assert same(weights(fresh), weights(model))
-    layer = next(iter(packed_linears(model).values()))
-    values = torch.randn(layer.out_features, layer.in_features)
+    layer = next(iter(packed_layers(model).values()))
+    values = torch.randn(*layer.features)
     layer.repack(values)
     assert torch.equal(layer.opened_rows([1, 3]), layer.grid.fake_quantize(values)[[1, 3]])
     with pytest.raises(CheckpointError) as caught:
@@ -248,7 +248,7 @@ def test_two_encodings_have_two_names() -> None:
 
 def test_a_model_with_two_encodings_has_no_record(tiny_qwen2: Any) -> None:
     model = qsurgeon.apply(recipe("packed"), tiny_qwen2)
-    last = list(packed_linears(model).values())[-1]
+    last = list(packed_layers(model).values())[-1]
     last.encode_as(ENCODINGS["swapped"])
     with pytest.raises(SurgeryError) as caught:
         current_record(model)

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 import qsurgeon
 from qsurgeon.errors import SurgeryError
-from qsurgeon.layers import PackedLinear, QuantLinear, packed_linears, quant_linears
+from qsurgeon.layers import PackedLinear, QuantLinear, packed_layers, quant_layers
 from qsurgeon.layers import packed as packing
 from qsurgeon.recipe import Recipe
 from qsurgeon.surgery import uninterrupted
@@ -52,7 +52,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def untouched(model: Any, before: dict[str, Tensor]) -> bool:
     after = model.state_dict()
     return (
-        quant_linears(model) == {}
+        quant_layers(model) == {}
         and getattr(model.config, "quantization_config", None) is None
         and after.keys() == before.keys()
         and all(torch.equal(value, before[name]) for name, value in after.items())
@@ -62,8 +62,8 @@ def untouched(model: Any, before: dict[str, Tensor]) -> bool:
 
 def whole(model: Any) -> bool:
     return (
-        len(quant_linears(model)) == LAYERS
-        and len(packed_linears(model)) == 6
+        len(quant_layers(model)) == LAYERS
+        and len(packed_layers(model)) == 6
         and model.config.quantization_config.record.storage == "packed"
     )
 
@@ -216,7 +216,7 @@ def test_a_signal_at_any_point_leaves_it_whole_or_untouched(
             patched.setattr(QuantLinear, "wrap", classmethod(interrupted))
             with pytest.raises(KeyboardInterrupt):
                 qsurgeon.apply(recipe(storage), model)
-        assert len(quant_linears(model)) == LAYERS
+        assert len(quant_layers(model)) == LAYERS
         assert model.config.quantization_config.record.storage == storage
         assert signal.getsignal(signal.SIGINT) is handler
 
@@ -235,7 +235,7 @@ def test_untying_that_lacks_memory_leaves_all_as_it_was(make_qwen2: Maker, monke
         patched.setattr(Tensor, "clone", failing)
         with pytest.raises(torch.OutOfMemoryError):
             qsurgeon.apply(recipe("master", rules=rules, untie=True), model)
-    assert quant_linears(model) == {}
+    assert quant_layers(model) == {}
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -12,6 +12,7 @@ from torch import nn
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import get_format
 from qsurgeon.layers import Quantization
+from qsurgeon.layers.kinds import LINEAR
 from qsurgeon.reading import MOST_JSON
 from qsurgeon.surgery import Module, inventory, operate, plain_model, read_config, skeleton
 
@@ -34,13 +35,14 @@ def test_a_linear_is_listed_with_its_shape_and_size(tiny_qwen2: Any) -> None:
         name="model.layers.1.self_attn.k_proj",
         path="model.layers.1.self_attn.k_proj",
         kind="Linear",
-        linear=True,
+        wraps=LINEAR,
         shape=(32, 64),
         parameters=32 * 64 + 32,
         bytes=4 * (32 * 64 + 32),
-        tied_to=None,
+        tied_weight="",
         adapter=False,
         weight_bytes=4 * 32 * 64,
+        types=("Linear",),
     )
 
 
@@ -50,7 +52,7 @@ def test_modules_are_listed_in_the_models_order_without_the_root(tiny_qwen2: Any
 
 def test_a_module_that_only_holds_others_has_no_parameters(tiny_qwen2: Any) -> None:
     layer = by_name(tiny_qwen2)["model.layers.0"]
-    assert (layer.kind, layer.linear, layer.shape, layer.parameters) == ("Qwen2DecoderLayer", False, (), 0)
+    assert (layer.kind, layer.type, layer.shape, layer.parameters) == ("Qwen2DecoderLayer", "", (), 0)
 
 
 def test_a_tied_weight_belongs_to_the_module_that_has_it_first(tiny_qwen2: Any) -> None:
@@ -75,13 +77,13 @@ def test_bytes_are_of_the_models_own_dtype(tiny_qwen2: Any) -> None:
 
 
 def test_a_subclass_of_linear_is_not_linear() -> None:
-    assert not by_name(nn.Sequential(OwnLinear(4, 4)))["0"].linear
+    assert by_name(nn.Sequential(OwnLinear(4, 4)))["0"].wraps is None
 
 
 def test_a_wrapped_linear_is_still_linear(tiny_qwen2: Any) -> None:
     operate(tiny_qwen2, {"model.layers.0.mlp.up_proj": Quantization(get_format("mxfp4"), None)})
     module = by_name(tiny_qwen2)["model.layers.0.mlp.up_proj"]
-    assert (module.kind, module.linear) == ("QuantLinear", True)
+    assert (module.kind, module.type) == ("QuantLinear", "Linear")
 
 
 def test_a_module_without_a_weight_has_the_shape_of_its_largest_parameter() -> None:
@@ -107,15 +109,15 @@ def test_peft_does_not_change_the_name_of_a_linear(tiny_qwen2: Any) -> None:
 
 
 def test_what_peft_added_is_an_adapter(tiny_qwen2: Any) -> None:
-    adapters = {module.name for module in inventory(with_lora(tiny_qwen2)) if module.adapter and module.linear}
+    adapters = {module.name for module in inventory(with_lora(tiny_qwen2)) if module.adapter and module.wraps}
     assert adapters == {
         f"model.layers.{layer}.self_attn.q_proj.lora_{matrix}.default" for layer in range(3) for matrix in "AB"
     }
 
 
 def test_the_linears_inside_peft_are_those_of_the_plain_model(make_qwen2: Make) -> None:
-    plain = [module.name for module in inventory(make_qwen2()) if module.linear]
-    inside = [module.name for module in inventory(with_lora(make_qwen2())) if module.linear and not module.adapter]
+    plain = [module.name for module in inventory(make_qwen2()) if module.type]
+    inside = [module.name for module in inventory(with_lora(make_qwen2())) if module.type]
     assert inside == plain
 
 

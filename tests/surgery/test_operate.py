@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import qsurgeon
 from qsurgeon.errors import PlanError, SurgeryError
 from qsurgeon.formats import get_format
-from qsurgeon.layers import Quantization, quant_linears
+from qsurgeon.layers import Quantization, quant_layers
 from qsurgeon.recipe import Recipe, Rule
 from qsurgeon.surgery import operate
 
@@ -38,7 +38,7 @@ def quantized(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def test_the_named_modules_are_wrapped_and_counted(tiny_qwen2: Any) -> None:
     assert operate(tiny_qwen2, {UP: W4A4, "model.layers.2.self_attn.q_proj": W4A4}) == 2
-    assert list(quant_linears(tiny_qwen2)) == [UP, "model.layers.2.self_attn.q_proj"]
+    assert list(quant_layers(tiny_qwen2)) == [UP, "model.layers.2.self_attn.q_proj"]
 
 
 def test_a_wrapped_module_is_the_object_it_was(tiny_qwen2: Any) -> None:
@@ -75,13 +75,13 @@ def test_apply_returns_the_model_itself(tiny_qwen2: Any) -> None:
 
 def test_a_model_without_a_config_can_be_wrapped() -> None:
     model = qsurgeon.apply(ALL, nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
-    assert list(quant_linears(model)) == ["0", "2"]
+    assert list(quant_layers(model)) == ["0", "2"]
 
 
 def test_inside_peft_the_layer_itself_is_wrapped_and_the_adapter_is_not(tiny_qwen2: Any) -> None:
     model = get_peft_model(tiny_qwen2, LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"))
     operate(model, {UP: W4A4})
-    assert list(quant_linears(model)) == [f"base_model.model.{UP}.base_layer"]
+    assert list(quant_layers(model)) == [f"base_model.model.{UP}.base_layer"]
 
 
 # --- refusals
@@ -110,7 +110,7 @@ def test_a_module_that_is_not_there_is_an_error(tiny_qwen2: Any) -> None:
 def test_what_is_not_a_linear_itself_is_refused(module: nn.Module, kind: str) -> None:
     with pytest.raises(SurgeryError) as caught:
         operate(nn.Sequential(module), {"0": W4A4})
-    assert str(caught.value) == f"0 cannot be wrapped: it is a {kind}, not nn.Linear itself"
+    assert str(caught.value) == f"0 cannot be wrapped: it is a {kind}, not nn.Linear or Conv1D itself"
 
 
 def test_a_forward_that_was_replaced_on_the_instance_is_refused(tiny_qwen2: Any) -> None:
@@ -124,26 +124,26 @@ def test_a_forward_that_was_replaced_on_the_instance_is_refused(tiny_qwen2: Any)
 
 def test_nothing_is_wrapped_if_one_module_cannot_be(tiny_qwen2: Any) -> None:
     tiny_qwen2.get_submodule("model.layers.2.mlp.down_proj").forward = lambda x: x
-    with pytest.raises(SurgeryError):
+    with pytest.raises(SurgeryError, match="its forward was replaced on the instance"):
         qsurgeon.apply("w4a4-mxfp4", tiny_qwen2)
-    assert quant_linears(tiny_qwen2) == {}
+    assert quant_layers(tiny_qwen2) == {}
 
 
 def test_nothing_is_wrapped_if_one_module_is_missing(tiny_qwen2: Any) -> None:
-    with pytest.raises(SurgeryError):
+    with pytest.raises(SurgeryError, match=r"^the model has no module nowhere"):
         operate(tiny_qwen2, {UP: W4A4, "nowhere": W4A4})
-    assert quant_linears(tiny_qwen2) == {}
+    assert quant_layers(tiny_qwen2) == {}
 
 
 def test_a_model_with_one_module_under_two_names_is_wrapped_whole_or_not_at_all() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match=r"cannot give b\.0 a weight of its own"):
         qsurgeon.apply(ALL, model)
     with pytest.raises(SurgeryError) as caught:
         operate(model, {"a.0": W4A4, "b.0": W4A4, "c": W4A4})
     assert str(caught.value) == "a.0 and b.0 are one and the same module; exclude one of them"
-    assert quant_linears(model) == {}
+    assert quant_layers(model) == {}
 
 
 # --- hooks
@@ -221,7 +221,7 @@ def test_an_untied_model_is_the_same_after_saving_and_loading(tiny_qwen2: Any, t
         tiny_qwen2.lm_head.weight.mul_(1.5)  # as training would: from here on the two weights differ
     tiny_qwen2.save_pretrained(tmp_path / "untied")
     again = qsurgeon.load(tmp_path / "untied")
-    assert len(quant_linears(again)) == 22
+    assert len(quant_layers(again)) == 22
     assert torch.equal(again(TOKENS).logits, tiny_qwen2(TOKENS).logits)
 
 

@@ -9,7 +9,8 @@ from torch import nn
 import qsurgeon
 from qsurgeon.errors import PlanError
 from qsurgeon.formats import CATALOG, get_format
-from qsurgeon.layers import Quantization, quant_linears
+from qsurgeon.layers import Quantization, quant_layers
+from qsurgeon.layers.kinds import LINEAR
 from qsurgeon.recipe import FormatSpec, Recipe, Rule, load_recipe
 from qsurgeon.surgery import Excluded, Module, Plan, build_plan, inventory, skeleton
 
@@ -17,12 +18,12 @@ Make = Callable[..., Any]
 
 
 def linear(name: str, **fields: Any) -> Module:
-    plain = {"name": name, "path": name, "kind": "Linear", "linear": True, "shape": (4, 4), "parameters": 16}
-    return Module(**{**plain, "bytes": 64, "tied_to": None, "adapter": False, **fields})
+    plain = {"name": name, "path": name, "kind": "Linear", "wraps": LINEAR, "shape": (4, 4), "parameters": 16}
+    return Module(**{**plain, "bytes": 64, "tied_weight": "", "adapter": False, "types": ("Linear",), **fields})
 
 
 def other(name: str, **fields: Any) -> Module:
-    return linear(name, **{"kind": "Norm", "linear": False, **fields})
+    return linear(name, **{"kind": "Norm", "wraps": None, **fields})
 
 
 def rule(*target: str, **fields: Any) -> Rule:
@@ -266,7 +267,11 @@ def test_a_mistake_in_a_recipe_from_a_file_is_shown_in_it(tmp_path: Path, monkey
 # --- ties
 
 
-TIED = (other("embed", kind="Embedding"), linear("up"), linear("head", parameters=0, bytes=0, tied_to="embed"))
+TIED = (
+    other("embed", kind="Embedding"),
+    linear("up"),
+    linear("head", parameters=0, bytes=0, tied_weight="embed.weight"),
+)
 
 
 def test_a_rule_that_reaches_a_tied_weight_is_an_error() -> None:
@@ -276,7 +281,7 @@ def test_a_rule_that_reaches_a_tied_weight_is_an_error() -> None:
 
 
 def test_a_rule_that_reaches_the_owner_of_a_tied_weight_is_an_error() -> None:
-    modules = (linear("first"), linear("second", tied_to="first"))
+    modules = (linear("first"), linear("second", tied_weight="first.weight"))
     assert complaint(recipe(rule("first")), modules) == (
         "rules[0].target: rule 'rule 1' reaches first, whose weight is tied to second: "
         "exclude first, or say 'untie: true'"
@@ -359,7 +364,7 @@ def test_the_seed_recipe_wraps_182_of_197(seed_model: nn.Module, name: str) -> N
 
 @pytest.mark.parametrize("name", E13)
 def test_the_seed_recipe_leaves_the_first_and_last_layer_and_the_head(seed_model: nn.Module, name: str) -> None:
-    left = [step for step in qsurgeon.plan(name, seed_model).steps if step.module.linear and not step.quantization]
+    left = [step for step in qsurgeon.plan(name, seed_model).steps if step.module.type and not step.quantization]
     assert {step.module.name.partition(".self_attn")[0].partition(".mlp")[0]: step.why for step in left} == {
         "model.layers.0": "excluded by 'layers.0' of rule 'decoder'",
         "model.layers.27": "excluded by 'layers.27' of rule 'decoder'",
@@ -372,7 +377,7 @@ def test_the_seed_recipe_leaves_the_first_and_last_layer_and_the_head(seed_model
 def test_the_seed_recipe_wraps_the_same_182_inside_peft(seed_model: nn.Module, name: str) -> None:
     before = [step.module.name for step in qsurgeon.plan(name, seed_model).wrapped]
     model = qsurgeon.apply(name, with_lora(seed_model))
-    wrapped = [path.removeprefix("base_model.model.").removesuffix(".base_layer") for path in quant_linears(model)]
+    wrapped = [path.removeprefix("base_model.model.").removesuffix(".base_layer") for path in quant_layers(model)]
     assert (len(wrapped), wrapped) == (182, before)
 
 
@@ -380,8 +385,8 @@ def test_the_seed_recipe_wraps_the_same_182_inside_peft(seed_model: nn.Module, n
 @pytest.mark.parametrize("name", E13)
 def test_peft_around_a_wrapped_seed_model_leaves_182_wrapped(seed_model: nn.Module, name: str) -> None:
     model = with_lora(qsurgeon.apply(name, seed_model))
-    assert len(quant_linears(model)) == 182
-    assert sum("lora_" not in path for path in quant_linears(model)) == 182
+    assert len(quant_layers(model)) == 182
+    assert sum("lora_" not in path for path in quant_layers(model)) == 182
 
 
 def test_extends_in_a_recipe_made_in_python_is_refused_and_not_ignored() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 import qsurgeon
 from qsurgeon.formats import CATALOG, Format, get_format
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.layers import Quantization, QuantLinear, quant_layers
 from qsurgeon.recipe import FormatSpec
 
 IDS = torch.arange(24).view(2, 12)
@@ -60,7 +60,7 @@ def test_layers_that_are_not_called_or_have_no_format_are_not_active(model: Any)
         model.model.layers[0](torch.randn(1, 4, 64), position_embeddings=(torch.ones(1, 4, 16), torch.zeros(1, 4, 16)))
         numbers = watch.step()
         assert (numbers["qsurgeon/called"], numbers["qsurgeon/active"]) == (0.5, 0.5)
-        for layer in quant_linears(model).values():
+        for layer in quant_layers(model).values():
             vars(layer)["quantization"] = Quantization(None, None)
         model(input_ids=IDS)
         assert watch.step() == {"qsurgeon/called": 1.0, "qsurgeon/active": 0.0}
@@ -68,7 +68,7 @@ def test_layers_that_are_not_called_or_have_no_format_are_not_active(model: Any)
 
 def test_a_layer_that_became_a_linear_again_is_not_active(model: Any) -> None:
     with qsurgeon.Watch(model, every=1) as watch:
-        for layer in quant_linears(model).values():
+        for layer in quant_layers(model).values():
             layer.__class__ = nn.Linear  # type: ignore[assignment]
         model(input_ids=IDS)
         numbers = watch.step()
@@ -79,7 +79,7 @@ def test_a_call_that_raised_is_not_the_one_that_counts() -> None:
     layer = nn.Linear(32, 32)
     QuantLinear.wrap(layer, Quantization(get_format("mxfp4"), get_format("mxfp4")))
     with qsurgeon.Watch(nn.Sequential(layer), every=1) as watch:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
             layer(torch.randn(4, 31))
         layer(input=torch.randn(4, 32))
         layer(torch.randn(0, 32))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import qsurgeon
 from qsurgeon.formats import get_format
 from qsurgeon.formats.quality import sqnr
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.layers import Quantization, QuantLinear, quant_layers
 from qsurgeon.recipe import Recipe
 
 IDS = torch.arange(24).view(2, 12)
@@ -25,7 +25,7 @@ def codes(model: nn.Module) -> dict[str, Tensor]:
     """Return all codes of the whole weights."""
     return {
         name: layer.quantization.weight.as_weight.quantize(layer.weight).codes
-        for name, layer in quant_linears(model).items()
+        for name, layer in quant_layers(model).items()
         if layer.quantization.weight is not None
     }
 
@@ -36,7 +36,7 @@ def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach()}))
-        for name, layer in quant_linears(model).items()
+        for name, layer in quant_layers(model).items()
     ]
     yield seen
     for handle in handles:
@@ -69,7 +69,7 @@ def test_of_all_rows_the_numbers_are_those_of_the_whole_tensors(
     for group in groups:
         sizes = [one.numel() for one in of_group(before, group)]
         assert numbers[f"qsurgeon/flip_rate/{group}"] == pytest.approx(sum(of_group(flipped, group)) / sum(sizes))
-        weights = of_group({name: layer.weight.detach() for name, layer in quant_linears(model).items()}, group)
+        weights = of_group({name: layer.weight.detach() for name, layer in quant_layers(model).items()}, group)
         each = [sqnr(one, get_format("nvfp4").as_weight.fake_quantize(one)) for one in weights]
         assert numbers[f"qsurgeon/weight_sqnr_db/{group}"] == pytest.approx(mean_decibel(each), abs=1e-4)
         each = [sqnr(one, get_format("mxfp4").fake_quantize(one)) for one in of_group(inputs, group)]
@@ -128,7 +128,7 @@ def test_a_tensor_without_a_format_has_no_number(
 
 
 def test_frozen_weights_do_not_flip_and_all_frozen_have_no_rate(model: Any, train: Train) -> None:
-    attention = [layer for name, layer in quant_linears(model).items() if "self_attn" in name]
+    attention = [layer for name, layer in quant_layers(model).items() if "self_attn" in name]
     for layer in attention:
         layer.weight.requires_grad_(False)
     with qsurgeon.Watch(model, every=1) as watch:

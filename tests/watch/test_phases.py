@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qsurgeon
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 from qsurgeon.recipe import Recipe, Rule
 
 IDS = torch.arange(1, 25).view(2, 12)
@@ -91,9 +91,9 @@ def test_a_layer_that_does_other_than_its_rule_says_is_not_active(
     plain: Any, broken: Any, block: Callable[[], AbstractContextManager[Any]], in_phase: float
 ) -> None:
     model = apply(plain, "rollout", "rollout")
-    for name, layer in quant_linears(model).items():
+    for name, layer in quant_layers(model).items():
         if "layers.0" in name:
-            layer.forward = broken(layer)  # type: ignore[method-assign]
+            layer.forward = broken(layer)
     with block():
         numbers = watched(model, train)
     assert numbers == {"called": 1.0, "active": 0.5, "in_phase": in_phase}

@@ -1,6 +1,6 @@
 """That samples of many layers, rounded together, give each layer the numbers that it has alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import qsurgeon
 from qsurgeon.formats import CATALOG, Format, get_format, kernels
 from qsurgeon.formats.quality import sqnr
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.layers import Quantization, QuantLayer, QuantLinear, quant_layers
 from qsurgeon.watch.sample import rows_of
 
 ROWS = 8
@@ -41,7 +41,7 @@ def model_of(format: Format, dtype: torch.dtype) -> nn.ModuleDict:
     return nn.ModuleDict(layers)
 
 
-def codes(layers: dict[str, QuantLinear]) -> dict[str, Tensor]:
+def codes(layers: Mapping[str, QuantLayer]) -> dict[str, Tensor]:
     formats = {name: layer.quantization.weight for name, layer in layers.items()}
     return {name: one.as_weight.quantize(layers[name].weight).codes for name, one in formats.items() if one is not None}
 
@@ -56,7 +56,7 @@ def lost(format: Format, x: Tensor, rows: list[int]) -> float:
 @pytest.mark.parametrize("format", [*CATALOG.values(), *MORE], ids=lambda one: one.name)
 def test_every_layers_numbers_are_those_of_its_own_rows(format: Format, dtype: torch.dtype) -> None:
     model = model_of(format, dtype)
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     inputs = {name: torch.randn(2, 10, shape[0]).to(dtype) * 3 for name, shape in SHAPES.items()}
     with torch.no_grad(), qsurgeon.Watch(model, every=1, rows=ROWS, groups=lambda name: name) as watch:
         before = codes(layers)

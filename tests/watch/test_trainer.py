@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import qsurgeon
 from qsurgeon.errors import NothingWrappedError, UsageError
-from qsurgeon.layers import quant_linears
+from qsurgeon.layers import quant_layers
 
 Hooks = Callable[[nn.Module], int]
 
@@ -64,7 +64,7 @@ def test_an_evaluation_in_full_precision_shows(model: Any, tmp_path: Path) -> No
     class Sabotage(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if control.should_evaluate:
-                for layer in quant_linears(model).values():
+                for layer in quant_layers(model).values():
                     layer.__class__ = nn.Linear  # type: ignore[assignment]
 
     running = trainer(model, tmp_path, [Sabotage(), qsurgeon.WatchCallback(every=1)], max_steps=3)
@@ -91,13 +91,13 @@ def test_a_run_that_failed_is_closed_by_the_next_one_or_by_hand(model: Any, tmp_
 
     callback, fail = qsurgeon.WatchCallback(every=1), Fail()
     running = trainer(model, tmp_path, [callback, fail])
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="mine"):
         running.train()
     assert hooks(model) == 14
     callback.close()
     assert hooks(model) == 0
     running.evaluate()
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="mine"):
         running.train()
     running.remove_callback(fail)
     running.train()
@@ -105,7 +105,7 @@ def test_a_run_that_failed_is_closed_by_the_next_one_or_by_hand(model: Any, tmp_
 
 
 def test_a_trainer_of_a_model_that_is_not_wrapped_is_refused(make_qwen2: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(NothingWrappedError):
+    with pytest.raises(NothingWrappedError, match=r"^Qwen2ForCausalLM has no QuantLinear to watch"):
         trainer(make_qwen2(num_hidden_layers=1), tmp_path, [qsurgeon.WatchCallback()]).train()
 
 

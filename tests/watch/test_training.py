@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import qsurgeon
 from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
 from qsurgeon.formats import get_format
-from qsurgeon.layers import Quantization, QuantLinear, quant_linears
+from qsurgeon.layers import Quantization, QuantLinear, quant_layers
 from qsurgeon.recipe import Recipe
 
 IDS = torch.arange(24).view(2, 12)
@@ -133,7 +133,7 @@ def test_a_sharded_weight_is_watched_by_its_shard(
         model = qsurgeon.apply(recipe(weight="nvfp4", input="mxfp4"), make_qwen2(num_hidden_layers=2)).train()
         if shard:
             mesh = init_device_mesh("cpu", (1,))
-            for one in (*(quant_linears(model).values() if each_layer else ()), *model.model.layers, model):
+            for one in (*(quant_layers(model).values() if each_layer else ()), *model.model.layers, model):
                 fully_shard(one, mesh=mesh)
             assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor)
         with qsurgeon.Watch(model, every=1) as watch:

@@ -3,9 +3,9 @@
 from typing import Any
 
 import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from qsurgeon.errors import CheckpointError
+from qsurgeon.hub_private import REGEX_YAML_BLOCK
 
 CARD = "README.md"
 # Several times what the largest card has, the results of hundreds of benchmarks.

@@ -17,9 +17,10 @@ from qsurgeon.checkpoint.reading.headers import DTYPES, Tensor, read_header
 from qsurgeon.checkpoint.reading.index import read_headers
 from qsurgeon.checkpoint.reading.naming import Names, names_in
 from qsurgeon.errors import CheckpointError, SurgeryError
-from qsurgeon.layers import packed_linears
+from qsurgeon.layers import packed_layers
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import operate, read_config, record_in, skeleton
+from qsurgeon.transformers_private.loading import ignored_if_missing
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -99,7 +100,7 @@ def check_tensors(model: Any, tensors: Mapping[str, Tensor], names: Names, *, wh
     Raises: CheckpointError that names the file and the tensor.
     """
     state: dict[str, Values] = model.state_dict()
-    packed = packed_linears(model).keys()
+    packed = packed_layers(model).keys()
     for name, stored in names.stored.items():
         if name.rpartition(".")[0] in packed:
             _check_packed(name, tensors[stored], state[name])
@@ -107,7 +108,7 @@ def check_tensors(model: Any, tensors: Mapping[str, Tensor], names: Names, *, wh
             _check_tensor(tensors[stored], state[name])
     if not whole:
         return
-    ignored = model._keys_to_ignore_on_load_missing or ()
+    ignored = ignored_if_missing(model)
     absent = (*names.missing, *_missing_buffers(model, state, names))
     missing = [name for name in absent if not any(re.search(pattern, name) for pattern in ignored)]
     if missing:

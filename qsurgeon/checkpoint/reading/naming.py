@@ -1,8 +1,7 @@
 """Which parameter of the model a stored tensor becomes: checkpoints and modules do not always share names.
 
 transformers renames what it loads (``visual.blocks…`` to ``model.visual.blocks…``), joins what is stored in parts,
-splits what is stored as one, and adds or drops the base model's prefix. Its own mapping is asked here, and in ``kept``;
-what of it is not public was seen in transformers 5.23.
+splits what is stored as one, and adds or drops the base model's prefix. Its own mapping is asked here, and in ``kept``.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +11,15 @@ from math import prod
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from qsurgeon.checkpoint.reading.headers import BITS, Tensor
+from qsurgeon.transformers_private.loading import (
+    WeightConverter,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    loaded_name,
+    sorted_transforms,
+)
 
 # What an operation raises that is given tensors that it was not made for.
 _UNFIT = (ValueError, RuntimeError, IndexError)
@@ -72,18 +76,14 @@ class Names:
 
 def names_in(model: Any, tensors: Mapping[str, Tensor]) -> Names:
     """Return what ``model``, which may be on the meta device, makes of ``tensors`` when it is loaded from them."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    transforms = sorted_transforms(get_model_conversion_mapping(model))
+    by_pattern = {pattern: one for one in transforms[1] for pattern in one.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     stored: dict[str, str] = {}
     parts: dict[str, dict[str, list[str]]] = {}
     unknown: list[str] = []
     for tensor in sorted(tensors, key=dot_natural_key):  # as they are loaded, which is how those of a list are joined
-        name, pattern = rename_source_key(tensor, renamings, converters, prefix, state)
-        if name not in state and tensor in state:
-            name, pattern = rename_source_key(tensor, [], [], prefix, state)
+        name, pattern = loaded_name(tensor, transforms, prefix, state)
         if name not in state:
             unknown.append(tensor)
         elif pattern is None:

@@ -13,7 +13,8 @@ from qsurgeon.checkpoint.reading.naming import Conversion, Names, rows_of
 from qsurgeon.checkpoint.reading.quantized import refuse_quantized_weight
 from qsurgeon.checkpoint.writing.layout import MAX_SHARD_SIZE, Job, Layout, Packing, copied, mirrored, packed, sharded
 from qsurgeon.errors import CheckpointError
-from qsurgeon.storage.packed import WEIGHT
+from qsurgeon.layers import Weight
+from qsurgeon.layers.layer import ONE
 from qsurgeon.surgery import Plan, Step
 
 WAS_SINGLE = "model-tied.safetensors"
@@ -32,11 +33,15 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Written:
-    """A wrapped weight to be written: the tensor that it is made of, the parts of that, and how it is packed."""
+    """A wrapped weight to be written: the tensor that it is made of, the parts of that, and how it is packed.
+
+    weight: what its kind says of it.
+    """
 
     tensor: Tensor
     parts: tuple[Tensor, ...]
     packing: Packing | None
+    weight: Weight = ONE
 
 
 def layout_of(
@@ -74,7 +79,8 @@ def _copied_files(source: Path, untied: Mapping[str, _Written]) -> Layout:
 
 def _job(weight: _Written, name: str) -> Job:
     tensor, packing = weight.tensor, weight.packing
-    return replace(copied(tensor, name) if packing is None else packed(tensor, packing, name), parts=weight.parts)
+    job = copied(tensor, name) if packing is None else packed(tensor, packing, name, weight.weight)
+    return replace(job, parts=weight.parts)
 
 
 def _packing(step: Step, plan: Plan) -> Packing | None:
@@ -87,14 +93,12 @@ def _packing(step: Step, plan: Plan) -> Packing | None:
 
 def _kept(plan: Plan, model: Any) -> frozenset[str]:
     """Return the names of the weights that are stored under the names of their modules, packed and beside packed."""
-    packings = {step.module.name: (_packing(step, plan), step.module.shape) for step in plan.wrapped}
+    packings = [(step.module, packing) for step in plan.wrapped if (packing := _packing(step, plan)) is not None]
     stored = {
-        module: tuple(packing.encoding.slots(packing.format, *shape))
-        for module, (packing, shape) in packings.items()
-        if packing is not None
+        module.module: tuple(packing.encoding.slots(packing.format, *module.row_shape)) for module, packing in packings
     }
     kept = kept_names(model, stored) if stored else frozenset()
-    return kept | {f"{module}.{WEIGHT}" for module, keys in stored.items() if f"{module}.{keys[0]}" in kept}
+    return kept | {module.parameter for module, _ in packings if f"{module.module}.{stored[module.module][0]}" in kept}
 
 
 def _wrapped_weights(plan: Plan, here: _Source, kept: frozenset[str]) -> tuple[dict[str, _Written], set[str]]:
@@ -117,8 +121,8 @@ def _wrapped_weights(plan: Plan, here: _Source, kept: frozenset[str]) -> tuple[d
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
                 f"config.json says {list(step.module.shape)}"
             )
-        own = f"{step.module.name}.{WEIGHT}"
-        weights[own if own in kept else name] = _Written(tensor, parts, packing)
+        own = step.module.parameter
+        weights[own if own in kept else name] = _Written(tensor, parts, packing, step.module.declared)
         split |= {part.name for part in parts}
     for name, conversion in here.names.converted.items():
         if name not in weights and not split.isdisjoint(conversion.tensors):
@@ -128,21 +132,21 @@ def _wrapped_weights(plan: Plan, here: _Source, kept: frozenset[str]) -> tuple[d
 
 def _weight(step: Step, here: _Source, *, packs: bool) -> tuple[str, Tensor, tuple[Tensor, ...]] | None:
     """Return a module's weight, what it is called, and the parts that it is made of; None for one that stays."""
-    name, names = f"{step.module.name}.{WEIGHT}", here.names
+    name, names = step.module.parameter, here.names
     if name in names.stored:
         return names.stored[name], here.tensors[names.stored[name]], ()
     if name in names.converted:
         return (name, *_converted(name, names.converted[name], here)) if packs else None
     refuse_quantized_weight(name, here.tensors)
-    owner = step.module.tied_to
-    if owner is None:
+    owned = step.module.tied_weight
+    if not owned:
         raise CheckpointError(f"no file has a tensor for {name}")
-    if f"{owner}.{WEIGHT}" not in names.stored:
+    if owned not in names.stored:
         raise CheckpointError(
-            f"no file has a tensor {owner}.{WEIGHT} to untie {name} from: its tensors go by other names than its "
-            f"modules. {_LIVE}"
+            f"no file has a tensor {owned} to untie {name} from: its tensors go by other names than its modules. "
+            f"{_LIVE}"
         )
-    return name, here.tensors[names.stored[f"{owner}.{WEIGHT}"]], ()
+    return name, here.tensors[names.stored[owned]], ()
 
 
 def _converted(name: str, conversion: Conversion, here: _Source) -> tuple[Tensor, tuple[Tensor, ...]]:

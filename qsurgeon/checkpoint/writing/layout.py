@@ -12,6 +12,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from qsurgeon.checkpoint.reading.headers import BITS, DTYPES, Tensor, read_header
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
+from qsurgeon.layers import Weight
+from qsurgeon.layers.layer import ONE
 from qsurgeon.storage import Encoding, Slot
 from qsurgeon.storage.packed import WEIGHT
 
@@ -51,12 +53,14 @@ class Job:
 
     packing: the format of these, and how they are stored; None for a copy.
     parts: where its bytes are, one after the other, if ``source`` is made of several stored tensors or of rows of them.
+    weight: what the kind of its module says of it, if it is to be packed: in which dimension blocks run.
     """
 
     source: Tensor
     packing: Packing | None
     pieces: tuple[Piece, ...]
     parts: tuple[Tensor, ...] = ()
+    weight: Weight = ONE
 
     @property
     def name(self) -> str:
@@ -133,15 +137,18 @@ def copied(tensor: Tensor, name: str | None = None) -> Job:
     return Job(tensor, None, (Piece(name or tensor.name, tensor.dtype, tensor.shape, tensor.size),))
 
 
-def packed(tensor: Tensor, packing: Packing, name: str | None = None) -> Job:
-    """Return the job that writes the codes and scales of a weight, which is named ``….weight``."""
+def packed(tensor: Tensor, packing: Packing, name: str | None = None, weight: Weight = ONE) -> Job:
+    """Return the job that writes the codes and scales of a weight, which is named ``….weight``.
+
+    They are of the weight as (outputs, inputs); ``weight`` says how the tensor is laid out.
+    """
     stem = (name or tensor.name).removesuffix(WEIGHT)
-    rows, columns = tensor.shape
+    rows, columns = weight.row_shape(tensor.shape)
     pieces = (
         Piece(f"{stem}{key}", DTYPES[slot.dtype], slot.shape, slot.bytes, slot=(key, slot))
         for key, slot in packing.encoding.slots(packing.format, rows, columns).items()
     )
-    return Job(tensor, packing, tuple(pieces))
+    return Job(tensor, packing, tuple(pieces), weight=weight)
 
 
 def mirrored(file: Path, name: str) -> Shard:

@@ -25,6 +25,7 @@ from qsurgeon.checkpoint.writing.layout import Job, Packing, Piece, Shard
 from qsurgeon.checkpoint.writing.progress import Events
 from qsurgeon.errors import CheckpointError
 from qsurgeon.formats import Format
+from qsurgeon.layers import Weight
 
 SLAB = 4 * 2**20  # bytes: small enough for a CPU's cache, large enough to make calls few
 
@@ -175,7 +176,7 @@ class Stream:
 
     def _packed(self, job: Job, packing: Packing, output: int) -> Entry:
         format, encode = packing.format, packing.encoding.encode
-        slabs = _Slabs(self._source(job), job.source, format)
+        slabs = _Slabs(self._source(job), job.source, format, job.weight)
         finite = True
         tops = [format.peak(slab) for slab in slabs] if format.tensor_scale == "tensor" else []
         top = torch.stack([one for one in tops if one is not None]).max() if tops else None
@@ -228,14 +229,18 @@ class _Sink:
 
 @dataclass(frozen=True)
 class _Slabs:
-    """A matrix in slabs of whole rows, and of whole blocks; each is valid until the next."""
+    """A weight (outputs, inputs) in slabs of whole rows, and of whole blocks; each is valid until the next.
+
+    A tensor that is stored as (inputs, outputs) is read in runs of its columns, so that a slab has whole rows as well.
+    """
 
     source: "_Runs"
     tensor: Tensor
     format: Format
+    weight: Weight
 
     def __iter__(self) -> Iterator[Values]:
-        rows, columns = self.tensor.shape
+        rows, columns = self.weight.row_shape(self.tensor.shape)
         dtype = FLOATS[self.tensor.dtype]
         row = columns * dtype.itemsize
         height = self.format.block_shape[0]
@@ -243,9 +248,24 @@ class _Slabs:
         most = rows if self.format.rounding == "stochastic" else max(1, SLAB // (row * height)) * height
         buffer = _buffer(min(most, rows) * row)
         for start in range(0, rows, most):
-            data = buffer[: min(most, rows - start) * row]
-            self.source.read(start * row, data)
-            yield data.view(dtype).view(-1, columns)
+            count = min(most, rows - start)
+            data = buffer[: count * row]
+            if self.weight.is_transposed:
+                self._read_columns(start, count, data)
+                yield data.view(dtype).view(columns, count).mT
+            else:
+                self.source.read(start * row, data)
+                yield data.view(dtype).view(count, columns)
+
+    def _read_columns(self, start: int, count: int, data: Values) -> None:
+        """Fill ``data`` with ``count`` columns of the tensor as it is stored, from column ``start`` on."""
+        width = self.tensor.shape[1]
+        size = FLOATS[self.tensor.dtype].itemsize
+        if count == width:
+            self.source.read(0, data)
+            return
+        for at, part in enumerate(data.view(-1, count * size)):
+            self.source.read((at * width + start) * size, part)
 
 
 @dataclass(frozen=True)

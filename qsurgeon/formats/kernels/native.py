@@ -29,6 +29,7 @@ from qsurgeon.errors import FormatError, ShapeError
 from qsurgeon.formats.element import Element, FloatElement, IntegerElement
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE, Fields
 from qsurgeon.formats.kernels.backend import Above, Backend, Operation
+from qsurgeon.formats.kernels.direct import Direct
 from qsurgeon.formats.kernels.pieces import empty_codes, matrices
 from qsurgeon.formats.kernels.private import NotPrivateError, private_folder, read_private
 from qsurgeon.formats.packing import group
@@ -43,7 +44,6 @@ _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-ma
 # Tried in turn: not every compiler knows how to tune for this machine, or has OpenMP.
 _TUNINGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 _COMPILE_SECONDS = 120
-_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _lock = Lock()
 _libraries: dict[tuple[str, torch.dtype], "Library | None"] = {}
 
@@ -53,15 +53,7 @@ class Library:
 
     def __init__(self, file: Path) -> None:
         self._functions = ctypes.CDLL(str(file))
-        self.operand = self._functions.operand  # see operand.cpp; told at each call, so that its types are declared
-        self.operand.argtypes = (*[_POINTER] * 5, *[_SIZE] * 3, _INT, ctypes.c_float, ctypes.c_uint32, _INT)
-        self.has_product = bool(self._functions.has_product())
-        self.product = self._functions.product
-        self.read = self._functions.dequantize
-        self.read.argtypes = (*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _SIZE, _INT)
-        self.read.restype = None
-        self.product.argtypes = (*[_POINTER] * 4, _SIZE, *[_POINTER] * 2, *[_SIZE] * 3, _INT)
-        self.operand.restype = self.product.restype = None
+        self.direct = Direct(self._functions)
 
     def fake_quantize(self, rows: Tensor, out: Tensor, above: Tensor | None, seed: int) -> None:
         """Write ``rows`` (matrices, rows, columns) rounded into ``out``, both contiguous.

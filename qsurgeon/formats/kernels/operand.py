@@ -19,10 +19,9 @@ from qsurgeon.formats.kernels import choosing, native
 from qsurgeon.formats.packing import packed_length
 from qsurgeon.torch_private import is_stand_in
 
-VARIABLE = "QSURGEON_KERNELS"
 # os.environ.get takes longer than all other questions here; this is the mapping below it (CPython, on Linux and macOS).
 _environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environb if os.supports_bytes_environ else {})
-_CHOICE = VARIABLE.encode() if os.supports_bytes_environ else VARIABLE
+_CHOICE = choosing.VARIABLE.encode() if os.supports_bytes_environ else choosing.VARIABLE
 _NATIVE = (None, b"", b"native", "", "native")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NONE, _WHOLE, _ROWS, _GIVEN, _GIVEN_ROWS = range(5)  # as operand.cpp numbers them
@@ -54,6 +53,7 @@ def is_usual(x: Tensor) -> bool:
         and type(x) in _PLAIN
         and x.is_cpu
         and x.layout is torch.strided
+        and choosing.BACKENDS[0] is native.NATIVE
         and not is_stand_in(x)
         and _environment.get(_CHOICE) in _NATIVE
     )
@@ -159,4 +159,4 @@ def _decided(fields: Fields, dtype: torch.dtype) -> Call | None:
     library = None if kind is None else native.library(fields, dtype)
     if library is None or kind is None:
         return None
-    return Call(library.operand, library.read, kind, number or 0.0, fields.seed)
+    return Call(library.direct.operand, library.direct.dequantize, kind, number or 0.0, fields.seed)

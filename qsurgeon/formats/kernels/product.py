@@ -29,7 +29,7 @@ def few_rows(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor | None
     library = native.library(weight.format, x.dtype) if all(map(operand.is_usual, parts)) else None
     if (
         library is None
-        or not library.has_product
+        or not library.direct.has_product
         or not all(one.is_contiguous() for one in parts[1:])
         or (bias is not None and bias.dtype != x.dtype)
     ):
@@ -44,5 +44,5 @@ def few_rows(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor | None
     step = 0 if weight.tensor_scale is None or weight.tensor_scale.numel() == 1 else 1
     threads = 1 if outputs * inputs < native.SMALL else torch.get_num_threads()
     at, data, scale, above, added = places
-    library.product(at, data, scale, above, step, added, out.data_ptr(), rows, outputs, inputs, threads)
+    library.direct.product(at, data, scale, above, step, added, out.data_ptr(), rows, outputs, inputs, threads)
     return out

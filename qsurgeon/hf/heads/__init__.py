@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from qsurgeon.errors import SurgeryError
-from qsurgeon.layers import PackedLinear, QuantLinear
+from qsurgeon.layers import PackedLayer, QuantLayer
 
 
 def refuse_wrapped_head(model: Any, who: str) -> None:
@@ -20,10 +20,10 @@ def refuse_wrapped_head(model: Any, who: str) -> None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     held = head.get_base_layer() if tuners is not None and isinstance(head, tuners.BaseTunerLayer) else head
-    if not isinstance(held, QuantLinear) or held.quantization.behavior.phases == "rollout":
+    if not isinstance(held, QuantLayer) or all(how.behavior.phases == "rollout" for how in held.quantizations.values()):
         return
     path = next(path for path, module in model.named_modules() if module is head)
-    how = "take its packed codes for values" if isinstance(held, PackedLinear) else "train it in full precision"
+    how = "take its packed codes for values" if isinstance(held, PackedLayer) else "train it in full precision"
     raise SurgeryError(
         f"{path}, the output head of {type(model).__name__}, is wrapped, and {who} multiplies with its weight itself "
         f"and never calls it: it would {how}. Exclude the head in the recipe: 'exclude: [{path}]'"

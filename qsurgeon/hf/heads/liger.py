@@ -5,7 +5,7 @@ from typing import Any
 from transformers.integrations import liger
 
 from qsurgeon.hf.heads import refuse_wrapped_head
-from qsurgeon.patching import Method, patch
+from qsurgeon.patching import Method, patch_function
 
 
 def _refusing(apply: Method) -> Method:
@@ -17,4 +17,4 @@ def _refusing(apply: Method) -> Method:
     return apply_liger_kernel
 
 
-patch(liger, "apply_liger_kernel", _refusing)
+patch_function(liger, "apply_liger_kernel", _refusing)

@@ -1,14 +1,19 @@
-"""TRL's trainers, which give a model a fused head (seen in TRL 1.16). Importing this module makes them refuse."""
+"""TRL's trainers, which give a model a fused head. Importing this module makes them refuse."""
 
 from typing import Any
 
 from trl.trainer import utils
 
 from qsurgeon.hf.heads import refuse_wrapped_head
-from qsurgeon.patching import Method, patch
+from qsurgeon.patching import Method, patch_function
+
+# Functions of trl.trainer.utils that set up a head which is never called: from 1.15 on, and from 1.0 to 1.14.
+FUSING = ("add_fused_lm_head", "patch_chunked_lm_head")
 
 
-def _refusing(add: Method) -> Method:
+def refusing(add: Method) -> Method:
+    """Return an ``add`` that refuses a model whose output head is wrapped."""
+
     def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
         refuse_wrapped_head(model, "the fused head of TRL's trainers")
         add(model, *args, **kwargs)
@@ -16,4 +21,6 @@ def _refusing(add: Method) -> Method:
     return add_fused_lm_head
 
 
-patch(utils, "add_fused_lm_head", _refusing)
+for _name in FUSING:
+    if hasattr(utils, _name):
+        patch_function(utils, _name, refusing)

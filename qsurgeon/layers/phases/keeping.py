@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qsurgeon.errors import UsageError
 from qsurgeon.telling import say
-from qsurgeon.torch_private import owner_of, writes
+from qsurgeon.torch_private import base_of, writes
 
 Round = Callable[[Tensor, Any], Tensor]  # of a weight, as a Quantization says
 SHARE = 0.5  # of the memory that is free when the first weight is kept
@@ -113,7 +113,7 @@ class Keeping:
 
         name: of the layer, for errors.
         """
-        owner = owner_of(weight)
+        owner = base_of(weight)
         kept = self._kept.get((id(owner), id(how)))
         if kept is not None and kept.owner() is owner and kept.state.is_of(weight):
             kept.uses += 1
