@@ -94,7 +94,7 @@ def written(x: Tensor, fields: Fields) -> Written | None:
         shape = (-(-columns // width),) if x.dim() == 1 else (*x.shape[:-2], -(-rows // height), -(-columns // width))
         scale = torch.empty(shape, dtype=fields.scale.dtype)
     if call.kind:
-        by_row = call.kind == _ROWS or (call.kind == _GIVEN_ROWS and x.numel() > columns)
+        by_row = call.kind in (_ROWS, _GIVEN_ROWS)
         above = torch.empty(lead if by_row else (), dtype=torch.float32)
     places = [None if one is None else one.data_ptr() for one in (scale, above)]
     _run(call, x, at, out.data_ptr(), data.data_ptr(), places[0], places[1], columns)
