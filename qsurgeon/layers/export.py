@@ -3,6 +3,7 @@
 import torch
 
 from qsurgeon.errors import ExportError
+from qsurgeon.torch_private import run_not_traced
 
 _ADVICE = (
     "torch.export.export keeps what it computes; with storage: master, `with qsurgeon.disabled(model)` exports it in "
@@ -25,7 +26,7 @@ def refuse_export(training: bool) -> None:
 
 
 # Dynamo takes torch's own answer to this for a constant, False, and cannot build an exception: this is run, not traced.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@run_not_traced
 def _refuse_program(training: bool) -> None:
     if torch.onnx.is_in_onnx_export():
         raise ExportError(f"a wrapped layer cannot be exported to ONNX: {_ADVICE}")

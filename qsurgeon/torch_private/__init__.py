@@ -6,7 +6,7 @@ What torch does not document may change in any release. Whoever moves to another
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # ---- tensors
 
@@ -153,6 +155,16 @@ def is_compiled_in_place(module: nn.Module) -> bool:
 def let_size_vary(x: Tensor, dim: int) -> None:
     """Let torch.compile take the size of ``dim`` for a variable, where it can."""
     torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
+def run_not_traced(function: Function) -> Function:
+    """Let torch.compile run ``function`` and take what it returns for a constant.
+
+    As torch.compiler.assume_constant_result does, which fails while torch._dynamo is being imported: that imports FSDP,
+    and FSDP's import is what makes qsurgeon.layers follow.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010  # a function has no such attribute to a type checker
+    return function
 
 
 def is_compiler_error(error: Exception) -> bool:
