@@ -30,7 +30,7 @@ help:  ## list the targets
 	@touch $@
 
 # A set of versions that users have: .venv-NAME by constraints-NAME.txt. The oracles that only formats need are left out:
-# peft 0.18 fails beside a newer torchao.
+# older peft fails beside a newer torchao.
 .venv-%/tested: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt $(TORCH)

@@ -1,4 +1,4 @@
-"""Where versions of huggingface_hub differ, 1.9 to 2.4: the library it speaks HTTP with, and how it finds a commit."""
+"""Where versions of huggingface_hub differ, 1.17 to 2.4: the library it speaks HTTP with, and how it finds a commit."""
 
 import re
 import sys

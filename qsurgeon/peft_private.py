@@ -1,4 +1,4 @@
-"""What qsurgeon uses of peft that is not public. All of it was seen in peft 0.18 to 0.21."""
+"""What qsurgeon uses of peft that is not public. All of it was seen in peft 0.20 and 0.21."""
 
 from typing import Any
 

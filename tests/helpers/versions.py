@@ -20,7 +20,7 @@ def at_least(package: str, least: str) -> bool:
 def needs(package: str, least: str, why: str) -> pytest.MarkDecorator:
     """Return a mark that leaves a test out where ``package`` is older; ``why`` says what it lacks."""
     return pytest.mark.skipif(
-        not at_least(package, least), reason=f"{package} {version(package)} {why}; {least} is the first that does not"
+        not at_least(package, least), reason=f"{package} {version(package)} {why}; {least} and later do not"
     )
 
 
