@@ -20,7 +20,7 @@ from qsurgeon.errors import SurgeryError
 from qsurgeon.hf import adapting
 from qsurgeon.layers import Quantization, QuantLinear, quant_layers
 from qsurgeon.recipe import Recipe, Rule, load_recipe
-from qsurgeon.surgery import bypassed
+from qsurgeon.surgery import adapters, bypassed
 
 # FRoD's own.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
@@ -496,3 +496,14 @@ def test_switching_an_adapter_off_leaves_the_wrapped_model(model: Maker) -> None
     assert not torch.equal(adapted(TOKENS).logits, expected)
     with adapted.disable_adapter():
         assert torch.equal(adapted(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize(("installed", "refused"), [("0.20.0", True), ("0.21.0", False)])
+def test_adapters_that_older_peft_computes_past_the_layer_are_refused_by_version(
+    monkeypatch: pytest.MonkeyPatch, installed: str, refused: bool
+) -> None:
+    monkeypatch.setattr(adapters, "version", lambda _: installed)
+    expected = {name: f"{name} of peft 0.20.0 computes past it; peft 0.21 does not" for name in ("osf", "adamss")}
+    for config in (peft.OSFConfig(), peft.AdamssConfig()):
+        found = adapters.objection(config, is_packed=False)
+        assert found == (expected[adapters.method_of(config)] if refused else None)

@@ -5,8 +5,10 @@ peft has no way to ask, so that this is what was measured of peft 0.20 and 0.21;
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
 from torch import nn
 
 from qsurgeon.errors import SurgeryError
@@ -16,6 +18,8 @@ from qsurgeon.layers.compiling import HELD
 _HELD = ".base_layer"
 # Their forward reads the weight and multiplies with it itself, changed or not, and never calls the layer.
 _READ_THE_WEIGHT = {"frod", "glora", "hra", "shira", "supertuning", "trainable_tokens"}
+# Until peft 0.21 OSF did so too, and AdaMSS was not seen to call its layer.
+_UNTIL_0_21 = {"osf", "adamss"}
 # So do these with ``init_weights='bat'``, which their layers keep under this name. Bone was in peft until 0.18.
 _BAT = {"miss": "miss_fn", "bone": "bone_fn"}
 # Those compute with the weight's values beside the layer that they call.
@@ -78,6 +82,8 @@ def objection(config: Any, *, is_packed: bool) -> str | None:
     Also None for what a config does not tell. is_packed: the layer's weight is packed.
     """
     method = method_of(config)
+    if method in _UNTIL_0_21 and _peft_is_before("0.21"):
+        return f"{method} of peft {version('peft')} computes past it; peft 0.21 does not"
     past = "multiplies with its weight itself and never calls it"
     if method in _READ_THE_WEIGHT:
         return f"{method} {past}"
@@ -91,6 +97,10 @@ def objection(config: Any, *, is_packed: bool) -> str | None:
     if is_dora and config.lora_dropout and not config.inference_mode:
         return f"DoRA with lora_dropout {past} while it trains; set lora_dropout=0"
     return None
+
+
+def _peft_is_before(first: str) -> bool:
+    return Version(version("peft")) < Version(first)
 
 
 def _first(model: nn.Module, path: str, ask: Callable[[nn.Module], str | None]) -> str | None:
@@ -131,6 +141,8 @@ def _into_what_it_holds(layer: Any) -> str | None:
 def _past_what_it_holds(layer: Any) -> str | None:
     methods, kind = _methods(layer), type(layer).__name__
     variants = sys.modules.get("peft.tuners.lora.variants")
+    if methods & _UNTIL_0_21 and _peft_is_before("0.21"):
+        return f"the adapter on it ({kind} of peft {version('peft')}) computes past it; peft 0.21 does not"
     if methods & _READ_THE_WEIGHT:
         method = min(methods & _READ_THE_WEIGHT)
         return f"the adapter on it ({kind} of peft's {method}) multiplies with its weight itself and never calls it"
