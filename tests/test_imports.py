@@ -13,7 +13,17 @@ STARTUP = "launch/startup/sitecustomize.py"  # lies in the package and is none o
 
 # Who may import whom: each part those to its left, and nobody beside it. The package itself hands out names of all.
 ORDER = (
-    {"hub_private", "patching", "peft_private", "torch_private", "transformers_private", "version", "visible", "words"},
+    {
+        "hub_private",
+        "installed",
+        "patching",
+        "peft_private",
+        "torch_private",
+        "transformers_private",
+        "version",
+        "visible",
+        "words",
+    },
     {"errors", "telling"},
     {"reading"},
     {"arguments", "places"},

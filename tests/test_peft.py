@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from versions import adapter_config, part
 
 import qsurgeon
+from qsurgeon import installed as versions
 from qsurgeon.errors import SurgeryError
 from qsurgeon.hf import adapting
 from qsurgeon.layers import Quantization, QuantLinear, quant_layers
@@ -502,8 +503,8 @@ def test_switching_an_adapter_off_leaves_the_wrapped_model(model: Maker) -> None
 def test_adapters_that_older_peft_computes_past_the_layer_are_refused_by_version(
     monkeypatch: pytest.MonkeyPatch, installed: str, refused: bool
 ) -> None:
-    monkeypatch.setattr(adapters, "version", lambda _: installed)
-    expected = {name: f"{name} of peft 0.20.0 computes past it; peft 0.21 does not" for name in ("osf", "adamss")}
+    monkeypatch.setattr(versions, "version", lambda _: installed)
+    expected = {name: f"{name} computes past it in peft before 0.21" for name in ("osf", "adamss")}
     for config in (peft.OSFConfig(), peft.AdamssConfig()):
         found = adapters.objection(config, is_packed=False)
         assert found == (expected[adapters.method_of(config)] if refused else None)

@@ -1,7 +1,7 @@
 """The two products with a packed weight.
 
 It is dequantized for each of them, and lives no longer than that. For a few rows that no gradient is wanted of, as
-those of a token that is generated, a product may read the codes themselves: see formats/kernels/product.py.
+those of a token that is generated, a product may read the codes themselves: see formats/kernels/few_rows.py.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from qsurgeon.errors import FormatError
 from qsurgeon.formats import Format, Quantized
-from qsurgeon.formats.kernels.product import few_rows
+from qsurgeon.formats.kernels.few_rows import few_rows
 from qsurgeon.layers.codes import plain
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.rounding import dequantized

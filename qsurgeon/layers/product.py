@@ -67,15 +67,15 @@ def packed_linear(
 
     W is dequantized in the dtype that the product is computed in: autocast's inside of it, the input's outside. It
     lives for the product alone: backward keeps the codes, and dequantizes them again. Where no gradient is wanted of
-    a few rows the product may read the codes, see formats/kernels/product.py.
+    a few rows the product may read the codes, see formats/kernels/few_rows.py.
 
     Raises: as ``quantized_linear``; ShapeError also for an input that is not floating point: what a model casts to
     the dtype of a packed weight is lost.
     """
     if not x.is_floating_point():
         raise ShapeError(
-            f"a packed layer was called with {x.dtype}; expected floating point. Its weight is torch.uint8, and a "
-            "model that casts an input to its weight's dtype cannot have it packed"
+            f"a packed layer was called with {x.dtype}; expected floating point. Its codes are torch.uint8; cast an "
+            "input to the layer's compute_dtype"
         )
     _refuse_transforms(x, *stored)
     dtype, numbers, agree = _product_dtype(x), _numbers(how), agree or ALONE

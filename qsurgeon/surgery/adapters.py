@@ -5,13 +5,12 @@ peft has no way to ask, so that this is what was measured of peft 0.20 and 0.21;
 
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
-from packaging.version import Version
 from torch import nn
 
 from qsurgeon.errors import SurgeryError
+from qsurgeon.installed import is_before
 from qsurgeon.layers import QuantLayer, packed_layers, quant_layers
 from qsurgeon.layers.compiling import HELD
 
@@ -82,8 +81,8 @@ def objection(config: Any, *, is_packed: bool) -> str | None:
     Also None for what a config does not tell. is_packed: the layer's weight is packed.
     """
     method = method_of(config)
-    if method in _UNTIL_0_21 and _peft_is_before("0.21"):
-        return f"{method} of peft {version('peft')} computes past it; peft 0.21 does not"
+    if method in _UNTIL_0_21 and is_before("peft", "0.21"):
+        return f"{method} computes past it in peft before 0.21"
     past = "multiplies with its weight itself and never calls it"
     if method in _READ_THE_WEIGHT:
         return f"{method} {past}"
@@ -97,10 +96,6 @@ def objection(config: Any, *, is_packed: bool) -> str | None:
     if is_dora and config.lora_dropout and not config.inference_mode:
         return f"DoRA with lora_dropout {past} while it trains; set lora_dropout=0"
     return None
-
-
-def _peft_is_before(first: str) -> bool:
-    return Version(version("peft")) < Version(first)
 
 
 def _first(model: nn.Module, path: str, ask: Callable[[nn.Module], str | None]) -> str | None:
@@ -141,8 +136,8 @@ def _into_what_it_holds(layer: Any) -> str | None:
 def _past_what_it_holds(layer: Any) -> str | None:
     methods, kind = _methods(layer), type(layer).__name__
     variants = sys.modules.get("peft.tuners.lora.variants")
-    if methods & _UNTIL_0_21 and _peft_is_before("0.21"):
-        return f"the adapter on it ({kind} of peft {version('peft')}) computes past it; peft 0.21 does not"
+    if methods & _UNTIL_0_21 and is_before("peft", "0.21"):
+        return f"the adapter on it ({kind}) computes past it in peft before 0.21"
     if methods & _READ_THE_WEIGHT:
         method = min(methods & _READ_THE_WEIGHT)
         return f"the adapter on it ({kind} of peft's {method}) multiplies with its weight itself and never calls it"

@@ -26,8 +26,8 @@ FORMAT = frozenset(
 
 def _up_from_1(data: Data) -> Data:
     """What a backward pass keeps of an input was said once, for all rules."""
-    kept = data.pop("saved_inputs", None)
-    for rule in data.get("rules") or () if kept is not None else ():
+    kept, rules = data.pop("saved_inputs", None), data.get("rules")
+    for rule in rules if kept is not None and isinstance(rules, list | tuple) else ():  # else the schema refuses it
         if isinstance(rule, dict):
             rule.setdefault("saved_inputs", kept)
     return data

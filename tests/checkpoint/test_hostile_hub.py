@@ -71,6 +71,8 @@ def test_a_file_is_closed_if_it_is_not_read(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_pipe_among_the_journals_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "journal-0.jsonl").write_text('{"job": "a", "crcs": [1], "finite": true}\n' + "[" * 100_000 + "\n")
+    (tmp_path / "journal-0.jsonl").write_text(
+        '{"job": "a", "crcs": {"weight": 1}, "finite": true}\n' + "[" * 100_000 + "\n"
+    )
     os.mkfifo(tmp_path / "journal-1.jsonl")
     assert list(entries(tmp_path)) == ["a"]

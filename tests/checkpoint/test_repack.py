@@ -164,7 +164,9 @@ def test_what_rounds_in_one_phase_cannot_be_packed(small_model: Maker) -> None:
     model = qsurgeon.apply(recipe("master", phases="rollout"), small_model())
     with pytest.raises(PlanError, match="a packed weight is rounded in every phase"):
         qsurgeon.apply(recipe("packed", phases="rollout"), model)
-    with pytest.raises(SurgeryError, match=r"q_proj rounds in rollout only, and would always; "):
+    with pytest.raises(
+        SurgeryError, match=r"phases of model\.layers\.0\.self_attn\.q_proj is rollout, and would be both; "
+    ):
         qsurgeon.apply(recipe("packed"), model)
 
 

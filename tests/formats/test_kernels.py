@@ -20,7 +20,7 @@ from variants import CASES, DTYPES
 
 from qsurgeon.errors import FormatError
 from qsurgeon.formats import CATALOG, Format, Quantized, get_format, kernels
-from qsurgeon.formats.kernels import compiled, native, operand
+from qsurgeon.formats.kernels import choosing, compiled, native, operand
 from qsurgeon.formats.packing import pack
 from qsurgeon.layers import Quantization, QuantLinear
 
@@ -284,6 +284,7 @@ def test_a_format_is_compiled_once_for_each_dtype_whatever_the_shapes(
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.setattr(native, "_libraries", {})
     monkeypatch.setattr(operand, "_calls", {})
+    monkeypatch.setattr(choosing, "_chosen", {})
     model = qsurgeon.apply("w4a4-nvfp4", make_qwen2(num_hidden_layers=28, tie_word_embeddings=False))
     ids = torch.arange(24).view(2, 12)
     for length in (12, 7, 3):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qsurgeon.formats import Format, Quantized, get_format
 from qsurgeon.formats.kernels import choosing, native
-from qsurgeon.formats.kernels.product import FEWEST_VALUES, MOST_ROWS, few_rows
+from qsurgeon.formats.kernels.few_rows import FEWEST_VALUES, MOST_ROWS, few_rows
 from qsurgeon.layers import PackedLinear, Quantization, QuantLinear, rounding
 
 FORMATS = {

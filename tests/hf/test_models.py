@@ -168,7 +168,7 @@ def test_an_unknown_key_in_the_record_is_an_error(copy: Path) -> None:
     edit_config(copy, lambda config: config["quantization_config"].update(surprise=1))
     with pytest.raises(CheckpointError) as caught:
         qsurgeon.load(copy)
-    assert str(caught.value) == "config.json: quantization_config.surprise: Extra inputs are not permitted"
+    assert str(caught.value) == "config.json: quantization_config.surprise: unknown key"
 
 
 def test_a_format_that_cannot_be_is_an_error(copy: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_packed_weight_that_some_phase_wants_unrounded_is_refused_at_its_line(
     with pytest.raises(PlanError) as caught:
         qsurgeon.plan(load_recipe(file), plain_folder)
     assert str(caught.value).splitlines()[0] == (
-        f"{file}:5:44: rule 'rule 2' rounds in {phases} only: a packed weight is rounded in every phase; say "
+        f"{file}:5:44: rule 'rule 2': a packed weight is rounded in every phase, not in {phases} only; say "
         "'storage: master', or leave the weight out of the rule"
     )
     assert len(caught.value.mistakes) == 1
