@@ -1,5 +1,8 @@
 """Modules that compute in a number format, and the gradient they pass on."""
 
+import warnings
+from typing import Any
+
 from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.layer import QuantLayer, QuantProduct, Weight, quant_layers
 from qsurgeon.layers.linear import QuantLinear
@@ -36,3 +39,14 @@ __all__ = [
     "straight_through",
     "uncounted",
 ]
+
+_NAMES_OF_0_1 = {"quant_linears": "quant_layers", "packed_linears": "packed_layers"}
+
+
+def __getattr__(name: str) -> Any:
+    """Return what a program written for 0.1 asks for by its name of then, and say its name of now."""
+    if name not in _NAMES_OF_0_1:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    now = _NAMES_OF_0_1[name]
+    warnings.warn(f"qsurgeon.layers.{name} is called {now} since 0.2", DeprecationWarning, stacklevel=2)
+    return globals()[now]
