@@ -199,7 +199,7 @@ def _places_by_tensors(
     whole = stored.skeleton()
     saved, here = names_in(whole, tensors), names_in(model, tensors)
     _refuse_absent(type(whole).__name__, wrapped, {module.name for module in inventory(whole)})
-    _refuse_missing_tensors(whole, saved)
+    _refuse_missing_tensors(whole, saved, model, here)
     weights, saved_weights = ({one.parameter: one.name for one in inventory(it)} for it in (model, whole))
     sources = _sources(saved)
     owners: dict[str, list[str]] = defaultdict(list)
@@ -233,14 +233,35 @@ def _sources(names: Names) -> dict[str, tuple[str, ...]]:
     return {**{name: (tensor,) for name, tensor in names.stored.items()}, **converted}
 
 
-def _refuse_missing_tensors(whole: Any, saved: Names) -> None:
-    """Do nothing if the checkpoint has all of the model that was saved. Raises: CheckpointError."""
+def _refuse_missing_tensors(whole: Any, saved: Names, model: Any, here: Names) -> None:
+    """Do nothing if the checkpoint has all that the model that was saved shares with the one that is opened.
+
+    A model may have been saved without parts that its class can have (BertModel of a BertForMaskedLM has no pooler, and
+    config.json does not tell). They are missed only where the class that is opened has them.
+
+    Raises: CheckpointError.
+    """
     ignored = ignored_if_missing(whole)
     filled = _sources(saved)
     tied = {name for knot in ties(whole) if not knot.isdisjoint(filled) for name in knot}
+    random = {mark for name in here.missing for mark in _marks(model, name)}
     for name in saved.missing:
-        if name not in tied and not any(re.search(pattern, name) for pattern in ignored):
+        if name in tied or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        if not random.isdisjoint(_marks(whole, name)):
             raise CheckpointError(f"the checkpoint has no tensor {name}")
+
+
+def _marks(model: Any, parameter: str) -> Iterator[tuple[Any, ...]]:
+    """Yield by what a parameter is known again in another class: its own names, and the class of what holds them."""
+    module, _, name = parameter.rpartition(".")
+    holder, _, leaf = module.rpartition(".")
+    yield type(model.get_submodule(holder)), leaf, name
+    if not holder:
+        yield None, leaf, name  # at the top, a class and its other heads agree on names alone
+    owner = type(model.get_submodule(module))
+    if not owner.__module__.startswith("torch."):
+        yield owner, name  # a parameter of a class of the model's own, wherever that is held
 
 
 def _in_common(one: str, other: str) -> int:

@@ -4,6 +4,7 @@ What a module of the opened model should be is told by its weight: it is that of
 """
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError
@@ -287,6 +289,33 @@ def test_the_streamed_checkpoint_is_opened_as_the_live_one(name: str, storage: s
     model.save_pretrained(tmp_path / "live")
     live = json.loads((tmp_path / "live/config.json").read_text())["quantization_config"]
     assert {**section, "source": ""} == {**live, "source": ""}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_part_that_its_class_has_and_the_saved_model_had_not_is_missed_where_it_is_opened(
+    storage: str, tmp_path: Path
+) -> None:
+    model = _bert(hf.BertForMaskedLM).eval()
+    qsurgeon.apply(recipe(storage), model)
+    model.base_model.save_pretrained(tmp_path)  # a BertModel without a pooler
+    opened = hf.BertForTokenClassification.from_pretrained(tmp_path).eval()  # it has none either
+    ids = torch.arange(8)[None]
+    assert torch.equal(opened.base_model(ids).last_hidden_state, model.base_model(ids).last_hidden_state)
+    with pytest.raises(CheckpointError, match=r"^the checkpoint has no tensor pooler\.dense\.weight$"):
+        hf.BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["embeddings.LayerNorm.weight", "encoder.layer.1.output.dense.bias"])
+@pytest.mark.parametrize("kind", [hf.BertModel, hf.BertForMaskedLM, hf.BertForTokenClassification])
+def test_a_tensor_that_both_classes_have_is_missed_under_each(kind: Any, lost: str, tmp_path: Path) -> None:
+    model = _bert(hf.BertForSequenceClassification)
+    qsurgeon.apply(recipe("master"), model)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"bert.{lost}"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"^the checkpoint has no tensor bert\.{re.escape(lost)}$"):
+        kind.from_pretrained(tmp_path)
 
 
 def test_all_storages_are_tried() -> None:

@@ -12,5 +12,5 @@ def test_a_name_of_0_1_still_works(then: str, now: str) -> None:
 
 
 def test_a_name_that_never_was_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="^module 'qsurgeon.layers' has no attribute 'quant_lines'$"):
+    with pytest.raises(AttributeError, match=r"^module .qsurgeon\.layers. has no attribute .quant_lines.$"):
         layers.quant_lines  # noqa: B018
