@@ -128,6 +128,8 @@ _follow("peft.mapping_func", "qsurgeon.hf.counting")
 _follow("transformers.integrations.liger", "qsurgeon.hf.heads.liger")
 _follow("trl.trainer.utils", "qsurgeon.hf.heads.trl")
 _follow("trl.trainer.sft_trainer", "qsurgeon.hf.heads.sft")
+_follow("trl.trainer.distillation_trainer", "qsurgeon.hf.heads.distilling")
+_follow("trl.experimental.async_distillation.async_distillation_trainer", "qsurgeon.hf.heads.distilling_async")
 _follow("torch.distributed.fsdp._flat_param", "qsurgeon.layers.flattening")
 if VARIABLE in os.environ:
     _follow("transformers.modeling_utils", "qsurgeon.launch.loading")

@@ -1,14 +1,18 @@
 """A wrapped output head, and libraries that multiply with its weight themselves."""
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import transformers as hf
 from transformers.integrations import liger
+from versions import recomputing
 
 import qsurgeon
 from qsurgeon.errors import SurgeryError
@@ -19,6 +23,7 @@ utils = pytest.importorskip("trl.trainer.utils")
 sft_trainer = pytest.importorskip("trl.trainer.sft_trainer")
 
 Maker = Callable[..., Any]
+TOKENIZER = Path(__file__).parent.parent.parent / "examples" / "models" / "tiny-math"
 
 
 def wrapped(model: Any, storage: str = "master", target: str = "lm_head", **rule: Any) -> Any:
@@ -105,3 +110,42 @@ print(len(found), all("patched_by_qsurgeon" in vars(one) for one in found))
     count, refuse = done.stdout.split()[-2:]
     assert int(count) >= 1  # transformers' Trainer, at least
     assert refuse == "True"
+
+
+@pytest.mark.parametrize("whose", ["model", "teacher_model"])
+def test_a_distillation_that_multiplies_with_the_head_itself_is_refused(
+    whose: str, make_qwen2: Maker, tmp_path: Path
+) -> None:
+    trl = pytest.importorskip("trl.trainer.distillation_trainer", reason="a TRL without DistillationTrainer")
+    datasets = pytest.importorskip("datasets")
+    models = {
+        name: make_qwen2(vocab_size=384, num_hidden_layers=1, tie_word_embeddings=False)
+        for name in ("model", "teacher_model")
+    }
+    wrapped(models[whose])
+
+    def trainer() -> Any:
+        return trl.DistillationTrainer(
+            **models,
+            args=trl.DistillationConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], **recomputing(False)),
+            train_dataset=datasets.Dataset.from_dict({"prompt": ["1 + 1 ="] * 4}),
+            processing_class=hf.AutoTokenizer.from_pretrained(TOKENIZER),
+        )
+
+    with pytest.raises(SurgeryError) as caught:
+        trainer()
+    assert str(caught.value) == (
+        "lm_head, the output head of Qwen2ForCausalLM, is wrapped, and the loss of TRL's DistillationTrainer "
+        "multiplies with its weight itself and never calls it: it would train it in full precision. Exclude the head "
+        "in the recipe: 'exclude: [lm_head]'"
+    )
+    models[whose] = make_qwen2(vocab_size=384, num_hidden_layers=1, tie_word_embeddings=False)
+    assert trainer().model is models["model"]
+
+
+@pytest.mark.parametrize("phases", ["both", "rollout"])
+def test_a_head_that_gets_another_forward_is_refused_in_each_phase(model: Any, phases: str) -> None:
+    if "cast_lm_head_to_fp32" not in inspect.signature(getattr(utils, "add_fused_lm_head", len)).parameters:
+        pytest.skip(f"TRL {version('trl')} casts no head")
+    with pytest.raises(SurgeryError, match=r"^lm_head, the output head of Qwen2ForCausalLM, is wrapped"):
+        utils.add_fused_lm_head(wrapped(model, phases=phases), cast_lm_head_to_fp32=True)

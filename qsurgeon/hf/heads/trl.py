@@ -15,7 +15,8 @@ def refusing(add: Method) -> Method:
     """Return an ``add`` that refuses a model whose output head is wrapped."""
 
     def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
-        refuse_wrapped_head(model, "the fused head of TRL's trainers")
+        cast = bool(kwargs.get("cast_lm_head_to_fp32"))  # the trainer gave the head another forward before
+        refuse_wrapped_head(model, "the fused head of TRL's trainers", rollouts=cast)
         add(model, *args, **kwargs)
 
     return add_fused_lm_head
