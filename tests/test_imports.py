@@ -186,7 +186,13 @@ def test_peft_refuses_what_computes_past_wrapped_layers_whichever_comes_first(or
 
 
 # What nothing has imported then.
-UNUSED = ["transformers.integrations.liger", "trl.trainer.sft_trainer", "trl.trainer.utils"]
+UNUSED = [
+    "transformers.integrations.liger",
+    "trl.experimental.async_distillation.async_distillation_trainer",
+    "trl.trainer.distillation_trainer",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.utils",
+]
 
 
 @pytest.mark.parametrize("first", ["surgery.skeleton", "checkpoint.kept", "merging"])
