@@ -18,6 +18,7 @@ CALLS = {
     "load": "qsurgeon.load(path)",
     "load_recipe": "qsurgeon.load_recipe(name)",
     "merge": "qsurgeon.merge(adapter, output)",
+    "scan": "qsurgeon.scan(recipe, model)",
 }
 _EXAMPLE = '"w4a4-mxfp4"'
 
@@ -117,13 +118,14 @@ def live(function: str, model: Any) -> Any:
     raise CallError(f"{call}: {what} is no model{hint}")
 
 
-def check_model(function: str, model: Any, config: type) -> None:
-    """Do nothing for a live model, a config, or the name of a model. Raises: CallError for anything else."""
-    if is_module(model) or isinstance(model, config) or is_path(model):
+def check_model(function: str, model: Any, config: type | None = None) -> None:
+    """Do nothing for a live model, the name of one, or a ``config``, if that will do. Raises: CallError otherwise."""
+    if is_module(model) or is_path(model) or (config is not None and isinstance(model, config)):
         return
     what, inside = described(model)
     hint = f"; say {CALLS[function].replace('model', inside)}" if inside else ""
-    raise CallError(f"{CALLS[function]}: {what} is no model; expected a live one, a config, a folder or a hub id{hint}")
+    also = "" if config is None else " a config,"
+    raise CallError(f"{CALLS[function]}: {what} is no model; expected a live one,{also} a folder or a hub id{hint}")
 
 
 def check_path(function: str, value: Any, name: str) -> None:

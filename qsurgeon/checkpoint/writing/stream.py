@@ -285,7 +285,7 @@ class _Runs:
             handle, run = self.runs[at]
             inside = start - self._starts[at]
             count = min(run.size - inside, data.numel())
-            _read(handle, run, inside, data[:count])
+            read_into(handle, run, inside, data[:count])
             start, data, at = start + count, data[count:], at + 1
 
 
@@ -298,7 +298,7 @@ def _bytes(data: Values) -> memoryview:
     return memoryview(data.numpy()).cast("B")  # type: ignore[arg-type]  # an array is a buffer
 
 
-def _read(handle: int, tensor: Tensor, start: int, data: Values) -> None:
+def read_into(handle: int, tensor: Tensor, start: int, data: Values) -> None:
     """Fill ``data`` with the tensor's bytes from ``start`` on."""
     view, place = _bytes(data), tensor.start + start
     while view:
