@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qsurgeon.merging import merge
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
+    from qsurgeon.report.scanning import scan
     from qsurgeon.watch import Watch, WatchCallback
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "reference",
     "rewrite",
     "rounded_once",
+    "scan",
 ]
 
 _HOME = {
@@ -75,6 +77,7 @@ _HOME = {
     "reference": "hf.models",
     "rewrite": "checkpoint",
     "rounded_once": "layers",
+    "scan": "report.scanning",
 }
 
 

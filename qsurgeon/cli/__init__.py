@@ -11,6 +11,7 @@ from typer.main import get_command
 from qsurgeon.cli.commands import app
 from qsurgeon.cli.lines import check
 from qsurgeon.cli.printing import tamed_messages
+from qsurgeon.cli.scan import scan  # noqa: F401  # which joins the app
 from qsurgeon.cli.streams import complain, give_up, prepare
 from qsurgeon.errors import OtherRankError, QSurgeonError, in_words
 from qsurgeon.visible import visible

@@ -99,7 +99,7 @@ def plan(
     every: All = False,
 ) -> None:
     """Show what a recipe would do to every module of a model. Reads no weights and changes nothing."""
-    source = _model_of(said(find_recipe(recipe), "model"), model)  # a typo should not wait for torch
+    source = model_of(said(find_recipe(recipe), "model"), model)  # a typo should not wait for torch
 
     from qsurgeon.recipe import load_recipe
 
@@ -140,7 +140,7 @@ def apply(
     launch the processes share the work.
     """
     own = said(find_recipe(recipe), "model", "output")
-    source = _model_of(own, model)
+    source = model_of(own, model)
     destination = output or own.get("output")
     if destination is None:
         raise UsageError("no output folder: pass --output FOLDER, or set 'output:' in the recipe")
@@ -197,7 +197,7 @@ def merge(
 
     with Bar("merging") as bar:
         done = fold(adapter, output, model, bar)
-    echo(json.dumps(done.to_dict(), indent=2) if as_json else merge_text(done, fold=not every, width=_width()))
+    echo(json.dumps(done.to_dict(), indent=2) if as_json else merge_text(done, fold=not every, width=width()))
     echo_line(f"load it with: qsurgeon.load({output!r})", err=True)
 
 
@@ -235,7 +235,7 @@ def formats(
 
         get_format(name)
     rows = [row for row in format_rows() if name is None or name in row.names]
-    echo(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else formats_text(rows, _width()))
+    echo(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else formats_text(rows, width()))
 
 
 @app.command()
@@ -286,7 +286,7 @@ def _pushed(folder: str, repo: str, *, private: bool) -> str:
         raise
 
 
-def _model_of(own: Mapping[str, str], model: str | None) -> str:
+def model_of(own: Mapping[str, str], model: str | None) -> str:
     """Return the model that is asked for, by the option or by what a recipe says itself, after a look for a folder."""
     source = model or own.get("model")
     if source is None:
@@ -322,9 +322,9 @@ def _print_report(report: "Report", as_json: bool, every: bool) -> None:
     if as_json:
         echo(report.to_json())
         return
-    echo(report_text(report, fold=not every, width=_width()))
+    echo(report_text(report, fold=not every, width=width()))
 
 
-def _width() -> int | None:
+def width() -> int | None:
     """Return the width of a terminal that is looked at, or None."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

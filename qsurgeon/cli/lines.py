@@ -22,6 +22,7 @@ _PROGRAM = "run"  # what stands behind it is another program's
 ROLES = {
     "plan": "recipe",
     "apply": "recipe",
+    "scan": "recipe",
     "inspect": "model",
     "merge": "adapter",
     "recipes": "name",
@@ -309,7 +310,7 @@ def _example(verb: Verb, rest: Sequence[str]) -> str:
         words = [word for word in rest if not word.startswith("-")][:1]
         output = " --output FOLDER" if verb.name == "merge" else ""
         return f"qsurgeon {verb.name} {quoted(words[0]) if words else str(ROLES[verb.name]).upper()}{output}"
-    if verb.name not in {"plan", "apply"}:
+    if verb.name not in {"plan", "apply", "scan"}:
         return f"qsurgeon {verb.name}" + (" -- COMMAND ARGS..." if verb.name == _PROGRAM else "")
     line = read(rest, verb)
     line = arrange(_with(line, [_mended(line, name, value) for name, value in line.strange]))

@@ -5,7 +5,15 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from qsurgeon.checkpoint import Estimate, Events
 from qsurgeon.checkpoint.writing.ranks import leads, together
@@ -20,11 +28,16 @@ class Bar(Events):
 
     def __init__(self, what: str, first: Callable[[], None] = lambda: None) -> None:
         self.leads, self._first = leads(), first
-        columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         shown = self.leads and console.is_terminal
-        self._progress = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._progress = Progress(
+            what, BarColumn(), *self._numbers(), console=console, transient=True, disable=not shown
+        )
         self._task = self._progress.add_task("", total=None)
+
+    def _numbers(self) -> tuple[ProgressColumn, ...]:
+        """Return what stands behind the bar."""
+        return DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -57,6 +70,17 @@ class Bar(Events):
     def note(self, text: str) -> None:
         """Say it above the bar."""
         say(text)
+
+
+class Share(Bar):
+    """A bar of work that writes nothing, and is no bytes alone: the share that is done, and the time that is left."""
+
+    def _numbers(self) -> tuple[ProgressColumn, ...]:
+        return TaskProgressColumn(), TimeRemainingColumn()
+
+    def begin(self, estimate: Estimate) -> None:
+        """Hear how much work there is."""
+        self._progress.update(self._task, total=estimate.read)
 
 
 def _size(count: int) -> str:

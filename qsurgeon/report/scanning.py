@@ -15,10 +15,21 @@ from qsurgeon.visible import one_line
 
 MOST_WORST = 5  # modules that the summary names
 # What is left out first in a narrow terminal.
-_LEAVE_OUT = ("shape", "grid", "amax p50", "amax p99", "kurtosis", "‖e‖/‖x‖", "deadzone", "clipping", "scale", "clipped")
+_LEAVE_OUT = (
+    "shape",
+    "grid",
+    "amax p50",
+    "amax p99",
+    "kurtosis",
+    "‖e‖/‖x‖",
+    "deadzone",
+    "clipping",
+    "scale",
+    "clipped",
+)
 _NOTES = (
-    "dB: signal over quantization noise. worst: of a single module. |e|/|x|: its mean, about 21 % for MXFP4 of Gaussian "
-    "values. zeroed: values that become zero. clipped: blocks with a value beyond their largest. amax: of blocks, over "
+    "dB: signal over quantization noise. worst: of a single module. |e|/|x|: its mean, about 21 % for MXFP4 of "
+    "Gaussian values. zeroed: values that become zero. clipped: blocks with a value beyond their largest. amax: of blocks, over "
     "the root mean square. scale, clipping, deadzone, grid: the share of the squared error by its cause.",
     "gaussian: what the format does to normally distributed values. Nothing is wrong with a layer that is like it.",
 )
@@ -110,7 +121,7 @@ def _operand_text(found: Scan, name: str, operand: Operand, fold: bool, width: i
         *(Column(head, [show(one) for one in every], right=True) for head, show in _COLUMNS.items()),
     ]
     columns, gone = narrowed(columns, width, _LEAVE_OUT)
-    return table_text(columns, width) + (f"\n{left_out(gone)}" if gone else "")
+    return table_text(columns, width) + (f"\n{wrapped(left_out(gone), width)}" if gone else "")
 
 
 def _percent(share: float) -> str:

@@ -68,7 +68,7 @@ class Sums:
     @property
     def relative_l2(self) -> float:
         """‖e‖ / ‖x‖."""
-        return _share(self.e2, self.x2) ** 0.5
+        return math.sqrt(_share(self.e2, self.x2))
 
     @property
     def relative_mean(self) -> float:
@@ -112,7 +112,7 @@ class Sums:
 
     def top(self, percent: int) -> float:
         """Return this percentile of the blocks' largest magnitudes, in units of the root mean square of all values."""
-        rms = _share(self.x2, self.count) ** 0.5
+        rms = math.sqrt(_share(self.x2, self.count))
         if not self.blocks or not rms:
             return math.nan
         if percent == PERCENTILES[-1]:
@@ -152,7 +152,7 @@ class Sums:
     def of_raw(cls, values: list[Any]) -> Self:
         """Return the sums that ``raw`` returned."""
         *added, peak, tops = values
-        return cls(**dict(zip(_ADDED, added, strict=True)), peak=peak, tops=Counter({at: n for at, n in tops}))
+        return cls(**dict(zip(_ADDED, added, strict=True)), peak=peak, tops=Counter(dict(tops)))
 
 
 _ADDED = tuple(one.name for one in fields(Sums) if one.name not in ("peak", "tops"))

@@ -46,9 +46,9 @@ class Output:
 class Effect:
     """What rounding does to the model's output: sums over ``places``, tokens or embeddings.
 
-    distance: Σ KL(p‖q) of the full-precision distribution p of the next token and the rounded one q, in nats; of a model
-    without such, Σ of the squared error of its last hidden state relative to that. loss: Σ of −log q of what comes next
-    in the text, over ``targets`` places.
+    distance: Σ KL(p‖q) of the full-precision distribution p of the next token and the rounded one q, in nats; of a
+    model without such, Σ of the squared error of its last hidden state relative to that. loss: Σ of −log q of what
+    comes next in the text, over ``targets`` places.
     """
 
     distance: float = 0.0

@@ -1,4 +1,4 @@
-"""A scan from its arguments to its result: what is scanned, in which order, and what an interrupted one goes on with."""
+"""A scan from its arguments to its result: what is scanned, in which order, and what is kept of an interrupted one."""
 
 import hashlib
 import os
@@ -78,6 +78,8 @@ def scan(
         rows = weigh(rows, opened.weights, unfinished, events, workers or _cores())
         found = Scan(opened.plan, opened.source, tuple(rows))
         unfinished.finish(found.to_json())
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(unfinished.kept) from stop
     finally:
         unfinished.close()
     return found
@@ -85,9 +87,7 @@ def scan(
 
 def _rows(plan: Plan, formats: Sequence[Format]) -> list[Row]:
     choices = choices_of(plan, formats)
-    return [
-        Row(step, name, choice) for step in plan.wrapped for name, choice in choices[step.module.name].items()
-    ]
+    return [Row(step, name, choice) for step in plan.wrapped for name, choice in choices[step.module.name].items()]
 
 
 def _live(recipe: Recipe, model: nn.Module) -> Opened:
@@ -132,7 +132,7 @@ def _run(opened: Opened, formats: Sequence[Format]) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "the recipe": opened.plan.recipe.text,
-        "--formats": ",".join(format.name for format in formats),
+        "--formats": ", ".join(format.name for format in formats) or None,
         "the model's": dict(opened.identity),
     }
 

@@ -22,14 +22,17 @@ UNITS = "units.jsonl"
 
 
 class Unfinished:
-    """The units of work that are done, by name; kept in a folder while there is an ``output`` to be written."""
+    """The units of work that are done, by name; kept in a folder while there is an ``output`` to be written.
+
+    lock: held by whichever thread adds a unit, or tells events of it.
+    """
 
     def __init__(self, output: Path | None, run: Mapping[str, Any]) -> None:
         """Begin, or go on with what an earlier process began.
 
         Raises: CheckpointError if ``output`` exists, or if what was begun is of another run.
         """
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._done: dict[str, Any] = {}
         self._handle: int | None = None
         self.output, self.resumed = output, False
@@ -57,13 +60,20 @@ class Unfinished:
         """How many units are done."""
         return len(self._done)
 
+    @property
+    def kept(self) -> str:
+        """Say what an interruption leaves, as the end of a message."""
+        if self.output is None:
+            return "; nothing was written"
+        return f"; finished work is kept in {self.folder}, and the same command resumes it"
+
     def found(self, unit: str) -> Any:
         """Return what was found by a unit; None for one that is not done."""
         return self._done.get(unit)
 
     def add(self, unit: str, found: Any) -> None:
         """Write down what a unit found, from any thread."""
-        with self._lock:
+        with self.lock:
             self._done[unit] = found
             if self._handle is not None:
                 os.write(self._handle, f"{json.dumps({'unit': unit, 'found': found})}\n".encode())

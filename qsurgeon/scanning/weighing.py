@@ -52,7 +52,8 @@ def _weighed(rows: list[Row], weights: Weights, unfinished: Unfinished, events: 
         with weights.opened(module) as slabs:
             found = {name: sums.raw() for name, sums in _measured(module, hows, slabs).items()}
         unfinished.add(unit, found)
-    events.advance(module.weight_bytes)
+    with unfinished.lock:
+        events.advance(module.weight_bytes)
     return [replace(row, weight=Sums.of_raw(found[row.name]) if row.name in found else None) for row in rows]
 
 
@@ -63,7 +64,9 @@ def _measured(module: Module, hows: Mapping[str, Quantization], slabs: Slabs) ->
         return {}
     height = _height(grids.values())
     rotations = {name: hows[name].rotation for name in grids}
-    tops = _tops(slabs, height, {name: rotations[name] for name, grid in grids.items() if grid.tensor_scale == "tensor"})
+    tops = _tops(
+        slabs, height, {name: rotations[name] for name, grid in grids.items() if grid.tensor_scale == "tensor"}
+    )
     found: dict[str, list[Sums]] = {name: [] for name in grids}
     for slab in slabs(height):
         for name, grid in grids.items():
