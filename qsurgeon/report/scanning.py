@@ -29,8 +29,8 @@ _LEAVE_OUT = (
 )
 _NOTES = (
     "dB: signal over quantization noise. worst: of a single module. |e|/|x|: its mean, about 21 % for MXFP4 of "
-    "Gaussian values. zeroed: values that become zero. clipped: blocks with a value beyond their largest. amax: of blocks, over "
-    "the root mean square. scale, clipping, deadzone, grid: the share of the squared error by its cause.",
+    "Gaussian values. zeroed: values that become zero. clipped: blocks with a value beyond their largest. amax: of "
+    "blocks, over the root mean square. scale, clipping, deadzone, grid: the share of the squared error by its cause.",
     "gaussian: what the format does to normally distributed values. Nothing is wrong with a layer that is like it.",
 )
 
