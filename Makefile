@@ -34,7 +34,7 @@ help:  ## list the targets
 .venv-%/tested: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt $(TORCH)
-	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[trl]' pytest pytest-xdist
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[trl]' pytest pytest-xdist scikit-learn
 	@touch $@
 
 demo: .venv/installed  ## plan, apply, inspect, reload and measure the bundled model

@@ -11,6 +11,7 @@ import pytest
 import transformers as hf
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from versions import at_least
 
 import qsurgeon
 from qsurgeon.checkpoint import Options, fetch, fetch_config, push, reserve
@@ -112,6 +113,12 @@ def test_a_connection_that_breaks_is_resumed_where_it_broke(
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)  # a part of one is not kept
     hub.add("me/tiny", tiny_folder)
     hub.cut_after = 100_000
+    if not at_least("huggingface_hub", "1.20"):  # before, it gives up, and begins anew when it is asked again
+        text = fails(lambda: fetch("me/tiny"), ConnectionError)
+        assert text.startswith("the hub cannot be reached for me/tiny: peer closed connection without sending complete")
+        assert text.endswith("; what arrived whole is kept: try again")
+        assert contents(fetch("me/tiny").folder) == contents(tiny_folder)
+        return
     assert contents(fetch("me/tiny").folder) == contents(tiny_folder)
     assert hub.ranges == ["bytes=100000-"]
     assert hub.served["model.safetensors"] == (tiny_folder / "model.safetensors").stat().st_size
@@ -348,7 +355,7 @@ def test_progress_is_shown_on_stderr_and_nothing_on_stdout(
     monkeypatch.setenv("TQDM_POSITION", "-1")  # shows bars where no terminal is
     code = "from qsurgeon.checkpoint import fetch; fetch('me/tiny')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Downloading bytes" in done.stderr
+    assert "Downloading" in done.stderr
     assert "100%" in done.stderr
     assert "Downloading" not in done.stdout
 

@@ -154,4 +154,6 @@ def test_layers_that_a_class_keeps_in_float32_compute_in_it_reloaded(tmp_path: P
         packing = {"dtype": torch.float16, "quantization_config": model.config.quantization_config}
         assert_alike(model, kind.from_pretrained(tmp_path / "plain", **packing))
         kept |= {module for layer in packed_layers(model).values() if layer.compute_dtype == torch.float32}
-    assert {one.partition(".")[0] for one in kept} >= {"t5", "deepseek_v32"}
+    keeping = {"t5", "glm_moe_dsa", "deepseek_v32"} & {one.parent.name for one in FILES}  # 5.5 lacks the last
+    assert {one.partition(".")[0] for one in kept} >= keeping
+    assert len(keeping) >= 2
