@@ -16,8 +16,10 @@ import transformers as hf
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import models
+from versions import at_least
 
 import qsurgeon
+from qsurgeon.errors import PlanError
 from qsurgeon.layers import packed_layers
 from qsurgeon.layers.codes import plain
 from qsurgeon.recipe import Recipe
@@ -39,6 +41,7 @@ SMALL = (
 # They name layers that a small model has not; and say what is made anew.
 LEFT = {"layer_types", "mlp_layer_types", "out_features", "out_indices", "stage_names", "architectures"}
 MOST = 1_000_000  # parameters
+MIXERS = {"falcon_mamba", "mamba"}  # whose weights, until transformers 5.16, another function multiplied with
 
 
 def asking(pattern: re.Pattern[str]) -> list[str]:
@@ -126,6 +129,10 @@ def test_they_are_what_their_masters_are_live_and_reloaded(tmp_path: Path) -> No
         torch.manual_seed(0)
         model = kind._from_config(config).eval()
         master = qsurgeon.apply(recipe("master"), deepcopy(model))
+        if module.partition(".")[0] in MIXERS and not at_least("transformers", "5.16"):
+            with pytest.raises(PlanError, match=r"Mixer\.cuda_kernels_forward takes the weight itself and computes"):
+                qsurgeon.apply(recipe("packed"), model)
+            continue
         qsurgeon.apply(recipe("packed"), model).save_pretrained(tmp_path)
         again = kind.from_pretrained(tmp_path).eval()
         assert_alike(model, again)

@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
+from versions import at_least
 
 import qsurgeon
 from qsurgeon.errors import CodesError, SurgeryError
@@ -47,7 +48,7 @@ PROMPTS = {"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROM
 # its own on a Linear.
 SHADOWS = {"CPT", "SHADOW", "XLORA"}
 REFUSED = {
-    "master": {"FROD", "GLORA", "HRA", "SHIRA", "SUPERTUNING"},
+    "master": {"FROD", "GLORA", "HRA", "SHIRA", "SUPERTUNING"} | (set() if at_least("peft", "0.21") else {"ADAMSS", "OSF"}),
     "packed": {
         *("FROD", "GLORA", "HRA", "SHIRA", "SUPERTUNING"),
         *("ADAMSS", "DEFT", "DELORA", "HIRA", "LN_TUNING", "LOHA", "LOKR", "OSF", "PEANUT", "PSOFT", "TINYLORA"),
