@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from versions import adapter_config, at_least, part
+from versions import adapter_config, adapts, at_least, part
 
 import qsurgeon
 from qsurgeon import installed as versions
@@ -313,7 +313,7 @@ def test_on_a_wrapped_model_it_is_refused_and_changes_nothing(model: Maker, name
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # transformers' own way
-@pytest.mark.parametrize("whose", ["peft", "transformers"])
+@pytest.mark.parametrize("whose", ["peft", pytest.param("transformers", marks=adapts)])
 def test_a_second_adapter_that_is_refused_leaves_the_first(model: Maker, whose: str, tmp_path: Path) -> None:
     wrapped = qsurgeon.apply("w4a4-mxfp4", model())
     adapted: Any = wrapped
@@ -340,6 +340,7 @@ def test_a_second_adapter_that_is_refused_leaves_the_first(model: Maker, whose: 
     add(CALL["lora"]())
 
 
+@adapts
 @pytest.mark.parametrize("name", sorted(SAYS.keys() - {"frod", "glora"}))  # which peft takes from get_peft_model alone
 def test_transformers_forgets_a_first_adapter_that_is_refused(model: Maker, name: str, tmp_path: Path) -> None:
     wrapped = qsurgeon.apply("w4a4-mxfp4", model())

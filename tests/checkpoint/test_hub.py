@@ -151,9 +151,11 @@ def test_a_snapshot_of_the_cache_that_lacks_weights_is_refused_offline(
     commit = hub.add("me/tiny", tiny_folder)
     folder = fetch_config("me/tiny").folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fails(lambda: fetch("me/tiny")) == (
+    assert fails(lambda: fetch("me/tiny")) in (
         f"the cache has only a part of me/tiny@{commit}: {folder}: has neither model.safetensors nor "
-        "model.safetensors.index.json"
+        "model.safetensors.index.json",
+        # huggingface_hub 1.26 to 2.0 finds it itself
+        "no model at 'me/tiny': no such folder, and HF_HUB_OFFLINE is set and the cache has no whole snapshot of it",
     )
 
 
@@ -339,6 +341,7 @@ def test_a_hub_out_of_reach_is_exit_code_1(
     )
 
 
+@pytest.mark.one_version
 def test_a_process_of_its_own_asks_the_endpoint_it_is_told(hub: Any, tiny_folder: Path) -> None:
     hub.add("me/tiny", tiny_folder)
     words = ["plan", "w4a4-mxfp4", "--model", "me/tiny", "--json"]
