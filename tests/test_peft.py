@@ -196,17 +196,16 @@ UNTIL_0_21 = ("osf", "adamss")  # are refused with peft before 0.21
 @pytest.mark.parametrize("before", [True, False], ids=["adapter first", "surgery first"])
 @pytest.mark.parametrize("name", CALL)
 def test_an_adapter_calls_the_layer_it_sits_on(model: Maker, name: str, before: bool, training: bool) -> None:
+    def both() -> Any:
+        if before:
+            return qsurgeon.apply("w4a4-mxfp4", on(model(), CALL[name]()))
+        return on(qsurgeon.apply("w4a4-mxfp4", model()), CALL[name]())
+
     if name in UNTIL_0_21 and not at_least("peft", "0.21"):
         with pytest.raises(SurgeryError, match=r"computes past it in peft before 0\.21$"):
-            if before:
-                qsurgeon.apply("w4a4-mxfp4", on(model(), CALL[name]()))
-            else:
-                on(qsurgeon.apply("w4a4-mxfp4", model()), CALL[name]())
+            both()
         return
-    if before:
-        adapted = qsurgeon.apply("w4a4-mxfp4", on(model(), CALL[name]()))
-    else:
-        adapted = on(qsurgeon.apply("w4a4-mxfp4", model()), CALL[name]())
+    adapted = both()
     adapted.train(training)
     report = qsurgeon.inspect(adapted, {"input_ids": TOKENS})
     assert [row.module for row in report.rows if row.called is False or row.bypassed] == []

@@ -1,7 +1,6 @@
 """What the libraries of a user can do, where their versions differ: for tests, and the reason why one is left out.
 
-``make test`` runs with constraints.txt, ``make test-oldest``, ``test-axolotl``, ``test-serving`` and ``test-newest`` with
-files of their own.
+``make test`` runs with constraints.txt; ``make test-oldest`` and the other sets with files of their own.
 """
 
 from dataclasses import dataclass
