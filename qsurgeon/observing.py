@@ -24,7 +24,8 @@ Layer = TypeVar("Layer", bound=nn.Module)
 class Seen(Generic[Layer]):
     """One call of a layer: its input (..., inputs), its output (..., outputs), and whether it computed gradients.
 
-    added: what was added to its weight in this call, if something was.
+    args, kwargs: what it was called with, for who wants to call it again. added: what was added to its weight in this
+    call, if something was.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Seen(Generic[Layer]):
     input: Tensor
     output: Tensor
     trains: bool
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     added: Added | None = None
 
 
@@ -63,7 +66,7 @@ def _hook(
             return
         trains = torch.is_grad_enabled()
         with torch.no_grad(), without_tensor_modes():
-            see(Seen(name, layer, x, output, trains, kwargs.get("added")))
+            see(Seen(name, layer, x, output, trains, args, kwargs, kwargs.get("added")))
 
     return hook
 

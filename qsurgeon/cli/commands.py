@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast, overload
 
 import typer
 from typer.core import TyperGroup
@@ -68,6 +68,10 @@ AllowNonfinite = Annotated[
 Repository = Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder to this Hub repository.")]
 Public = Annotated[bool, typer.Option("--public", help="Make a new repository public (default: private).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Html = Annotated[
+    str | None, typer.Option("--html", metavar="FILE", help="Also write it as one HTML file, with charts.")
+]
+Png = Annotated[str | None, typer.Option("--png", metavar="FILE", help="Also write its charts as a picture.")]
 All = Annotated[
     bool,
     typer.Option("--all", help="List every module separately instead of grouping modules that differ only by index."),
@@ -97,6 +101,8 @@ def plan(
     trust_remote_code: TrustCode = False,
     as_json: Json = False,
     every: All = False,
+    to_html: Html = None,
+    to_png: Png = None,
 ) -> None:
     """Show what a recipe would do to every module of a model. Reads no weights and changes nothing."""
     source = model_of(said(find_recipe(recipe), "model"), model)  # a typo should not wait for torch
@@ -111,9 +117,9 @@ def plan(
     from qsurgeon.hf.models import plan as make_plan
     from qsurgeon.report.inspection import report_of
 
-    _print_report(
-        report_of(make_plan(loaded, source, revision, trust_remote_code=trust_remote_code), source), as_json, every
-    )
+    planned = report_of(make_plan(loaded, source, revision, trust_remote_code=trust_remote_code), source)
+    _print_report(planned, as_json, every)
+    _draw(planned, to_html, to_png)
 
 
 @app.command()
@@ -208,6 +214,8 @@ def inspect(
     trust_remote_code: TrustCode = False,
     as_json: Json = False,
     every: All = False,
+    to_html: Html = None,
+    to_png: Png = None,
 ) -> None:
     """Show what every module of a model computes with, and why. Exits 1 if nothing is wrapped."""
     _look_for(model)
@@ -219,6 +227,7 @@ def inspect(
 
     report = ask(model, revision=revision, trust_remote_code=trust_remote_code)
     _print_report(report, as_json, every)
+    _draw(report, to_html, to_png)
     if not report.wrapped:
         raise typer.Exit(1)
 
@@ -316,6 +325,13 @@ def _without_torchao() -> None:
         sys.modules.setdefault("torchao", cast(ModuleType, None))
 
 
+def _draw(report: "Report", to_html: str | None, to_png: str | None) -> None:
+    if to_html is not None:
+        free(to_html).write_text(report.to_html(), "utf-8")
+    if to_png is not None:
+        free(to_png).write_bytes(report.to_png())
+
+
 def _print_report(report: "Report", as_json: bool, every: bool) -> None:
     from qsurgeon.report.rows import report_text
 
@@ -323,6 +339,25 @@ def _print_report(report: "Report", as_json: bool, every: bool) -> None:
         echo(report.to_json())
         return
     echo(report_text(report, fold=not every, width=width()))
+
+
+@overload
+def free(file: None, *, there: bool = False) -> None: ...
+@overload
+def free(file: str | Path, *, there: bool = False) -> Path: ...
+def free(file: str | Path | None, *, there: bool = False) -> Path | None:
+    """Return the path of a file that is to be written, or one that is ``there`` to be read.
+
+    Raises: CheckpointError for one that is in the way, or is not there.
+    """
+    if file is None:
+        return None
+    path = expanded(file)
+    if there and not path.is_file():
+        raise CheckpointError(f"{path}: {'is no file' if path.exists() else 'no such file'}")
+    if not there and (path.exists() or path.is_symlink()):
+        raise CheckpointError(f"{path} exists; name another file or remove it first")
+    return path
 
 
 def width() -> int | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from qsurgeon.layers import AS_IT_IS
 from qsurgeon.layers.kinds import in_order, listed
+from qsurgeon.report.html.listed import report_page
+from qsurgeon.report.html.plots import Picture, png
 from qsurgeon.report.tables import Column, left_out, narrowed, natural_width, table_text, wrapped
 from qsurgeon.surgery import Part, Tower, headline, in_words, percent
 from qsurgeon.surgery.fold import folded
@@ -233,6 +235,17 @@ class Report:
     def to_json(self) -> str:
         """Return all of it as JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self) -> str:
+        """Return it as one HTML file. Raises: UsageError where vl-convert-python is not installed."""
+        return report_page(self, totals_text(self)).to_html()
+
+    def to_png(self) -> Picture:
+        """Return its charts as a picture. Raises: as ``to_html``."""
+        return png(report_page(self, totals_text(self)).charts)
+
+    def _repr_html_(self) -> str:
+        return report_page(self, totals_text(self)).to_notebook()
 
     def __str__(self) -> str:
         return report_text(self, fold=True)

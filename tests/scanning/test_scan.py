@@ -15,6 +15,7 @@ import qsurgeon
 from qsurgeon.checkpoint import Events
 from qsurgeon.cli import main
 from qsurgeon.errors import CallError, CheckpointError, FormatError, QSurgeonError, SurgeryError
+from qsurgeon.formats.rotation import rotated
 from qsurgeon.report.scanning import scan_text
 from qsurgeon.scanning import measure, stored
 
@@ -64,9 +65,9 @@ def test_a_folder_and_the_live_model_of_it_have_the_same_numbers(
 def test_each_weight_is_measured_as_its_layer_rounds_it(recipe: Path, small_model: Callable[..., Any]) -> None:
     model, found = small_model(), qsurgeon.scan(recipe, small_model()).scan
     for row in found.rows:
-        weight = model.get_submodule(row.module).weight.detach()
-        how = row.how
-        expected = measure(weight if how.rotation is None else how.rotation(weight), how.weight_grid)  # type: ignore[arg-type]
+        weight, how = model.get_parameter(f"{row.module}.weight").detach(), row.how
+        assert how.weight_grid is not None
+        expected = measure(rotated(weight, how.rotation), how.weight_grid)
         assert row.weight is not None
         assert row.weight.sqnr == pytest.approx(expected.sqnr, abs=1e-3)
         assert row.weight.zeroed == expected.zeroed
@@ -106,7 +107,7 @@ def test_conv1d_is_measured_along_its_inputs(tmp_path: Path) -> None:
     grid = qsurgeon.get_format("mxfp4").as_weight
     for row in found.rows:
         assert row.weight is not None
-        expected = measure(model.get_submodule(row.step.module.path).weight.detach().mT, grid)
+        expected = measure(model.get_parameter(f"{row.step.module.path}.weight").detach().mT, grid)
         assert row.weight.sqnr == pytest.approx(expected.sqnr, abs=1e-3)
 
 
