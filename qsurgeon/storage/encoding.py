@@ -72,6 +72,13 @@ class Encoding(ABC):
         Raises: ShapeError if they are not those of ``format`` with ``columns`` columns.
         """
 
+    def beside(self, weight: Quantized) -> float | None:
+        """Return a number of a matrix, or of a slab of it, that its tensors do not say to the bit; None if they do.
+
+        Whoever writes the tensors keeps it beside them.
+        """
+        return None
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Be the same object when a layer is copied or pickled."""
         return encoding_of, (self.name,)
