@@ -20,8 +20,9 @@ from qsurgeon.launch import VARIABLE
 from qsurgeon.version import __version__
 
 if TYPE_CHECKING:
-    from qsurgeon.calibration import calibrate
+    from qsurgeon.calibration import calibrate, share_scales
     from qsurgeon.checkpoint import rewrite
+    from qsurgeon.exchange import export
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf.models import apply, load, plan, reference
     from qsurgeon.layers import QuantLinear, disabled, keep_at_most, kept_bytes, phase, rounded_once
@@ -40,6 +41,7 @@ __all__ = [
     "apply",
     "calibrate",
     "disabled",
+    "export",
     "get_format",
     "inspect",
     "keep_at_most",
@@ -52,6 +54,7 @@ __all__ = [
     "reference",
     "rewrite",
     "rounded_once",
+    "share_scales",
 ]
 
 _HOME = {
@@ -63,6 +66,7 @@ _HOME = {
     "apply": "hf.models",
     "calibrate": "calibration",
     "disabled": "layers",
+    "export": "exchange",
     "get_format": "formats",
     "inspect": "report.inspection",
     "keep_at_most": "layers",
@@ -75,6 +79,7 @@ _HOME = {
     "reference": "hf.models",
     "rewrite": "checkpoint",
     "rounded_once": "layers",
+    "share_scales": "calibration",
 }
 
 

@@ -73,9 +73,9 @@ class Encoding(ABC):
         """
 
     def beside(self, weight: Quantized) -> float | None:
-        """Return a number of a matrix, or of a slab of it, that its tensors do not say to the bit; None if they do.
+        """Return a number that is known of a matrix once it, or a slab of it, is quantized, and that its writer keeps.
 
-        Whoever writes the tensors keeps it beside them.
+        None where there is nothing that the tensors do not say.
         """
         return None
 
