@@ -32,8 +32,8 @@ class Fields:
     ``block`` values in a row along the contraction dimension (the last, unless told otherwise) share one scale; two
     numbers (rows, columns) make a two-dimensional block of a weight; None: there is no scale but the tensor's. What
     the block does not divide ends in a shorter block.
-    ``scale_rule``: for a power-of-two scale ``floor`` (OCP MX), ``even``, ``rceil`` or ``ceil``; for another
-    ``nearest``, amax / max rounded to nearest even; None without a scale.
+    ``scale_rule``: for a power-of-two scale ``floor`` (OCP MX), ``even``, ``rceil``, ``ceil``, ``round`` or, of E2M1,
+    ``rceil/7.25``; for another ``nearest``, amax / max rounded to nearest even; None without a scale.
     ``tensor_scale``: an FP32 scale above the block scales, one per ``tensor``, per ``row``, or ``static``: one
     number, ``static_scale``, found by calibration; ``by_role`` means per tensor for a weight and per row for an
     input, where it must not depend on the rest of the batch.
@@ -287,10 +287,16 @@ def _check_block(fields: Fields) -> None:
 
 
 def _check_scale(fields: Fields) -> None:
-    rules = rules_for(fields.scale)
+    rules = rules_for(fields.scale, fields.element)
     if fields.scale_rule in rules or (fields.scale is None and fields.scale_rule is None):
         return
     name = fields.scale.name if fields.scale else NONE
+    rule = RULES.get(str(fields.scale_rule))
+    if rule is not None and not rule.takes(fields.element):
+        raise FormatError(
+            f"scale rule '{rule.name}' is not defined for element {fields.element.name}; "
+            f"{nearest(rule.name, rules or (NONE,))}"
+        )
     raise FormatError(
         f"scale rule '{fields.scale_rule or NONE}' does not go with scale {name}; "
         f"{nearest(str(fields.scale_rule), rules or (NONE,))}"

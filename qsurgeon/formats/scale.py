@@ -1,7 +1,8 @@
 """What a block's values are multiplied by: the number formats of scales, and the rules that find them.
 
 Sources: OCP Microscaling Formats v1.0, sections 5.4 (E8M0) and 6.3 (rule ``floor``); the rules ``even``, ``ceil`` and
-``rceil`` are those of torchao's ScaleCalculationMode; E4M3 scales are NVFP4's.
+``rceil`` are those of torchao's ScaleCalculationMode; ``round`` is ``rceil/7.25`` is AutoRound's
+``mx_fp4_rceil_v2``; E4M3 scales are NVFP4's.
 """
 
 import math
@@ -189,8 +190,36 @@ def _even(element: Element) -> int:
 
 
 def _rceil(element: Element) -> int:
-    significand, _ = math.frexp(element.max)
+    return _up_to(element.max)
+
+
+def _up_to(limit: float) -> int:
+    """Return the carry that doubles the scale where amax exceeds ``limit``, a number of FP32, times a power of two."""
+    significand, _ = math.frexp(limit)
     return _MANTISSA_MASK - (int(math.ldexp(significand, FP32_MANTISSA + 1)) & _MANTISSA_MASK)
+
+
+def _rceil_7_25(element: Element) -> int:
+    return _up_to(7.25)
+
+
+def _round(element: Element) -> int:
+    """Return the carry that takes the power of two that is nearest to amax / max on a scale of logarithms.
+
+    With m · 2^k = amax and s · 2^emax = max, m and s from 1 to 2, that is 2^(k - emax), half of it where m < s / √2,
+    and twice it where m >= s · √2: at most one of the two can be. In whole numbers, since no float is √2.
+    """
+    significand, _ = math.frexp(element.max)
+    square = int(math.ldexp(significand, FP32_MANTISSA + 1)) ** 2  # (s · 2^23)^2
+    one = 1 << FP32_MANTISSA
+    if square >= 2 * one**2:
+        return one - _root_above((square + 1) // 2)  # s / √2 · 2^23, rounded up: a mantissa below it borrows
+    return 2 * one - _root_above(2 * square)
+
+
+def _root_above(square: int) -> int:
+    """Return the smallest whole number whose square is at least ``square``, which is above zero."""
+    return math.isqrt(square - 1) + 1
 
 
 E8M0 = PowerOfTwoScale("e8m0")
@@ -216,6 +245,10 @@ class ScaleRule(ABC):
     def fits(self, scale: Scale) -> bool:
         """Return whether the rule finds scales of this kind."""
 
+    def takes(self, element: Element) -> bool:
+        """Return whether the rule is defined for blocks of this element; most are for all."""
+        return True
+
     @abstractmethod
     def find(self, amax: Tensor, element: Element, scale: Any) -> Tensor:
         """Return the scale (float32) of blocks with the largest magnitudes ``amax`` (float32, not negative).
@@ -231,21 +264,27 @@ class ScaleRule(ABC):
 
 @dataclass(frozen=True)
 class PowerRule(ScaleRule):
-    """Take 2^(floor(log2 amax) - emax), or twice that where the bits of amax's mantissa overflow into the exponent.
+    """Take 2^(floor(log2 amax) - emax), twice that or half of it, as amax's mantissa says.
 
-    carry: returns what is added to these bits, 0 to 2^23 - 1, for an element. No logarithm and no division is rounded,
-    here or in native.cpp.
+    carry: returns what is added to the bits of that mantissa for an element, 1 - 2^23 to 2^23 - 1: a sum that overflows
+    into the exponent doubles the scale, one below zero halves it. No logarithm and no division is rounded, here or in
+    native.cpp. elements: the names of those that the rule is defined for; None: all.
     """
 
     carry: Callable[[Element], int]
+    elements: tuple[str, ...] | None = None
+
+    def takes(self, element: Element) -> bool:
+        """Return whether ``elements`` names the element."""
+        return self.elements is None or element.name in self.elements
 
     def carry_of(self, element: Element) -> int:
         """Return what is added for ``element``. Raises: FormatError if that is no mantissa's bits."""
         carry = self.carry(element)
-        if not 0 <= carry <= _MANTISSA_MASK:
+        if abs(carry) > _MANTISSA_MASK:
             raise FormatError(
-                f"scale rule '{self.name}' adds {carry} for element {element.name}; expected 0 to {_MANTISSA_MASK}, "
-                "the bits of a mantissa"
+                f"scale rule '{self.name}' adds {carry} for element {element.name}; expected -{_MANTISSA_MASK} to "
+                f"{_MANTISSA_MASK}, the bits of a mantissa"
             )
         return carry
 
@@ -257,7 +296,8 @@ class PowerRule(ScaleRule):
         """Return the power of two of each of ``amax``."""
         carry, bits = self.carry_of(element), amax.view(torch.int32)
         if element.emax > 0:  # a subnormal amax, whose bits have no hidden one, is below all scales whatever is added
-            return (bits + carry).bitwise_and_(EXPONENT_MASK).view(torch.float32) * 2.0**-element.emax
+            moved = bits + carry if carry >= 0 else (bits + carry).clamp_min_(0)
+            return moved.bitwise_and_(EXPONENT_MASK).view(torch.float32) * 2.0**-element.emax
         # In whole numbers: a mode that flushes subnormal numbers to zero does not change the scale.
         counted = bits.to(torch.float32).view(torch.int32) - (_SUBNORMAL << FP32_MANTISSA)
         bits = torch.where(bits > _MANTISSA_MASK, bits, counted)
@@ -290,11 +330,17 @@ RULES: dict[str, ScaleRule] = {
         PowerRule("even", _even),  # rounds amax to the precision that the element has at its largest power of two
         PowerRule("rceil", _rceil),  # 2^ceil(log2(amax / max)): nothing saturates
         PowerRule("ceil", _ceil),  # 2^(ceil(log2 amax) - emax)
+        # 2^round(log2(amax / max)); no amax lies in the middle, where log2 has half of a whole number: √2 is irrational
+        PowerRule("round", _round),
+        # 2^ceil(log2(amax / 7.25)), amax of 7.25 · 2^k included: values up to 7.25 saturate at 6 (arXiv 2607.24377)
+        PowerRule("rceil/7.25", _rceil_7_25, ("e2m1",)),
         NearestRule("nearest"),
     )
 }
 
 
-def rules_for(scale: Scale | None) -> tuple[str, ...]:
-    """Return the names of the rules that find a scale of this kind; none where there is no scale to find."""
-    return () if scale is None else tuple(name for name, rule in RULES.items() if rule.fits(scale))
+def rules_for(scale: Scale | None, element: Element) -> tuple[str, ...]:
+    """Return the names of the rules that find such a scale of this element's blocks; none where there is no scale."""
+    if scale is None:
+        return ()
+    return tuple(name for name, rule in RULES.items() if rule.fits(scale) and rule.takes(element))

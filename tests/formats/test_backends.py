@@ -272,7 +272,7 @@ def test_a_rule_of_powers_adds_to_a_mantissa_only(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(FormatError) as caught:
         MXFP4.with_fields("mine", scale_rule="wide")
     assert str(caught.value) == (
-        "scale rule 'wide' adds 8388608 for element e2m1; expected 0 to 8388607, the bits of a mantissa"
+        "scale rule 'wide' adds 8388608 for element e2m1; expected -8388607 to 8388607, the bits of a mantissa"
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from operator import attrgetter
 from typing import Any
 
@@ -26,12 +27,15 @@ MX = (
     MXFP4.with_fields("mxfp4-even", scale_rule="even"),
     MXFP4.with_fields("mxfp4-rceil", scale_rule="rceil"),
     MXFP4.with_fields("mxfp4-ceil-block-1", scale_rule="ceil", block=1),
+    MXFP4.with_fields("mxfp4-round", scale_rule="round"),
+    MXFP4.with_fields("mxfp4-rceil-7.25", scale_rule="rceil/7.25"),
     MXFP4.with_fields("mxfp6-e2m3-even", element="e2m3", scale_rule="even"),
     MXFP4.with_fields("mxfp6-e3m2-ceil-block-16", element="e3m2", scale_rule="ceil", block=16),
     MXFP8,
     MXFP8.with_fields("mxfp8-e5m2-rceil-block-7", element="e5m2", scale_rule="rceil", block=7),
     get_format("mxint8"),
     MXFP4.with_fields("mxint4-even-block-8", element="int4", scale_rule="even", block=8),
+    MXFP4.with_fields("mxint8-round-block-8", element="int8/64", scale_rule="round", block=8),
 )
 # Formats whose scale is a float; the first three differ in the scale above the blocks' only.
 NV_TENSOR, NV_ROW = NVFP4.as_weight, NVFP4.as_input
@@ -138,6 +142,17 @@ def block_of(amax: float) -> Tensor:
         pytest.param("ceil", 4.0, 0, id="ceil, 4"),
         pytest.param("ceil", above(4.0), 1, id="ceil, just above 4"),
         pytest.param("ceil", 8.0, 1, id="ceil, 8"),
+        # nearest to amax / 6 in logarithms: down below 6 / √2 and up from 6 · √2, which no number is
+        pytest.param("round", 6 / 2**0.5 - 2.0**-21, -1, id="round, just below 6/√2"),
+        pytest.param("round", 6 / 2**0.5 + 2.0**-21, 0, id="round, just above 6/√2"),
+        pytest.param("round", 8.0, 0, id="round, 8"),
+        pytest.param("round", 6 * 2**0.5 - 2.0**-20, 0, id="round, just below 6·√2"),
+        pytest.param("round", 6 * 2**0.5 + 2.0**-20, 1, id="round, just above 6·√2"),
+        # up from what exceeds 7.25
+        pytest.param("rceil/7.25", 3.625, -1, id="rceil/7.25, 3.625"),
+        pytest.param("rceil/7.25", above(3.625), 0, id="rceil/7.25, just above 3.625"),
+        pytest.param("rceil/7.25", 7.25, 0, id="rceil/7.25, 7.25"),
+        pytest.param("rceil/7.25", above(7.25), 1, id="rceil/7.25, just above 7.25"),
     ],
 )
 def test_the_scale_of_an_e2m1_block(rule: str, amax: float, exponent: int) -> None:
@@ -157,6 +172,9 @@ def test_the_scale_of_an_e2m1_block(rule: str, amax: float, exponent: int) -> No
         pytest.param("rceil", above(448.0), 1, id="rceil, just above 448"),
         pytest.param("ceil", 256.0, 0, id="ceil, 256"),
         pytest.param("ceil", above(256.0), 1, id="ceil, just above 256"),
+        pytest.param("round", 448 / 2**0.5 - 2.0**-14, -1, id="round, just below 448/√2"),
+        pytest.param("round", 448 / 2**0.5 + 2.0**-14, 0, id="round, just above 448/√2"),
+        pytest.param("round", 448 * 2**0.5 + 2.0**-13, 1, id="round, just above 448·√2"),
     ],
 )
 def test_the_scale_of_an_e4m3_block(rule: str, amax: float, exponent: int) -> None:
@@ -220,6 +238,12 @@ def ocp_scale(amax: float, fmt: Format) -> int:
         unbiased = floor_log2 - emax + (significand + half_step >= 2)
     elif fmt.scale_rule == "ceil":
         unbiased = floor_log2 - emax + (significand > 1)
+    elif fmt.scale_rule == "rceil/7.25":
+        unbiased = floor_log2 - 2 + (significand > 7.25 / 4)
+    elif fmt.scale_rule == "round":
+        unbiased = floor_log2 - emax - 2
+        while Fraction(amax) ** 2 >= 2 * (Fraction(largest) * Fraction(2) ** unbiased) ** 2:
+            unbiased += 1
     else:
         unbiased = floor_log2 - emax - 1
         while amax > math.ldexp(largest, unbiased):
@@ -243,7 +267,7 @@ def test_no_value_of_the_block_is_nearer_than_the_one_taken(fmt: Format, rows: o
     assert isinstance(fmt.block, int)
     scale = E8M0.decode(scale_of(quantized)).double().repeat_interleave(fmt.block, -1)[:, : x.shape[-1]]
     grid = torch.tensor(fmt.element.values, dtype=torch.float64)
-    grid = grid[grid.isfinite()]
+    grid = grid[grid.abs() <= fmt.element.max]  # neither NaN nor an integer without its opposite, which saturates
     nearest = (x.double()[..., None] - grid * scale[..., None]).abs().amin(-1)
     assert torch.equal((x.double() - fmt.element.decode(quantized.codes) * scale).abs(), nearest)
 
@@ -1012,7 +1036,7 @@ def test_a_rule_for_float_scales_does_not_go_with_a_power_of_two() -> None:
     with pytest.raises(FormatError) as caught:
         MXFP4.with_fields("mine", scale_rule="nearest")
     assert str(caught.value) == (
-        "scale rule 'nearest' does not go with scale e8m0; expected one of: ceil, even, floor, rceil"
+        "scale rule 'nearest' does not go with scale e8m0; expected one of: ceil, even, floor, rceil, rceil/7.25, round"
     )
 
 

@@ -20,7 +20,7 @@ SINGLE, BF16 = (24, -126), (8, -126)  # digits, and the exponent of the smallest
 FORMATS = [
     MXFP4.with_fields(f"{element}-{rule}", element=element, scale_rule=rule)
     for element in ELEMENTS
-    for rule in rules_for(MXFP4.scale)
+    for rule in rules_for(MXFP4.scale, ELEMENTS[element])
 ] + [
     fmt.as_weight.with_fields(fmt.name, block=fmt.block_shape[1], tensor_scale="none")
     for fmt in CATALOG.values()
@@ -64,6 +64,9 @@ RULES: dict[str, Callable[[Fraction, Element], int]] = {
     "ceil": lambda amax, element: -exponent_of(1 / amax) - element.emax,
     "rceil": lambda amax, element: -exponent_of(Fraction(element.max) / amax),
     "even": lambda amax, element: exponent_of(halves_up(amax, digits_at_emax(element))) - element.emax,
+    # 2^n is the nearest to q = amax / max where 2^(n - 1/2) <= q < 2^(n + 1/2): where 2q² is from 4^n to 4^(n + 1).
+    "round": lambda amax, element: exponent_of(2 * (amax / Fraction(element.max)) ** 2) // 2,
+    "rceil/7.25": lambda amax, element: -exponent_of(Fraction(29, 4) / amax),
 }
 
 
@@ -99,7 +102,7 @@ def magnitudes(fmt: Format, dtype: torch.dtype) -> list[float]:
     """Return magnitudes at and beside where rules change their mind, the largest and smallest of a dtype among them."""
     low, high = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    at = [1.0, fmt.element.max, 2.0**fmt.element.emax, 1.9375, 2 - 2.0**-7, 2 - 2.0**-8]
+    at = [1.0, fmt.element.max, 2.0**fmt.element.emax, 1.9375, 2 - 2.0**-7, 2 - 2.0**-8, 7.25, fmt.element.max * 2**0.5]
     powers = [2.0**k for k in (-149, -140, -133, -128, -127, -126, -125, -24, 0)]
     found = [low, high, least, 3 * least, *(one * power for one in at for power in powers)]
     x = torch.tensor(found, dtype=torch.float64).clamp(max=high).to(dtype)

@@ -17,7 +17,7 @@ MXFP4, NVFP4, FP8 = get_format("mxfp4"), get_format("nvfp4"), get_format("fp8_e4
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_element_goes_with_every_scale_and_all_its_rules(element: str, scale: str) -> None:
-    for rule in rules_for(SCALES[scale]):
+    for rule in rules_for(SCALES[scale], ELEMENTS[element]):
         fmt = MXFP4.with_fields("mine", element=element, scale=scale, scale_rule=rule)
         assert fmt.largest <= 3.4028235e38
         assert fmt.smallest > 0
@@ -60,6 +60,12 @@ def test_these_combine_and_come_back_from_their_fields(fields: dict[str, Any]) -
             {"block": "none", "scale": "none"},
             "scale rule 'floor' does not go with scale none; expected one of: none",
             id="rule-without-scale",
+        ),
+        pytest.param(
+            MXFP4,
+            {"element": "e4m3", "scale_rule": "rceil/7.25"},
+            "scale rule 'rceil/7.25' is not defined for element e4m3; did you mean 'rceil'?",
+            id="rule-of-another-element",
         ),
         pytest.param(
             MXFP4,

@@ -15,7 +15,7 @@ from qsurgeon.errors import FormatError
 from qsurgeon.formats import CATALOG, Format, get_format
 from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import NONE, Rounding, TensorScale, shown
-from qsurgeon.formats.scale import SCALES, rules_for
+from qsurgeon.formats.scale import RULES, SCALES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS: tuple[Any, ...] = (NONE, 1, 7, 12, 16, 32, [16, 16], [5, 24])
@@ -24,8 +24,8 @@ _NUMBER = 0.01  # of a static tensor scale
 
 
 def scales_with_rules() -> list[tuple[str, str]]:
-    """Return each scale with each rule that finds it; no scale with no rule."""
-    found = [(name, rule) for name, scale in SCALES.items() for rule in rules_for(scale)]
+    """Return each scale with each rule that finds it, of any element; no scale with no rule."""
+    found = [(name, rule) for name, scale in SCALES.items() for rule in RULES if RULES[rule].fits(scale)]
     return [*found, (NONE, NONE)]
 
 

@@ -211,8 +211,10 @@ static INLINE float to_scale(float x) {  // of a scale that is no power of two
 static INLINE float scale_of(float amax) {
 #if SCALE == 1
     const int b = int(bits(amax));
-    if (SCALE_EMAX > 0)  // a subnormal amax is below all scales whatever is added
-        return scale_range(value(u32(b + SCALE_CARRY) & EXPONENT) * value(u32(127 - SCALE_EMAX) << 23));
+    if (SCALE_EMAX > 0) {  // a subnormal amax is below all scales whatever is added
+        const int moved = SCALE_CARRY < 0 && b + SCALE_CARRY < 0 ? 0 : b + SCALE_CARRY;
+        return scale_range(value(u32(moved) & EXPONENT) * value(u32(127 - SCALE_EMAX) << 23));
+    }
     const int counted = b > 0x7fffff ? b : int(bits(float(b))) - (149 << 23);
     const int exponent = ((counted + SCALE_CARRY) >> 23) - SCALE_EMAX;
     return scale_range(value(exponent > 0 ? u32(exponent) << 23 : 0x00400000u));
