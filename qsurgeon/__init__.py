@@ -22,7 +22,7 @@ from qsurgeon.version import __version__
 if TYPE_CHECKING:
     from qsurgeon.calibration import calibrate, share_scales
     from qsurgeon.checkpoint import rewrite
-    from qsurgeon.exchange import export
+    from qsurgeon.exchange import export, import_checkpoint
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf.models import apply, load, plan, reference
     from qsurgeon.layers import QuantLinear, disabled, keep_at_most, kept_bytes, phase, rounded_once
@@ -43,6 +43,7 @@ __all__ = [
     "disabled",
     "export",
     "get_format",
+    "import_checkpoint",
     "inspect",
     "keep_at_most",
     "kept_bytes",
@@ -68,6 +69,7 @@ _HOME = {
     "disabled": "layers",
     "export": "exchange",
     "get_format": "formats",
+    "import_checkpoint": "exchange",
     "inspect": "report.inspection",
     "keep_at_most": "layers",
     "kept_bytes": "layers",

@@ -25,6 +25,7 @@ ROLES = {
     "inspect": "model",
     "merge": "adapter",
     "export": "folder",
+    "import": "folder",
     "recipes": "name",
     "formats": "name",
 }
@@ -308,7 +309,11 @@ def _example(verb: Verb, rest: Sequence[str]) -> str:
     """Return a line of ``verb`` with what of ``rest`` can be used, and words in capitals for what it needs besides."""
     if ROLES.get(verb.name) in {"model", "adapter", "folder"}:
         words = [word for word in rest if not word.startswith("-")][:1]
-        output = {"merge": " --output FOLDER", "export": " --to KIND --output FOLDER"}.get(verb.name, "")
+        output = {
+            "merge": " --output FOLDER",
+            "export": " --to KIND --output FOLDER",
+            "import": " --output FOLDER",
+        }.get(verb.name, "")
         return f"qsurgeon {verb.name} {quoted(words[0]) if words else str(ROLES[verb.name]).upper()}{output}"
     if verb.name not in {"plan", "apply"}:
         return f"qsurgeon {verb.name}" + (" -- COMMAND ARGS..." if verb.name == _PROGRAM else "")

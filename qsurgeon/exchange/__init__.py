@@ -2,5 +2,16 @@
 
 from qsurgeon.exchange.engines import ENGINES, Computed
 from qsurgeon.exchange.exporting import TARGETS, Export, ExportOptions, export
+from qsurgeon.exchange.importing import Imported, ImportOptions, import_checkpoint
 
-__all__ = ["ENGINES", "TARGETS", "Computed", "Export", "ExportOptions", "export"]
+__all__ = [
+    "ENGINES",
+    "TARGETS",
+    "Computed",
+    "Export",
+    "ExportOptions",
+    "ImportOptions",
+    "Imported",
+    "export",
+    "import_checkpoint",
+]

@@ -4,13 +4,13 @@ Layouts and keys are those of compressed-tensors 0.20; 0.17 (vLLM 0.33) and 0.18
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from qsurgeon.exchange.encodings import Above, Renamed
+from qsurgeon.exchange.encodings import Above, Renamed, reciprocal
 from qsurgeon.exchange.source import Wrapped
 from qsurgeon.exchange.target import Exported, Scheme, Target
 
@@ -123,6 +123,21 @@ class CompressedTensors(Target):
             number = torch.tensor([static], dtype=torch.float32)
             beside |= {INPUT_DIVISOR: number.reciprocal()} if asked.startswith("nvfp4") else {INPUT_SCALE: number}
         return Scheme(weight, asked, encoding, beside)
+
+    def exact(self, one: Wrapped, scheme: Scheme, divisors: Mapping[str, float]) -> Scheme:
+        """Return ``scheme`` with the ``divisors`` that an import read, by tensor, where the scales are still theirs."""
+        encoding, beside = scheme.encoding, dict(scheme.beside)
+        if isinstance(encoding, Renamed) and encoding.above is not None:
+            divisor = divisors.get(f"{one.stem}.{encoding.above.name}")
+            encoding = encoding if divisor is None else replace(encoding, exact=(reciprocal(divisor), divisor))
+        divisor = divisors.get(f"{one.stem}.{INPUT_DIVISOR}")
+        if (
+            divisor is not None
+            and one.how.static_scales.get("input") == reciprocal(divisor)
+            and INPUT_DIVISOR in beside
+        ):
+            beside[INPUT_DIVISOR] = torch.tensor([divisor], dtype=torch.float32)
+        return Scheme(scheme.weight, scheme.input, encoding, beside)
 
     def files(self, config: dict[str, Any], exported: Sequence[Exported], plain: Sequence[str]) -> dict[str, Any]:
         """Return config.json with the ``quantization_config``: a group for each scheme, and what is in none."""

@@ -25,12 +25,13 @@ class Above:
     """How the tensor scale is stored.
 
     name: of its tensor. shape: of one that is one for all: () or (1,); one a row is (rows, 1). divides: whether what is
-    stored is its reciprocal, which values are divided by.
+    stored is its reciprocal, which values are divided by. dtype: some tools narrow it.
     """
 
     name: str
     shape: tuple[int, ...] = (1,)
     divides: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Renamed(Encoding):
         if self.above is not None:
             by_row = format.has_row_scales
             shape = (rows, 1) if by_row else self.above.shape
-            found[self.above.name] = Slot(torch.float32, shape, 0 if by_row else None)
+            found[self.above.name] = Slot(self.above.dtype, shape, 0 if by_row else None)
         return found
 
     def encode(self, weight: Quantized) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ class Renamed(Encoding):
             found[self.scale[0]] = weight.scale.view(self.scale[1])
         if self.above is not None and weight.tensor_scale is not None:
             shape = (-1, 1) if weight.format.has_row_scales else self.above.shape
-            found[self.above.name] = self._outwards(weight.tensor_scale).reshape(shape)
+            found[self.above.name] = self._outwards(weight.tensor_scale).reshape(shape).to(self.above.dtype)
         return found
 
     def decode(self, stored: Mapping[str, Tensor], format: Format, columns: int, dtype: torch.dtype) -> Quantized:
@@ -92,7 +93,7 @@ class Renamed(Encoding):
             found[TENSOR_SCALE] = _bytes(number.reshape(-1, 1))
         return PACKED.decode(found, format, columns, dtype)
 
-    def beside(self, weight: Quantized) -> float | None:
+    def beside(self, weight: Quantized, before: float | None = None) -> float | None:
         """Return the tensor scale, if it is one for all: engines want it to agree, and a divisor loses bits of it."""
         if self.above is None or weight.tensor_scale is None or weight.format.has_row_scales:
             return None
@@ -115,10 +116,14 @@ class Renamed(Encoding):
 
 @dataclass(frozen=True)
 class Values(Encoding):
-    """The values of a quantized weight, in a dtype; ``transposed``: as (columns, rows)."""
+    """The values of a quantized weight, in a dtype; ``transposed``: as (columns, rows).
+
+    again: a format that the values will be rounded to; how many of them that changes is kept beside them.
+    """
 
     dtype: torch.dtype
     transposed: bool = False
+    again: Format | None = None
 
     name = "values"
     stored = "stored as their values"
@@ -134,9 +139,21 @@ class Values(Encoding):
         values = _wide(weight).dequantize().to(self.dtype)
         return {WEIGHT: values.mT if self.transposed else values}
 
+    def beside(self, weight: Quantized, before: float | None = None) -> float | None:
+        """Return how many values another rounding changes, in all slabs so far."""
+        if self.again is None:
+            return None
+        values = _wide(weight).dequantize()
+        return (before or 0) + int((self.again.fake_quantize(values) != values).sum())
+
     def decode(self, stored: Mapping[str, Tensor], format: Format, columns: int, dtype: torch.dtype) -> Quantized:
         """Refuse: values have no codes until they are rounded. Raises: ShapeError."""
         raise ShapeError(f"the values of a weight have no codes of format '{format.name}'")
+
+
+def reciprocal(number: float) -> float:
+    """Return 1 / ``number`` as FP32 rounds it."""
+    return float(torch.tensor(number, dtype=torch.float32).reciprocal())
 
 
 def _wide(weight: Quantized) -> Quantized:

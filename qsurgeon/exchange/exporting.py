@@ -33,13 +33,14 @@ from qsurgeon.exchange.compressed_tensors import CompressedTensors
 from qsurgeon.exchange.dense import Dense
 from qsurgeon.exchange.engines import Computed, check_engine, computed, fuses
 from qsurgeon.exchange.fused import disagreeing
+from qsurgeon.exchange.modelopt import ModelOpt
 from qsurgeon.exchange.source import Source, opened
 from qsurgeon.exchange.target import Exported, Target
 from qsurgeon.places import expanded
 from qsurgeon.surgery import QUANT_METHOD
 from qsurgeon.version import __version__
 
-TARGETS: dict[str, Target] = {target.name: target for target in (CompressedTensors(), Dense())}
+TARGETS: dict[str, Target] = {target.name: target for target in (CompressedTensors(), ModelOpt(), Dense())}
 REPORT = "qsurgeon-export.json"
 PLAN = "qsurgeon-plan.json"
 
@@ -102,8 +103,8 @@ def export(
 ) -> Export:
     """Write ``destination``: the model in ``folder``, which qsurgeon wrote, as a checkpoint of another tool.
 
-    to: ``compressed-tensors``, ``dense`` (values in full precision). engine: what will serve it (see ``engines``); one
-    that refuses such files, or would compute with wrong scales, is an error.
+    to: ``compressed-tensors``, ``modelopt``, ``dense`` (values in full precision). engine: what will serve it, see
+    ``engines``; one that refuses such files, or would compute with wrong scales, is an error.
 
     A master weight is rounded here, once, to what it was rounded to in training; packed codes and scales are stored as
     they are. Memory is bounded, whatever the size. What is interrupted leaves ``destination.partial``, from which the
@@ -124,7 +125,7 @@ def export(
     if options.resume and not partial_of(destination).is_dir():
         raise CheckpointError(f"there is nothing to resume: no {partial_of(destination)}")
     source = opened(Path(folder), trust_remote_code=options.trust_remote_code)
-    work = _Work(source, TARGETS[to], _exported(source, TARGETS[to], options), engine)
+    work = _work(source, TARGETS[to], engine, options)
     told = tuple(computed(to, work.exported, engine))
     output = Output(
         Path(folder),
@@ -151,6 +152,12 @@ class _Work:
     target: Target
     exported: tuple[Exported, ...]
     engine: str | None
+    files: Mapping[str, Any]
+
+
+def _work(source: Source, target: Target, engine: str | None, options: ExportOptions) -> _Work:
+    exported = _exported(source, target, options)
+    return _Work(source, target, exported, engine, target.files(source.config, exported, source.plain))
 
 
 def _size(options: ExportOptions) -> int | str:
@@ -177,7 +184,8 @@ def _exported(source: Source, target: Target, options: ExportOptions) -> tuple[E
                     f"{one.module.name}: the {role}'s static scale has no number: call qsurgeon.calibrate(model, "
                     "batches), and save the model"
                 )
-        found.append(Exported(one, target.scheme(one, weight_only=options.weight_only)))
+        scheme = target.scheme(one, weight_only=options.weight_only)
+        found.append(Exported(one, target.exact(one, scheme, source.divisors)))
     if not found:
         raise ExchangeError(f"{source.folder}: no weight is wrapped; it is in full precision already")
     return tuple(found)
@@ -242,16 +250,15 @@ def _finish(work: _Work, told: tuple[Computed, ...], folder: Path, entries: Mapp
         schemes[key] = schemes.get(key, 0) + 1
     encoded = sum(isinstance(one.source.stored, Encoded) for one in work.exported)
     done = Export(str(source.folder), target.name, schemes, len(work.exported) - encoded, encoded, told, disagree)
-    files = target.files(source.config, work.exported, source.plain)
     card = folder / CARD
     if card.is_file():
         card.write_text(without_record(card.read_text("utf-8")), "utf-8")
     (folder / PLAN).unlink(missing_ok=True)
-    section = files["config.json"].get("quantization_config")
+    section = work.files["config.json"].get("quantization_config")
     record = {"quant_method": QUANT_METHOD, **source.record.to_dict()}
     beside = {"qsurgeon": __version__, "config": digest(section), "record": record, "tensor_scales": scales}
     write_json(folder / REPORT, {**done.to_dict(), **beside})
-    for name, data in sorted(files.items(), key=lambda one: one[0] == "config.json"):
+    for name, data in sorted(work.files.items(), key=lambda one: one[0] == "config.json"):
         write_json(folder / name, data)
     return done
 

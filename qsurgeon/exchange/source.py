@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qsurgeon.layers import Quantization
 from qsurgeon.reading import read_json
 from qsurgeon.surgery import Module, Record, inventory, operate, read_config, record_in, skeleton
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DIVISORS = "qsurgeon-import.json"  # numbers that an import could not keep to the last bit
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Source:
     tensors: Mapping[str, Tensor]
     wrapped: tuple[Wrapped, ...]
     plain: tuple[str, ...]
+
+    @cached_property
+    def divisors(self) -> Mapping[str, float]:
+        """The divisors that an import read, by tensor, where the scale that it made of one does not tell it again."""
+        file = self.folder / DIVISORS
+        return dict(read_json(file).get("divisors") or {}) if file.is_file() else {}
 
 
 def opened(folder: Path, *, trust_remote_code: bool = False) -> Source:

@@ -58,6 +58,10 @@ class Target(ABC):
         plain: the names of the Linear modules that are not wrapped.
         """
 
+    def exact(self, one: Wrapped, scheme: Scheme, divisors: Mapping[str, float]) -> Scheme:
+        """Return ``scheme`` with the ``divisors`` that an import read, by tensor, where the scales are still theirs."""
+        return scheme
+
     def grids(self, one: Wrapped, *, weight_only: bool) -> tuple[str, str]:
         """Return the grids of a wrapped weight and of its input. Raises: ExchangeError for what has no scheme."""
         how, where = one.how, one.module.name

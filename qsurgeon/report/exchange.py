@@ -1,8 +1,9 @@
 """The result of an export as a table: what each engine will compute with it."""
 
-from qsurgeon.exchange import ENGINES, Export
+from qsurgeon.exchange import ENGINES, Export, Imported
 from qsurgeon.exchange.engines import AS_IT_IS
 from qsurgeon.report.tables import Column, left_out, narrowed, table_text, wrapped
+from qsurgeon.storage import MASTER
 from qsurgeon.visible import one_line
 
 _SHOWN = 3
@@ -26,6 +27,18 @@ def export_text(done: Export, width: int | None = None) -> str:
     whys = dict.fromkeys(f"{ENGINES[one.engine]}: {one.why}" for one in done.computed if one.why)
     notes = [*whys, *_disagreement(done)]
     return wrapped("\n\n".join([*parts, *(["\n".join(map(one_line, notes))] if notes else [])]), width)
+
+
+def import_text(done: Imported, output: str) -> str:
+    """Return what was imported, and whether a master model rounds its weights to what they are."""
+    kept = "codes and scales are the same" if done.storage != MASTER else "their values are master weights"
+    lines = [f"{output}: {done.summary}", f"{done.method}: {len(done.modules)} weights are imported; {kept}"]
+    if done.changed:
+        lines.append(
+            f"Warning: {done.changed:,} values are rounded to others again: their scales were not found by a rule of "
+            "the format. As packed weights they stay as they are: leave --dequantize out"
+        )
+    return "\n".join(map(one_line, lines))
 
 
 def _headline(done: Export) -> str:

@@ -187,7 +187,7 @@ class Stream:
         sinks = {piece.slot[0]: _Sink(piece, output) for piece in job.pieces if piece.slot is not None}
         for quantized, slab_is_finite, size in slabs:
             finite = finite and slab_is_finite
-            beside = packing.encoding.beside(quantized)
+            beside = packing.encoding.beside(quantized, beside)
             for key, values in packing.encoding.encode(quantized).items():
                 sinks[key].take(values)
             self._advance(size)
