@@ -1,7 +1,8 @@
 """What each engine computes with an exported checkpoint: read in its source, and said before anybody serves it.
 
 A file says how weights are stored, and what inputs are asked for. What an engine does with that depends on the GPU. The
-rows are of vLLM 0.33, SGLang 0.5.23, mlx-lm 0.32 and llama.cpp's converter of 2026-11; what nobody has read is no row.
+rows are of vLLM 0.33, SGLang 0.5.23, mlx-lm 0.32 and llama.cpp's converter of 2026-11, and of transformers 5.23 with
+compressed-tensors 0.20, which was run; what nobody has read is no row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ ENGINES = {
     "vllm-ampere": "vLLM on SM80 and SM86",
     "sglang-blackwell": "SGLang on SM100 and later",
     "sglang-hopper": "SGLang before SM100",
+    "transformers": "transformers with compressed-tensors",
     "mlx": "mlx-lm",
     "llama.cpp": "llama.cpp, by its converter",
     "any": "any program that reads safetensors",
@@ -73,6 +75,11 @@ _ROWS = (
     ),
     Row(("sglang-blackwell",), _BOTH, "nvfp4", "nvfp4, a static scale", "nvfp4, a static scale"),
     Row(("sglang-hopper",), _BOTH, "nvfp4", "*", AS_IT_IS, why=_MARLIN),
+    *(
+        Row(("transformers",), _CT, weight, "", AS_IT_IS, why="it decompresses the weights at the first call")
+        for weight in ("mxfp4", "nvfp4", "mxfp8", "int4_b32", "int4_b64", "int4_b128")
+    ),
+    Row(("transformers",), _CT, "mxfp4", "mxfp4", "mxfp4", "even"),
     Row(("mlx",), _CT, "mxfp4", "*", AS_IT_IS),
     Row(("mlx",), _CT, "nvfp4", "*", AS_IT_IS),
     Row(("llama.cpp",), _BOTH, "nvfp4", "*", AS_IT_IS, why="its converter repacks the codes; K must be divided by 64"),
