@@ -20,8 +20,9 @@ from qsurgeon.launch import VARIABLE
 from qsurgeon.version import __version__
 
 if TYPE_CHECKING:
-    from qsurgeon.calibration import calibrate
+    from qsurgeon.calibration import calibrate, share_scales
     from qsurgeon.checkpoint import rewrite
+    from qsurgeon.exchange import export, import_checkpoint
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf.models import apply, load, plan, reference
     from qsurgeon.layers import QuantLinear, disabled, keep_at_most, kept_bytes, phase, rounded_once
@@ -41,7 +42,9 @@ __all__ = [
     "apply",
     "calibrate",
     "disabled",
+    "export",
     "get_format",
+    "import_checkpoint",
     "inspect",
     "keep_at_most",
     "kept_bytes",
@@ -54,6 +57,7 @@ __all__ = [
     "rewrite",
     "rounded_once",
     "scan",
+    "share_scales",
 ]
 
 _HOME = {
@@ -65,7 +69,9 @@ _HOME = {
     "apply": "hf.models",
     "calibrate": "calibration",
     "disabled": "layers",
+    "export": "exchange",
     "get_format": "formats",
+    "import_checkpoint": "exchange",
     "inspect": "report.inspection",
     "keep_at_most": "layers",
     "kept_bytes": "layers",
@@ -78,6 +84,7 @@ _HOME = {
     "rewrite": "checkpoint",
     "rounded_once": "layers",
     "scan": "report.scanning",
+    "share_scales": "calibration",
 }
 
 
