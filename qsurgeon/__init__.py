@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf.models import apply, load, plan, reference
     from qsurgeon.layers import QuantLinear, disabled, keep_at_most, kept_bytes, phase, rounded_once
+    from qsurgeon.layers.noise import noise
     from qsurgeon.merging import merge
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
@@ -47,6 +48,7 @@ __all__ = [
     "load",
     "load_recipe",
     "merge",
+    "noise",
     "phase",
     "plan",
     "reference",
@@ -70,6 +72,7 @@ _HOME = {
     "load": "hf.models",
     "load_recipe": "recipe",
     "merge": "merging",
+    "noise": "layers.noise",
     "phase": "layers",
     "plan": "hf.models",
     "reference": "hf.models",

@@ -45,6 +45,7 @@ def test_a_recipe_keeps_master_weights_and_ties_unless_it_says_so() -> None:
         "saved_inputs": "packed",
         "untie": False,
         "formats": {},
+        "noise": None,
     }
 
 
