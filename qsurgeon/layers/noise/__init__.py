@@ -21,6 +21,7 @@ __all__ = [
     "Schedule",
     "Strength",
     "add_noise",
+    "moment_of",
     "noise",
     "noisy_norms",
     "refused",

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from qsurgeon.errors import SurgeryError
 from qsurgeon.layers.noise.normal import key_of, normals
 from qsurgeon.layers.noise.schedule import Moment, Strength
-from qsurgeon.layers.phases import is_noisy, moment_of
+from qsurgeon.layers.phases import is_enabled, is_noisy, moment_of
+from qsurgeon.telling import say
 
 _SEEN = 4096  # values that a norm is tried with, at least
 _SMALL = 1.5 * 2.0**-9  # a change of a weight of 1 that bfloat16 would round away
 _CLOSE = 1e-3
+_told: set[str] = set()  # what the user was told already
 _FAILS = (ArithmeticError, AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -40,6 +42,11 @@ class NoiseOf:
         """Return the standard deviation at ``moment``. Raises: UsageError as ``Strength.sigma``."""
         return self.multiplier * self.strength.sigma(moment)
 
+    @property
+    def last(self) -> float | None:
+        """The standard deviation at the moment that was named last; None before the first."""
+        return None if self.drawn is None else self.sigma(self.drawn.moment)
+
 
 class NoisyNorm(nn.Module):
     """A norm that was given noise in place; a class of its own for each class of norms, which it is a subclass of.
@@ -55,6 +62,8 @@ class NoisyNorm(nn.Module):
         """Do what the norm does, with noise inside ``qsurgeon.noise``."""
         noise = self.noise
         if not is_noisy(self, noise.strength.during):
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled() and self.training:
+                _tell_if_forgotten(self)
             return self.source.forward(self, *args, **kwargs)
         return _noisy(self.source.forward, self, _values(self, noise), args, kwargs)
 
@@ -86,6 +95,17 @@ class _View:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.norm, name)
+
+
+def _tell_if_forgotten(norm: NoisyNorm) -> None:
+    """Tell the user once of a model that is trained without its noise, because nobody names the steps."""
+    if "telling" in _told or moment_of(norm) is not None or not is_enabled(norm):
+        return
+    _told.add("telling")
+    say(
+        f"{norm.noise.name} is trained and has no noise: its recipe says {norm.noise.strength}, and no step was named. "
+        "Put each step inside of: with qsurgeon.noise(model, step=…, steps=…). transformers' Trainer does it itself"
+    )
 
 
 def _values(norm: NoisyNorm, noise: NoiseOf) -> Tensor:

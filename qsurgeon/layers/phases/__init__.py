@@ -127,7 +127,7 @@ def is_active(layer: nn.Module, phases: Phases) -> bool:
     """Return whether ``layer``, which rounds in ``phases``, rounds now."""
     state = _state()
     # Not asked for nothing: dynamo guards on what it reads of a layer, and would compile a block once for each.
-    return phases in ("both", state.named or "training") and not (state.off and is_among(layer, state.off))
+    return phases in ("both", state.named or "training") and is_enabled(layer)
 
 
 def with_noises(choose: Callable[[], Iterable[tuple[Sequence[nn.Module], Any, bool]]]) -> During:
@@ -146,8 +146,14 @@ def is_noisy(norm: nn.Module, phases: Phases) -> bool:
         bool(state.noisy)
         and is_among(norm, state.noisy)
         and phases in ("both", state.named or "training")
-        and not (state.off and is_among(norm, state.off))
+        and is_enabled(norm)
     )
+
+
+def is_enabled(layer: nn.Module) -> bool:
+    """Return whether no block around disables ``layer``."""
+    state = _state()
+    return not (state.off and is_among(layer, state.off))
 
 
 def moment_of(norm: nn.Module) -> Any:
