@@ -1,8 +1,9 @@
 """Rewrite a Hugging Face model as a recipe says: Linear layers that compute in 4 bits and still train.
 
-Importing the package has two side effects: as soon as transformers' quantizers are imported (at once, if they are
-already), ``quant_method: qsurgeon`` is registered with them; as soon as peft is, it refuses adapters that would
-compute past wrapped layers; and as soon as the Trainer is, it names its steps to norms that have noise. Below ``qsurgeon run``, and only there, loaded models are announced too. Nothing else is
+Importing the package has three side effects: as soon as transformers' quantizers are imported (at once, if they are
+already), ``quant_method: qsurgeon`` is registered with them; as soon as peft is, it refuses adapters that would compute
+past wrapped layers; and as soon as the Trainer is, it names its steps to norms that have noise. Below ``qsurgeon run``,
+and only there, loaded models are announced too. Nothing else is
 imported until it is used, so that ``qsurgeon --help`` answers without torch.
 """
 

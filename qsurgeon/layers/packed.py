@@ -264,6 +264,8 @@ def refused_by_packing(behavior: Behavior) -> tuple[str, str] | None:
     """Return the field of ``behavior`` that a packed weight cannot obey, and why; None if it can obey all."""
     if behavior.phases != "both":
         return "phases", f"a packed weight is rounded in every phase, not in {behavior.phases} only"
+    if behavior.backward != "dequantized":
+        return "backward", "a packed weight has no values in high precision that a backward pass could multiply with"
     return None
 
 

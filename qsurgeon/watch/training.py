@@ -198,9 +198,7 @@ class Watch:
                 numbers[f"{PREFIX}/{role}_sqnr_db/{group}"] = _decibel(fmean(ratios))
         sigmas = {name: norm.noise.last for name, norm in self._norms.items()}
         known = {name: sigma for name, sigma in sigmas.items() if sigma is not None}
-        return numbers | {
-            f"{PREFIX}/noise_sigma/{group}": fmean(ones) for group, ones in self._by_group(known).items()
-        }
+        return numbers | {f"{PREFIX}/noise_sigma/{group}": fmean(ones) for group, ones in self._by_group(known).items()}
 
     def _flip_rates(self, rates: Mapping[str, float]) -> Numbers:
         """Return the rates of all and of each group, every weight counting the same; that of a frozen one is 0."""

@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's name the steps: noise in each, at its sigma, also after a resume; evaluations exact."""
+"""Trainer and TRL name the steps: noise in each, at its sigma, after a resume too; evaluations are exact."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -44,13 +44,12 @@ def train(model: Any, folder: Path, resume: Path | None = None, **options: Any) 
         output_dir=str(folder),
         use_cpu=True,
         max_steps=STEPS,
-        per_device_train_batch_size=4,
         learning_rate=1e-2,
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **{"save_strategy": "no", **options},
+        **{"per_device_train_batch_size": 4, "save_strategy": "no", **options},
     )
     data = [{"input_ids": row, "labels": row} for row in tokens]
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:4])
@@ -70,7 +69,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, float, boo
 
     def noted(self: NoisyNorm, *args: Any, **kwargs: Any) -> Any:
         moment = moment_of(self)
-        found.append((moment and moment.step, sigma_now(self), torch.is_grad_enabled(), qsurgeon.layers.current_phase()))
+        found.append(
+            (moment and moment.step, sigma_now(self), torch.is_grad_enabled(), qsurgeon.layers.current_phase())
+        )
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(NoisyNorm, "forward", noted)
@@ -177,9 +178,9 @@ def test_rollouts_of_trl_have_the_noise_of_their_step(make_qwen2: Make, tmp_path
     """Under ``during: rollout``: what is trained is clean, and each step's rollouts have noise, not the first's."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    model = noisy(
-        make_qwen2(vocab_size=384, num_hidden_layers=1), during="rollout", schedule="linear", stages=None
-    ).to(torch.bfloat16)
+    model = noisy(make_qwen2(vocab_size=384, num_hidden_layers=1), during="rollout", schedule="linear", stages=None).to(
+        torch.bfloat16
+    )
     arguments = trl.GRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, **recomputing(False), max_steps=3, report_to=[],
         save_strategy="no", per_device_train_batch_size=4, num_generations=4, max_completion_length=3,
