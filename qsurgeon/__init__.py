@@ -20,8 +20,9 @@ from qsurgeon.launch import VARIABLE
 from qsurgeon.version import __version__
 
 if TYPE_CHECKING:
-    from qsurgeon.calibration import calibrate
+    from qsurgeon.calibration import calibrate, share_scales
     from qsurgeon.checkpoint import rewrite
+    from qsurgeon.exchange import export, import_checkpoint
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf.models import apply, load, plan, reference
     from qsurgeon.layers import QuantLinear, disabled, keep_at_most, kept_bytes, phase, rounded_once
@@ -40,7 +41,9 @@ __all__ = [
     "apply",
     "calibrate",
     "disabled",
+    "export",
     "get_format",
+    "import_checkpoint",
     "inspect",
     "keep_at_most",
     "kept_bytes",
@@ -52,6 +55,7 @@ __all__ = [
     "reference",
     "rewrite",
     "rounded_once",
+    "share_scales",
 ]
 
 _HOME = {
@@ -63,7 +67,9 @@ _HOME = {
     "apply": "hf.models",
     "calibrate": "calibration",
     "disabled": "layers",
+    "export": "exchange",
     "get_format": "formats",
+    "import_checkpoint": "exchange",
     "inspect": "report.inspection",
     "keep_at_most": "layers",
     "kept_bytes": "layers",
@@ -75,6 +81,7 @@ _HOME = {
     "reference": "hf.models",
     "rewrite": "checkpoint",
     "rounded_once": "layers",
+    "share_scales": "calibration",
 }
 
 

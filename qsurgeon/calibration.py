@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from qsurgeon.errors import CalibrationError
+from qsurgeon.exchange.fused import groups as joined
 from qsurgeon.formats import Format
 from qsurgeon.formats.fields import SMALLEST_TENSOR_SCALE
 from qsurgeon.hf.quantizer import hosts, note
-from qsurgeon.layers import PackedLayer, Quantization, QuantLayer, quant_layers
+from qsurgeon.layers import PackedLayer, Quantization, QuantLayer, QuantProduct, quant_layers
 from qsurgeon.layers.kinds import kind_in
 from qsurgeon.observing import Seen, observed, undisturbed
 from qsurgeon.surgery import plain_model
@@ -53,6 +54,54 @@ def calibrate(model: Model, batches: Iterable[Mapping[str, Any]]) -> Model:
     for host in hosts(plain_model(model)[1]):
         note(host)
     return model
+
+
+def share_scales(model: Model) -> Model:
+    """Let the weights that engines join (q, k and v; gate and up) have one tensor scale, and return the model.
+
+    vLLM and SGLang take the largest of theirs for all of them, and so compute with other weights than were trained. The
+    scale of a group is the largest that its weights have now; it stands in the record, as a static one does, and stays:
+    so share the scales when a recipe was applied, and train with them. A weight that outgrows its scale saturates.
+
+    Raises: CalibrationError if no two weights that are joined have tensor scales, or if one of them is packed.
+    """
+    layers = quant_layers(model)
+    scaled = {path: layer for path, layer in layers.items() if isinstance(layer, QuantProduct) and _has_scale(layer)}
+    groups = joined(scaled)
+    if not groups:
+        raise CalibrationError("no modules that engines join have weights with a tensor scale: there is none to share")
+    if packed := next((path for names in groups for path in names if isinstance(layers[path], PackedLayer)), None):
+        raise CalibrationError(
+            f"the weight of {packed} is packed under its own scale: share the scales of the master model, then pack it"
+        )
+    for names in groups:
+        tops = [_tensor_scale(scaled[path]) for path in names]
+        for path in names:
+            how = scaled[path].quantization
+            assert how.weight is not None
+            shared = replace(how.weight, tensor_scale="static", static_scale=max(tops))
+            chosen = Quantization(shared, how.input, how.behavior, how.rule)
+            scaled[path].quantize_as(dict.fromkeys(scaled[path].quantizations, chosen))
+    for host in hosts(plain_model(model)[1]):
+        note(host)
+    return model
+
+
+def _has_scale(layer: QuantProduct) -> bool:
+    """Return whether a layer's weight has one tensor scale above those of its blocks."""
+    weight = layer.quantization.weight
+    return weight is not None and weight.block is not None and weight.as_weight.tensor_scale in ("tensor", "static")
+
+
+def _tensor_scale(layer: QuantProduct) -> float:
+    weight = layer.quantization.weight
+    assert weight is not None
+    if weight.static_scale is not None:
+        return weight.static_scale
+    dynamic = replace(weight, tensor_scale="tensor").as_weight
+    found = dynamic.scales(layer.weights[0].rows(layer.weight.detach())).tensor
+    assert found is not None
+    return max(float(found), SMALLEST_TENSOR_SCALE)
 
 
 def _roles(layer: QuantLayer) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ QSurgeonError             the command line prints it without a trace and exits 2
 ├── CodesError            packed codes that something would compute with as if they were numbers
 ├── CalibrationError      examples that do not say what a static scale should be
 ├── CheckpointError       files: missing, of the wrong kind, or in the way
+├── ExchangeError         what another tool's files cannot hold, or what they hold and we cannot
 ├── OtherRankError        a process that was launched with this one has failed, and says why itself
 ├── UsageError            a command that lacks something, or names a program that is not there
 ├── CallError             a function that was called with something else than it takes
@@ -112,6 +113,10 @@ class CalibrationError(QSurgeonError):
 
 class CheckpointError(QSurgeonError):
     """A checkpoint's files are missing, of the wrong kind, or in the way."""
+
+
+class ExchangeError(QSurgeonError):
+    """A checkpoint cannot go to another tool, or come from it, without becoming another model."""
 
 
 class OtherRankError(QSurgeonError):

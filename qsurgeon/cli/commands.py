@@ -202,6 +202,79 @@ def merge(
 
 
 @app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that qsurgeon wrote.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="KIND", help="Kind of checkpoint: compressed-tensors, modelopt, or dense (values)."
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="ENGINE", help="What will serve it; fail if it would compute with other weights."
+        ),
+    ] = None,
+    weight_only: Annotated[
+        bool, typer.Option("--weight-only", help="Ask for inputs in full precision, whatever the model trained with.")
+    ] = False,
+    workers: Workers = None,
+    max_shard_size: ShardSize = None,
+    resume: Resume = False,
+    allow_nonfinite: AllowNonfinite = False,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+) -> None:
+    """Export a model to another tool's checkpoint, and show what each engine will compute with it."""
+    folder, output = str(expanded(folder)), str(expanded(output))
+
+    if not trust_remote_code:
+        _without_torchao()
+
+    from qsurgeon.cli.progress import Bar
+    from qsurgeon.exchange import ExportOptions
+    from qsurgeon.exchange import export as write
+    from qsurgeon.report.exchange import export_text
+
+    options = ExportOptions(weight_only, workers, max_shard_size, resume, allow_nonfinite, trust_remote_code)
+    with Bar("exporting") as bar:
+        done = write(folder, output, to, engine, bar, options)
+    echo(json.dumps(done.to_dict(), indent=2) if as_json else export_text(done, _width()))
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that another tool quantized.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Store the values as master weights, for full fine-tuning.")
+    ] = False,
+    workers: Workers = None,
+    max_shard_size: ShardSize = None,
+    resume: Resume = False,
+    allow_nonfinite: AllowNonfinite = False,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+) -> None:
+    """Import a model that another tool quantized, with the codes that it has, as packed weights."""
+    folder, output = str(expanded(folder)), str(expanded(output))
+
+    if not trust_remote_code:
+        _without_torchao()
+
+    from qsurgeon.cli.progress import Bar
+    from qsurgeon.exchange import ImportOptions, import_checkpoint
+    from qsurgeon.report.exchange import import_text
+
+    options = ImportOptions(dequantize, workers, max_shard_size, resume, allow_nonfinite, trust_remote_code)
+    with Bar("importing") as bar:
+        done = import_checkpoint(folder, output, bar, options)
+    echo(json.dumps(done.to_dict(), indent=2) if as_json else import_text(done, output))
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or Hub id.")],
     revision: Revision = None,

@@ -37,6 +37,7 @@ _TOKEN = "log in once with `hf auth login`"
 _OFFLINE = "set HF_HUB_OFFLINE=1 for that"
 _CACHE = "the hub's cache is where HF_HOME says"
 _PRIVATE = "a repository is private unless --public says otherwise: leave {typed} out"
+_KIND = "export takes the kind of checkpoint as --to compressed-tensors or --to dense; its formats are the model's own"
 _WRITES_NOTHING = "{verb} writes nothing; to keep what it prints, redirect it: > FILE"
 _LINE = "{verb} prints one line; what it wrote is shown by: qsurgeon inspect {output} --json"
 
@@ -88,13 +89,14 @@ OPTIONS = _table(
 ELSEWHERE = {
     ("plan", "--output"): _WRITES_NOTHING,
     ("inspect", "--output"): _WRITES_NOTHING,
+    **dict.fromkeys((("export", one) for one in ("--format", "--scheme", "--method")), _KIND),
     ("apply", "--json"): _LINE,
     ("apply", "--all"): _LINE,
 }
 
 # Commands of other tools: one of ours, or a sentence.
 VERBS = {
-    **dict.fromkeys(("quantize", "quant", "quantise", "convert", "compress", "ptq", "oneshot", "rewrite", "export",
+    **dict.fromkeys(("quantize", "quant", "quantise", "convert", "compress", "ptq", "oneshot", "rewrite",
                      "save", "pack", "run-recipe", "transform", "wrap", "fake-quantize", "operate"), "apply"),
     **dict.fromkeys(("show", "info", "stat", "stats", "describe", "summary", "view", "report", "examine", "look",
                      "status", "print", "cat"), "inspect"),

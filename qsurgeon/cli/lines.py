@@ -24,6 +24,8 @@ ROLES = {
     "apply": "recipe",
     "inspect": "model",
     "merge": "adapter",
+    "export": "folder",
+    "import": "folder",
     "recipes": "name",
     "formats": "name",
 }
@@ -101,8 +103,8 @@ def _extra(line: Line) -> str:
     name, words = line.verb.name, line.words
     if ROLES.get(name) == "recipe":
         return _extra_of_recipe(line)
-    if ROLES.get(name) == "adapter":
-        return f"{name} takes one adapter, and all else by options; say: {shown(arrange(line))}"
+    if ROLES.get(name) in {"adapter", "folder"}:
+        return f"{name} takes one {ROLES[name]}, and all else by options; say: {shown(arrange(line))}"
     if not line.verb.arguments:
         listed = " ".join(words)
         hint = f"; a recipe is checked by: qsurgeon plan {quoted(words[0])} --model MODEL" if name == "schema" else ""
@@ -178,7 +180,7 @@ def _strange(line: Line, verbs: Mapping[str, Verb]) -> str:
     name = line.strange[0][0]
     means, habit = meant(name, line.verb)
     start = f"No such option: {name}."
-    elsewhere = ELSEWHERE.get((line.verb.name, _first_name(name, verbs) or means))
+    elsewhere = ELSEWHERE.get((line.verb.name, _first_name(name, verbs) or means or name))
     output = quoted(line.value("--output") or "FOLDER")
     if elsewhere is not None:
         return f"{start} {_sentence(elsewhere.format(verb=line.verb.name, typed=name, output=output))}"
@@ -305,9 +307,13 @@ def _unknown(word: str, rest: Sequence[str], verbs: Mapping[str, Verb]) -> str:
 
 def _example(verb: Verb, rest: Sequence[str]) -> str:
     """Return a line of ``verb`` with what of ``rest`` can be used, and words in capitals for what it needs besides."""
-    if ROLES.get(verb.name) in {"model", "adapter"}:
+    if ROLES.get(verb.name) in {"model", "adapter", "folder"}:
         words = [word for word in rest if not word.startswith("-")][:1]
-        output = " --output FOLDER" if verb.name == "merge" else ""
+        output = {
+            "merge": " --output FOLDER",
+            "export": " --to KIND --output FOLDER",
+            "import": " --output FOLDER",
+        }.get(verb.name, "")
         return f"qsurgeon {verb.name} {quoted(words[0]) if words else str(ROLES[verb.name]).upper()}{output}"
     if verb.name not in {"plan", "apply"}:
         return f"qsurgeon {verb.name}" + (" -- COMMAND ARGS..." if verb.name == _PROGRAM else "")

@@ -198,6 +198,16 @@ class Quantized:
         """The codes, uint8, one a value, in the shape of the tensor that was quantized."""
         return unpack(self.data.movedim(self.dim, -1), self.format.element.bits, self.length).movedim(-1, self.dim)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no code and no scale stands for NaN or infinity."""
+        parts = [] if self.tensor_scale is None else [self.tensor_scale]
+        if self.scale is not None and self.format.scale is not None:
+            parts.append(self.format.scale.decode(self.scale))
+        if not all(math.isfinite(value) for value in self.format.element.values):
+            parts.append(self.format.element.decode(self.codes))
+        return all(bool(one.isfinite().all()) for one in parts)
+
     def dequantize(self) -> Tensor:
         """Return the values, in the shape and dtype of the tensor that was quantized.
 

@@ -72,6 +72,13 @@ class Encoding(ABC):
         Raises: ShapeError if they are not those of ``format`` with ``columns`` columns.
         """
 
+    def beside(self, weight: Quantized, before: float | None = None) -> float | None:
+        """Return a number that is known of a matrix once it, or a slab of it, is quantized, and that its writer keeps.
+
+        before: what was returned for the slabs before. None where there is nothing that the tensors do not say.
+        """
+        return None
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Be the same object when a layer is copied or pickled."""
         return encoding_of, (self.name,)

@@ -40,6 +40,12 @@ def with_record(card: str, record: Record, summary: str) -> str:
     return f"{front}\n{body}"
 
 
+def without_record(card: str) -> str:
+    """Return ``card`` without what ``with_record`` said below the front matter."""
+    text = _without(_without(card[ends(card) :], SECTION), NOTICE).strip("\n")
+    return f"{card[: ends(card)]}{text}\n" if text else card[: ends(card)]
+
+
 def front_matter(card: str) -> str:
     """Return the front matter of a card without the text below it."""
     return card[: ends(card)]

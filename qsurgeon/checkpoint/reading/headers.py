@@ -28,7 +28,7 @@ BITS = {
 # What an encoded weight may consist of.
 DTYPES = {
     torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16", torch.int32: "I32",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
 }  # fmt: skip
 # What a weight in full precision is.

@@ -22,10 +22,14 @@ MOST_SHOWN = 40  # letters of what differs: a recipe and a hash tell nothing at 
 
 @dataclass(frozen=True)
 class Entry:
-    """A job that is done: the CRC-32 of each piece, by its name, and whether all of what was read is finite."""
+    """A job that is done: the CRC-32 of each piece, by its name, and whether all of what was read is finite.
+
+    beside: a number that the encoding of a weight wants to be kept beside it, see ``Encoding.beside``.
+    """
 
     crcs: dict[str, int]
     finite: bool
+    beside: float | None = None
 
 
 class Journal:
@@ -37,7 +41,8 @@ class Journal:
 
     def add(self, job: str, entry: Entry) -> None:
         """Write down that ``job`` is done; one line is one write, from any thread."""
-        line = json.dumps({"job": job, "crcs": entry.crcs, "finite": entry.finite})
+        data = {"job": job, "crcs": entry.crcs, "finite": entry.finite}
+        line = json.dumps(data if entry.beside is None else {**data, "beside": entry.beside})
         os.write(self._handle, f"{line}\n".encode())
 
     def close(self) -> None:
@@ -80,7 +85,10 @@ def entries(folder: Path) -> dict[str, Entry]:
 def _entry(line: bytes) -> tuple[str, Entry] | None:
     try:
         data = json.loads(line)
-        return str(data["job"]), Entry(dict(data["crcs"]), bool(data["finite"]))
+        beside = data.get("beside")
+        return str(data["job"]), Entry(
+            dict(data["crcs"]), bool(data["finite"]), None if beside is None else float(beside)
+        )
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from qsurgeon.checkpoint.reading.headers import BITS, DTYPES, Tensor, read_header
@@ -48,12 +49,33 @@ class Packing:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A weight (rows, columns) that is encoded already: its tensors by their names in the encoding.
+
+    dtype: what its values are in, if they are asked for.
+    """
+
+    packing: Packing
+    tensors: Mapping[str, Tensor]
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    def place(self, key: str, row: int) -> int:
+        """Return where in the tensor ``key`` the rows from ``row`` on begin, in bytes; ``row`` begins a block."""
+        slot = self.packing.encoding.slots(self.packing.format, row, self.columns)[key] if row else None
+        return 0 if slot is None or slot.rows is None else slot.bytes
+
+
+@dataclass(frozen=True)
 class Job:
     """A stored tensor to be read, and what is written of it: its own bytes, or codes and scales.
 
     packing: the format of these, and how they are stored; None for a copy.
     parts: where its bytes are, one after the other, if ``source`` is made of several stored tensors or of rows of them.
     weight: what the kind of its module says of it, if it is to be packed: in which dimension blocks run.
+    encoded: how it is stored, if that is not in full precision: its codes are kept, and stored otherwise.
+    given: the bytes that are written, if nothing is read for them.
     """
 
     source: Tensor
@@ -61,6 +83,8 @@ class Job:
     pieces: tuple[Piece, ...]
     parts: tuple[Tensor, ...] = ()
     weight: Weight = ONE
+    encoded: Encoded | None = None
+    given: bytes | None = None
 
     @property
     def name(self) -> str:
@@ -70,7 +94,9 @@ class Job:
     @property
     def runs(self) -> tuple[Tensor, ...]:
         """What is read, in its order."""
-        return self.parts or (self.source,)
+        if self.given is not None:
+            return ()
+        return tuple(self.encoded.tensors.values()) if self.encoded is not None else self.parts or (self.source,)
 
     @property
     def files(self) -> set[Path]:
@@ -81,7 +107,7 @@ class Job:
     def held(self) -> int:
         """How many bytes are held in memory, however small a slab is."""
         # Stochastic rounding depends on a value's place in the whole.
-        whole = self.packing is not None and self.packing.format.rounding == "stochastic"
+        whole = self.encoded is None and self.packing is not None and self.packing.format.rounding == "stochastic"
         pieces = sum(piece.size for piece in self.pieces if piece.slot is not None and piece.slot[1].rows)
         return pieces + (self.source.size if whole else 0)
 
@@ -142,13 +168,38 @@ def packed(tensor: Tensor, packing: Packing, name: str | None = None, weight: We
 
     They are of the weight as (outputs, inputs); ``weight`` says how the tensor is laid out.
     """
-    stem = (name or tensor.name).removesuffix(WEIGHT)
     rows, columns = weight.row_shape(tensor.shape)
-    pieces = (
+    slots = packing.encoding.slots(packing.format, rows, columns)
+    return Job(tensor, packing, _pieces(name or tensor.name, slots), weight=weight)
+
+
+def _pieces(name: str, slots: Mapping[str, Slot]) -> tuple[Piece, ...]:
+    stem = name.removesuffix(WEIGHT)
+    return tuple(
         Piece(f"{stem}{key}", DTYPES[slot.dtype], slot.shape, slot.bytes, slot=(key, slot))
-        for key, slot in packing.encoding.slots(packing.format, rows, columns).items()
+        for key, slot in slots.items()
     )
-    return Job(tensor, packing, tuple(pieces), weight=weight)
+
+
+def recoded(name: str, encoded: Encoded, encoding: Encoding) -> Job:
+    """Return the job that stores an encoded weight by another ``encoding``, with the codes and scales that it has.
+
+    name: of the module's weight, ``….weight``; the tensors are named as ``encoding`` says.
+    """
+    first = next(iter(encoded.tensors.values()))
+    source = replace(
+        first, shape=(encoded.rows, encoded.columns), size=sum(one.size for one in encoded.tensors.values())
+    )
+    packing = Packing(encoded.packing.format, encoding)
+    slots = encoding.slots(packing.format, encoded.rows, encoded.columns)
+    return Job(source, packing, _pieces(name, slots), encoded=encoded)
+
+
+def given(name: str, value: torch.Tensor) -> Job:
+    """Return the job that writes a tensor that is known already."""
+    data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    piece = Piece(name, DTYPES[value.dtype], tuple(value.shape), len(data))
+    return Job(Tensor(name, Path(), piece.shape, piece.dtype, 0, 0), None, (piece,), given=data)
 
 
 def mirrored(file: Path, name: str) -> Shard:

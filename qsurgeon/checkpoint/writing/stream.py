@@ -21,10 +21,10 @@ from torch import Tensor as Values
 
 from qsurgeon.checkpoint.reading.headers import FLOATS, Tensor
 from qsurgeon.checkpoint.writing.journal import Entry, Journal
-from qsurgeon.checkpoint.writing.layout import Job, Packing, Piece, Shard
+from qsurgeon.checkpoint.writing.layout import Encoded, Job, Packing, Piece, Shard
 from qsurgeon.checkpoint.writing.progress import Events
 from qsurgeon.errors import CheckpointError
-from qsurgeon.formats import Format
+from qsurgeon.formats import Format, Quantized
 from qsurgeon.layers import Weight
 
 SLAB = 4 * 2**20  # bytes: small enough for a CPU's cache, large enough to make calls few
@@ -159,7 +159,14 @@ class Stream:
         return True
 
     def _written(self, job: Job, output: int) -> Entry:
+        if job.given is not None:
+            return self._given(job, job.given, output)
         return self._copied(job, output) if job.packing is None else self._packed(job, job.packing, output)
+
+    def _given(self, job: Job, data: bytes, output: int) -> Entry:
+        (piece,) = job.pieces
+        _write(output, memoryview(data), piece.start)
+        return Entry({piece.name: zlib.crc32(data)}, finite=True)
 
     def _copied(self, job: Job, output: int) -> Entry:
         (piece,) = job.pieces
@@ -175,19 +182,43 @@ class Stream:
         return Entry({piece.name: crc}, finite)
 
     def _packed(self, job: Job, packing: Packing, output: int) -> Entry:
-        format, encode = packing.format, packing.encoding.encode
+        slabs = self._rounded(job, packing.format) if job.encoded is None else self._decoded(job, job.encoded)
+        finite, beside = True, None
+        sinks = {piece.slot[0]: _Sink(piece, output) for piece in job.pieces if piece.slot is not None}
+        for quantized, slab_is_finite, size in slabs:
+            finite = finite and slab_is_finite
+            beside = packing.encoding.beside(quantized, beside)
+            for key, values in packing.encoding.encode(quantized).items():
+                sinks[key].take(values)
+            self._advance(size)
+        return Entry({sink.piece.name: sink.end() for sink in sinks.values()}, finite, beside)
+
+    def _rounded(self, job: Job, format: Format) -> Iterator["_Slab"]:
+        """Yield a weight in full precision as it is rounded, slab by slab."""
         slabs = _Slabs(self._source(job), job.source, format, job.weight)
-        finite = True
         tops = [format.peak(slab) for slab in slabs] if format.tensor_scale == "tensor" else []
         top = torch.stack([one for one in tops if one is not None]).max() if tops else None
-        sinks = {piece.slot[0]: _Sink(piece, output) for piece in job.pieces if piece.slot is not None}
         for slab in slabs:
-            finite = finite and _is_finite(slab, job.source.dtype)
-            encoded = encode(format.quantize(slab, top=top))
-            for key, values in encoded.items():
-                sinks[key].take(values)
-            self._advance(slab.nbytes)
-        return Entry({sink.piece.name: sink.end() for sink in sinks.values()}, finite)
+            yield format.quantize(slab, top=top), _is_finite(slab, job.source.dtype), slab.nbytes
+
+    def _decoded(self, job: Job, encoded: Encoded) -> Iterator["_Slab"]:
+        """Yield an encoded weight as it is stored, slab by slab."""
+        packing, columns = encoded.packing, encoded.columns
+        height = packing.format.block_shape[0]
+        most = max(1, SLAB // (columns * torch.float32.itemsize * height)) * height
+        for start in range(0, encoded.rows, most):
+            count, stored, size = min(most, encoded.rows - start), {}, 0
+            for key, slot in packing.encoding.slots(packing.format, count, columns).items():
+                tensor = encoded.tensors[key]
+                data = _buffer(slot.bytes)
+                _read(self._input(tensor.file), tensor, encoded.place(key, start), data)
+                stored[key] = data.view(slot.dtype).view(slot.shape)
+                size += slot.bytes if slot.rows is not None or not start else 0
+            quantized = packing.encoding.decode(stored, packing.format, columns, encoded.dtype)
+            yield quantized, quantized.is_finite, size
+
+
+_Slab = tuple[Quantized, bool, int]  # what is to be stored, whether all of it is finite, and the bytes read for it
 
 
 @dataclass
