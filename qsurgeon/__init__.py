@@ -131,6 +131,7 @@ def _follow(watched: str, ours: str) -> None:
 _follow("transformers.quantizers.auto", "qsurgeon.hf.quantizer")
 _follow("transformers.modeling_utils", "qsurgeon.hf.hooks")
 _follow("peft.tuners.tuners_utils", "qsurgeon.hf.adapting")
+_follow("peft.tuners.lora.layer", "qsurgeon.hf.merged")
 _follow("peft.mapping_func", "qsurgeon.hf.counting")
 _follow("transformers.integrations.liger", "qsurgeon.hf.heads.liger")
 _follow("trl.trainer.utils", "qsurgeon.hf.heads.trl")

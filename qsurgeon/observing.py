@@ -7,11 +7,12 @@ run whose only purpose is to look: calibration, ``inspect`` with an example, and
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from qsurgeon.layers.added import Added
 from qsurgeon.layers.compiling import eagerly
 from qsurgeon.layers.kinds import kind_of
 from qsurgeon.torch_private import is_fake, own_buffers, without_tensor_modes
@@ -21,13 +22,17 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class Seen(Generic[Layer]):
-    """One call of a layer: its input (..., inputs), its output (..., outputs), and whether it computed gradients."""
+    """One call of a layer: its input (..., inputs), its output (..., outputs), and whether it computed gradients.
+
+    added: what was added to its weight in this call, if something was.
+    """
 
     name: str
     layer: Layer
     input: Tensor
     output: Tensor
     trains: bool
+    added: Added | None = None
 
 
 @contextmanager
@@ -50,15 +55,15 @@ def observed(layers: Mapping[str, Layer], see: Callable[[Seen[Layer]], None]) ->
 
 def _hook(
     name: str, see: Callable[[Seen[Layer]], None]
-) -> Callable[[Layer, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
-    def hook(layer: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+) -> Callable[[Layer, tuple[Any, ...], dict[str, Any], Tensor], None]:
+    def hook(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         kind = kind_of(layer)
         x = (*args, *kwargs.values())[0] if kind is None else kind.input(args, kwargs)
         if torch.compiler.is_compiling() or is_fake(x):
             return
         trains = torch.is_grad_enabled()
         with torch.no_grad(), without_tensor_modes():
-            see(Seen(name, layer, x, output, trains))
+            see(Seen(name, layer, x, output, trains, kwargs.get("added")))
 
     return hook
 

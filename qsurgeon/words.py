@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Gradient = Literal["ste", "clipped", "none"]  # how a gradient passes the rounding
 Phase = Literal["training", "rollout"]  # what a model is being called for
 Phases = Literal["both", "training", "rollout"]  # in which of them a layer rounds
+Adapters = Literal["apart", "merged"]  # whether an adapter's product is added, or its ΔW before the weight is rounded
 SavedInputs = Literal["packed", "full"]  # what a backward pass keeps of an input: codes and scales, or their values
 Storage = str  # of a weight: "master", full precision, rounded in each pass, or the name of an encoding of storage/
 
@@ -55,6 +56,10 @@ class Behavior(Common):
     ] = Field(default="ste", description="How the gradient passes the rounding.")
     phases: Annotated[Phases, Shown(reason="in {} only", forward=True, others=("when", "modes", "mode"))] = Field(
         default="both", description="When modules round: in training, in rollouts, or in both."
+    )
+    adapters: Annotated[Adapters, Shown(reason="adapters {}", forward=True, others=("adapter", "lora"))] = Field(
+        default="apart",
+        description="What LoRA adds to: the product, q(W)·q(x) + ΔW·x, or the weight before rounding, q(W + ΔW)·q(x).",
     )
 
     @classmethod

@@ -38,9 +38,10 @@ from qsurgeon.transformers_private.loading import (
     UPLOAD,
     USE_PARTS,
     adapters,
+    asked_dtype,
+    casting_to,
     loads,
     needs,
-    not_casting,
 )
 from qsurgeon.transformers_private.quantizers import ASKS_OF_EACH_TENSOR
 
@@ -108,7 +109,8 @@ def _telling(load: Method) -> Method:
     """Tell our quantizer of each tensor before it is read, and have it cast as transformers itself has it from 5.23 on.
 
     Before 5.21 a quantizer is asked of no tensor, and one of a quantized checkpoint stays in the file's dtype if the
-    parameter has another name. Before 5.23 a weight that is to be packed is cast to the dtype of its codes first.
+    parameter has another name. Before 5.23 a weight that is to be packed is cast to the dtype of its codes first, and
+    codes to the dtype that a model's class asks for the weight (``_keep_in_fp32_modules``).
     """
     parameters = signature(load)
 
@@ -116,14 +118,17 @@ def _telling(load: Method) -> Method:
         given = parameters.bind(*args, **kwargs)
         model, stored, config = (given.arguments[name] for name in ("model", "state_dict", "load_config"))
         quantizer, is_renamed = config.hf_quantizer, False
-        if not isinstance(quantizer, QSurgeonQuantizer):
+        if not isinstance(quantizer, QSurgeonQuantizer) or (quantizer.pre_quantized and ASKS_OF_EACH_TENSOR):
             return load(*args, **kwargs)
-        if not quantizer.pre_quantized:
-            given.arguments["load_config"] = not_casting(config, (f"{name}.{WEIGHT}" for name in packed_layers(model)))
-        elif not ASKS_OF_EACH_TENSOR:
+        if quantizer.pre_quantized:
+            exact = quantizer.codes()
             for one in loads(model, stored, config):
                 quantizer.expect(one.targets, one.is_converted, one.tensor, one.dtype)
                 is_renamed |= one.is_converted or one.stored != one.targets[0]
+        else:
+            weights = (f"{name}.{WEIGHT}" for name in packed_layers(model))
+            exact = {name: asked_dtype(config, name) or config.dtype for name in weights}
+        given.arguments["load_config"] = casting_to(config, exact)
         with quantizer.casting() if is_renamed else nullcontext():
             return load(*given.args, **given.kwargs)
 

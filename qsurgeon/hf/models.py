@@ -47,7 +47,10 @@ from qsurgeon.surgery import (
     unwrapped,
 )
 from qsurgeon.transformers_private.loading import (
+    FINDS_TRAINED_WHOLE,
+    FINDS_TRAINED_WHOLE_FROM,
     SEES_PARTS,
+    TRAINED_WHOLE,
     is_split_unseen,
     needs,
 )
@@ -228,13 +231,23 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
         raise CheckpointError(f"{path}: the adapter cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if not quant_layers(model):
         raise NothingWrappedError(_nothing_in(path, model, adapter))
-    missing = sorted(info["missing_keys"])
+    _refuse_random(path, model, auto_class, sorted(info["missing_keys"]))
+    return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def _refuse_random(path: str | Path, model: Any, auto_class: Any, missing: list[str]) -> None:
+    """Do nothing if no tensor of a model is ``missing`` in its checkpoint. Raises: CheckpointError."""
+    trained = next((name for name in missing if TRAINED_WHOLE in name), None)
+    if trained is not None and not FINDS_TRAINED_WHOLE:
+        raise CheckpointError(
+            f"{path}: the adapter has a trained {trained.partition(TRAINED_WHOLE)[0]}, which transformers does not "
+            f"find in its file: {needs(FINDS_TRAINED_WHOLE_FROM)}"
+        )
     if missing:
         raise CheckpointError(
             f"{path}: has no tensor {missing[0]}, which {type(model).__name__} would have at random "
             f"({len(missing)} in all). To train it, use {auto_class.__name__}.from_pretrained"
         )
-    return (model, info) if kwargs.get("output_loading_info") else model
 
 
 def _check(folder: Path, arguments: Mapping[str, Any]) -> None:

@@ -173,6 +173,10 @@ class QSurgeonQuantizer(HfQuantizer):
         if key == WEIGHT and dtype is not None and dtype.is_floating_point:
             self._computing[layer] = dtype  # the model's class keeps it in another dtype than the rest
 
+    def codes(self) -> dict[str, torch.dtype]:
+        """Return the parameters of packed layers that hold codes, not numbers, and their dtypes: never to be cast."""
+        return {name: dtype for name, (_, dtype) in self._slots.items() if not dtype.is_floating_point}
+
     @contextmanager
     def casting(self) -> Iterator[None]:
         """Let transformers cast inside the block what it loads, as it casts the tensors of a plain checkpoint."""

@@ -3,11 +3,12 @@
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from qsurgeon.layers.added import Added
 from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.layer import QuantProduct
 from qsurgeon.layers.phases import is_active
 from qsurgeon.layers.product import quantized_linear
-from qsurgeon.layers.sharded import is_sharded, on_mesh, refuse_part, sharded_linear
+from qsurgeon.layers.sharded import is_sharded, on_mesh, refuse_added, refuse_part, sharded_linear
 
 
 class QuantLinear(QuantProduct, nn.Linear):
@@ -30,17 +31,23 @@ class QuantLinear(QuantProduct, nn.Linear):
         """How many outputs and inputs the layer has."""
         return self.out_features, self.in_features
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return q(x) · q(W)ᵀ + b, or x · Wᵀ + b in a phase in which the layer does not round."""
+    def forward(self, input: Tensor, added: Added | None = None) -> Tensor:
+        """Return q(x) · q(W)ᵀ + b, or x · Wᵀ + b in a phase in which the layer does not round.
+
+        added: what is added to W in this call, see ``adapters: merged``. Raises: SurgeryError for a weight that is
+        split then.
+        """
         how, weight = self.quantization, self.weight
         # Of another type: a DTensor, or what a hook or a parametrization computed.
         is_split = type(weight) is not Parameter and is_sharded(weight)
         if not is_active(self, how.behavior.phases):
-            return nn.functional.linear(on_mesh(input, weight) if is_split else input, weight, self.bias)
+            whole = weight if added is None else added.to(weight)
+            return nn.functional.linear(on_mesh(input, weight) if is_split else input, whole, self.bias)
         refuse_export(self.training)
         if is_split:
+            refuse_added(self._described(), added)
             return sharded_linear(input, weight, self.bias, self._described())
         rows, columns = weight.shape
         if rows < self.out_features or columns < self.in_features:
             refuse_part(self._described(), weight)
-        return quantized_linear(input, weight, self.bias, how, name=self.name)
+        return quantized_linear(input, weight, self.bias, how, name=self.name, added=added)

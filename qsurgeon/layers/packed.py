@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qsurgeon.errors import CheckpointError, CodesError, FormatError, NothingWrappedError, ShapeError, SurgeryError
 from qsurgeon.formats import Format, Quantized
 from qsurgeon.formats.rotation import rotated
+from qsurgeon.layers.added import Added
 from qsurgeon.layers.codes import Codes, plain
 from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.export import refuse_export
@@ -170,8 +171,13 @@ class PackedLayer(QuantProduct):
         for name, tensor in self.encoding.encode(self.grid.quantize(values)).items():
             self.get_parameter(name).copy_(tensor)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return q(x) · q(W)ᵀ + b. Raises: ShapeError for an input of another length or of whole numbers."""
+    def forward(self, input: Tensor, added: Added | None = None) -> Tensor:
+        """Return q(x) · q(W)ᵀ + b.
+
+        Raises: ShapeError for an input of another length or of whole numbers; CodesError for something to be added.
+        """
+        if added is not None:
+            raise CodesError(f"the weight of {self._label(WEIGHT)} is codes, which an adapter cannot be added to")
         if input.shape[-1] != self.features[1]:
             raise ShapeError(f"the input has {input.shape[-1]} values a row; expected {self.features[1]}")
         refuse_export(self.training)
@@ -263,6 +269,8 @@ def refused_by_packing(behavior: Behavior) -> tuple[str, str] | None:
     """Return the field of ``behavior`` that a packed weight cannot obey, and why; None if it can obey all."""
     if behavior.phases != "both":
         return "phases", f"a packed weight is rounded in every phase, not in {behavior.phases} only"
+    if behavior.adapters == "merged":
+        return "adapters", "a packed weight is codes, which an adapter cannot be added to; keep storage: master"
     return None
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from qsurgeon.errors import GradientError, ShapeError
 from qsurgeon.formats import Quantized
 from qsurgeon.formats.rotation import rotated
+from qsurgeon.layers.added import Added
 from qsurgeon.layers.dequantized import backward_product, forward_product
 from qsurgeon.layers.phases.state import current
 from qsurgeon.layers.quantization import Quantization
@@ -39,14 +40,18 @@ def quantized_linear(
     how: Quantization,
     agree: Agreement | None = None,
     name: str = "",
+    added: Added | None = None,
 ) -> Tensor:
     """Return q(x) · q(W)ᵀ + b, (..., outputs), for ``x`` (..., inputs) and ``weight`` (outputs, inputs).
 
     agree: where they are a process' parts of operands that several have together. name: of the layer, for errors.
+    added: what is added to the weight before it is rounded, q(x) · q(W + ΔW)ᵀ + b.
 
     Raises: GradientError under the transforms of torch.func, and in a backward pass that is itself to be
     differentiated; FormatError and ShapeError as the formats do.
     """
+    if added is not None:
+        return _merged_linear(x, weight, bias, how, name, added)
     _refuse_transforms(x, weight)
     numbers, agree = _numbers(how), agree or ALONE
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _is_trained(bias)):
@@ -58,6 +63,24 @@ def quantized_linear(
     if keeping is None:
         return linear(values, _rounded_weight(weight, how, numbers[1], agree), bias)
     return linear(values, keeping.rounded(weight, how, _rounded_weight, name), bias)
+
+
+def _merged_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization, name: str, added: Added
+) -> Tensor:
+    """Return q(x) · q(W + ΔW)ᵀ + b."""
+    keeping = None if torch.compiler.is_compiling() else current().keeping
+    is_trained = added.is_trained or x.requires_grad or weight.requires_grad or _is_trained(bias)
+    if keeping is None or (torch.is_grad_enabled() and is_trained):
+        with added.summed(weight) as total:
+            return quantized_linear(x, total, bias, how, name=name)
+
+    def round_sum(weight: Tensor, how: Quantization) -> Tensor:
+        return _rounded_weight(added.to(weight.detach()), how)
+
+    _refuse_transforms(x, weight)
+    values = _rounded_input(x, how, None, ALONE)
+    return linear(values, keeping.rounded(weight, how, round_sum, name, added.besides), bias)
 
 
 def packed_linear(

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qsurgeon.errors import ShapeError
+from qsurgeon.errors import ShapeError, SurgeryError
 from qsurgeon.formats import Format
 from qsurgeon.formats.packing import packed_length
+from qsurgeon.layers.added import Added
 from qsurgeon.layers.product import packed_linear, quantized_linear
 from qsurgeon.layers.quantization import Quantization
 from qsurgeon.layers.rounding import Agree, Agreement
@@ -95,6 +96,15 @@ def refuse_part(layer: Layer, weight: Tensor) -> None:
             f"{layer.name} has {layer.outputs} outputs and {layer.inputs} inputs, and is called with a weight of "
             f"{tuple(weight.shape)}, a part that would be rounded otherwise than in the whole. Split it as a "
             "DTensor, exclude it, or set out_features and in_features if this is the whole"
+        )
+
+
+def refuse_added(layer: Layer, added: Added | None) -> None:
+    """Do nothing if nothing is added to a weight that is split among processes. Raises: SurgeryError."""
+    if added is not None:
+        raise SurgeryError(
+            f"the weight of {layer.name} is split by tensor parallelism, and adapters: merged would add to it before "
+            "it is rounded; use adapters: apart, or do not split it"
         )
 
 

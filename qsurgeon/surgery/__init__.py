@@ -1,6 +1,6 @@
 """From a recipe to a changed model: list its modules, decide what happens to each, and replace them."""
 
-from qsurgeon.surgery.adapters import bypassed, method_of, misread, objection, refuse_adapters
+from qsurgeon.surgery.adapters import bypassed, merges, method_of, misread, objection, refuse_adapters
 from qsurgeon.surgery.current import Origin, current_record, exclusions, inherit, mark
 from qsurgeon.surgery.headline import Part, headline, headline_of, in_words, percent
 from qsurgeon.surgery.interrupts import uninterrupted
@@ -37,6 +37,7 @@ __all__ = [
     "inventory",
     "is_ours",
     "mark",
+    "merges",
     "method_of",
     "misread",
     "modules_of",

@@ -59,11 +59,32 @@ def misreading(model: nn.Module, path: str) -> str | None:
     return _first(model, path, _into_what_it_holds)
 
 
+def unmerged(model: nn.Module) -> dict[str, str]:
+    """Return how adapters stay apart from wrapped layers that are to merge them, by the paths of these layers."""
+    merging = (path for path, layer in quant_layers(model).items() if merges(layer))
+    found = {path: staying_apart(model, path) for path in merging}
+    return {path: how for path, how in found.items() if how is not None}
+
+
+def staying_apart(model: nn.Module, path: str) -> str | None:
+    """Return why an adapter on the module at ``path`` cannot be added to its weight; None if all can."""
+    return _first(model, path, _beside_what_it_holds)
+
+
+def merges(layer: QuantLayer) -> bool:
+    """Return whether a rule of ``layer`` says that adapters are added to its weight before it is rounded."""
+    return any(how.behavior.adapters == "merged" for how in layer.quantizations.values())
+
+
 def refuse_adapters(model: nn.Module) -> None:
-    """Do nothing if all adapters call the wrapped layers they sit on. Raises: SurgeryError with the first others."""
+    """Do nothing if all adapters call the wrapped layers they sit on, and merge where a rule says so.
+
+    Raises: SurgeryError with the first others.
+    """
     for found, what in (
         (bypassed(model), "would have no effect"),
         (misread(model), "have codes that would be misread"),
+        (unmerged(model), "say adapters: merged, and have adapters that cannot be"),
     ):
         if found:
             name, how = next(iter(found.items()))
@@ -115,6 +136,24 @@ def _methods(layer: Any) -> set[str]:
         return set()
     modules = [one.__module__ for one in type(layer).__mro__]
     return {name.split(".")[2] for name in modules if name.startswith("peft.tuners.")}
+
+
+def _beside_what_it_holds(layer: Any) -> str | None:
+    methods, kind = _methods(layer), type(layer).__name__
+    if not methods:
+        return None
+    lora = sys.modules.get("peft.tuners.lora")
+    if lora is None or not isinstance(layer, lora.Linear) or _methods(layer.base_layer):
+        return f"the adapter on it ({kind} of peft's {min(methods)}) is no plain LoRA of a Linear"
+    for adapter in layer.lora_A:
+        if adapter in layer.lora_variant:
+            variant = type(layer.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
+            return f"the adapter on it ({variant}) is no plain LoRA"
+        if not isinstance(layer.lora_dropout[adapter], nn.Identity):
+            return "lora_dropout drops inputs of the adapter alone, and merged it has none; set lora_dropout=0"
+        if layer.lora_bias[adapter]:
+            return "lora_bias adds to the output, not to the weight; set lora_bias=False"
+    return None
 
 
 def _into_what_it_holds(layer: Any) -> str | None:

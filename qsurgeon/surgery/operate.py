@@ -13,7 +13,7 @@ from qsurgeon.errors import FormatError, ShapeError, SurgeryError
 from qsurgeon.layers import Quantization, quant_layers
 from qsurgeon.layers.kinds import KINDS, Kind, listed
 from qsurgeon.storage import PACKED, encoding_of
-from qsurgeon.surgery.adapters import bypass, misreading
+from qsurgeon.surgery.adapters import bypass, misreading, staying_apart
 from qsurgeon.surgery.interrupts import uninterrupted
 from qsurgeon.surgery.inventory import Module, inventory, plain_model
 from qsurgeon.words import Storage
@@ -124,6 +124,8 @@ def _checked(
         wrong = bypass(model, path)
         if wrong is None and target.packs:
             wrong = misreading(model, path)
+        if wrong is None and any(how.behavior.adapters == "merged" for how in target.hows.values()):
+            wrong = staying_apart(model, path)
         if wrong is not None:
             raise SurgeryError(f"{target.name} cannot be wrapped: {wrong}")
     times = Counter(id(target.module) for target in targets.values())

@@ -1,7 +1,7 @@
 """How transformers builds, loads and saves a model."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -36,6 +36,8 @@ else:
 __all__ = [
     "CASTS_BEFORE_QUANTIZING",
     "CONVERSIONS",
+    "FINDS_TRAINED_WHOLE",
+    "FINDS_TRAINED_WHOLE_FROM",
     "GET_QUANTIZER",
     "LOAD_TENSORS",
     "MAKE",
@@ -44,6 +46,7 @@ __all__ = [
     "REVERT",
     "SEES_PARTS",
     "SPLITTING",
+    "TRAINED_WHOLE",
     "UPLOAD",
     "USE_PARTS",
     "ConversionOps",
@@ -53,7 +56,9 @@ __all__ = [
     "WeightRenaming",
     "WeightTransform",
     "adapters",
+    "asked_dtype",
     "auto_mappings",
+    "casting_to",
     "converted_name",
     "copy_of_converter",
     "dot_natural_key",
@@ -67,7 +72,6 @@ __all__ = [
     "loaded_name",
     "loads",
     "needs",
-    "not_casting",
     "renamed_name",
     "reversed_transforms",
     "saves_here",
@@ -95,6 +99,12 @@ CASTS_BEFORE_QUANTIZING = Version(transformers.__version__) < Version("5.23")
 # Until 5.6 ``load_adapter`` returns nothing of what it loaded, and only reports it.
 RETURNS_NO_INFO = Version(transformers.__version__) < Version("5.7")
 REPORT = "log_state_dict_report"  # where transformers.integrations.peft has it
+
+# From 5.17 on ``load_adapter`` finds modules that were trained as a whole, such as the head of a classifier, in an
+# adapter's file; before, it leaves them random. Their parameters' names have this of peft's in the middle.
+FINDS_TRAINED_WHOLE_FROM = "5.17"
+FINDS_TRAINED_WHOLE = Version(transformers.__version__) >= Version(FINDS_TRAINED_WHOLE_FROM)
+TRAINED_WHOLE = ".modules_to_save."
 
 # From 5.16 on a layer's weight that is split over processes is a DTensor, which says so; before, a plain tensor.
 SEES_PARTS = "5.16"
@@ -195,16 +205,25 @@ def loads(model: Any, state_dict: Mapping[str, Any], load_config: Any) -> Iterat
         name, pattern = loaded_name(stored, transforms, prefix, state)
         if name in state:
             targets = [name] if pattern is None else patterns[pattern].target_patterns
-            plan = (load_config.dtype_plan or {}).items()
-            asked = next((dtype for glob, dtype in plan if re.search(glob.replace("*", ".*"), name)), None)
-            yield Loaded(stored, targets, pattern is not None, state_dict[stored], asked)
+            yield Loaded(stored, targets, pattern is not None, state_dict[stored], asked_dtype(load_config, name))
 
 
-def not_casting(load_config: Any, names: Iterable[str]) -> Any:
-    """Return a ``load_config`` by which what is loaded under ``names`` is not cast to the dtype of a parameter."""
-    pattern = "|".join(re.escape(name) for name in names)
-    kept = {f"^(?:{pattern})$": load_config.dtype} if pattern else {}
-    return replace(load_config, dtype_plan={**(load_config.dtype_plan or {}), **kept})
+def casting_to(load_config: Any, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """Return a ``load_config`` by which what is loaded under each name is cast to its dtype, whatever the class asks.
+
+    Of two patterns that match, transformers takes the one whose match begins first: these begin with the name.
+    """
+    names: dict[torch.dtype, list[str]] = {}
+    for name, dtype in dtypes.items():
+        names.setdefault(dtype, []).append(re.escape(name))
+    exact = {f"^(?:{'|'.join(found)})$": dtype for dtype, found in names.items()}
+    return replace(load_config, dtype_plan={**exact, **(load_config.dtype_plan or {})})
+
+
+def asked_dtype(load_config: Any, name: str) -> torch.dtype | None:
+    """Return the dtype that a model's class asks for the parameter ``name``, where it asks."""
+    plan = (load_config.dtype_plan or {}).items()
+    return next((dtype for glob, dtype in plan if re.search(glob.replace("*", ".*"), name)), None)
 
 
 # --- what a model says of itself

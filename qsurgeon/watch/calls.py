@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qsurgeon.layers import PackedLayer, QuantProduct, Weight
+from qsurgeon.layers.added import Added
 from qsurgeon.watch.sample import Sample, as_it_is, local, places, rows_in, rows_of, sample
 from qsurgeon.watch.stack import Stack, alike, energy
 
@@ -30,9 +31,12 @@ class Call:
         *,
         trains: bool,
         due: bool,
+        added: Added | None = None,
     ) -> None:
         self.trains, self.due = trains, due
         how, tokens, weight = layer.quantization, x.detach().reshape(-1, x.shape[-1]), rows_in(layer, declared)
+        if added is not None:
+            weight, known = declared.rows(added.to(local(getattr(layer, declared.name)))), None
         height = how.weight.block_shape[0] if how.weight else 1
         outputs = rows_of(len(weight), rows, height)[: -(-OUTPUTS // height) * height]
         input, format = how.input and how.input.as_input, how.weight and how.weight.as_weight

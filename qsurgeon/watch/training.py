@@ -256,7 +256,15 @@ class _Window:
             )
         known = self._weights.known.get(name)
         self.calls[name] = Call(
-            layer, declared, seen.input, seen.output, self._rows, known, trains=seen.trains, due=due
+            layer,
+            declared,
+            seen.input,
+            seen.output,
+            self._rows,
+            known,
+            trains=seen.trains,
+            due=due,
+            added=seen.added,
         )
 
     def _wants(self, name: str, *, due: bool, trains: bool) -> bool:

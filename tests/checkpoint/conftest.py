@@ -308,3 +308,4 @@ def reach(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # made again when it is asked for
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", endpoint)  # by which transformers 5.5 pushes

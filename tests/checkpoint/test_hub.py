@@ -11,6 +11,7 @@ import pytest
 import transformers as hf
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from versions import at_least
 
 import qsurgeon
 from qsurgeon.checkpoint import Options, fetch, fetch_config, push, reserve
@@ -112,6 +113,12 @@ def test_a_connection_that_breaks_is_resumed_where_it_broke(
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)  # a part of one is not kept
     hub.add("me/tiny", tiny_folder)
     hub.cut_after = 100_000
+    if not at_least("huggingface_hub", "1.20"):  # before, it gives up, and begins anew when it is asked again
+        text = fails(lambda: fetch("me/tiny"), ConnectionError)
+        assert text.startswith("the hub cannot be reached for me/tiny: peer closed connection without sending complete")
+        assert text.endswith("; what arrived whole is kept: try again")
+        assert contents(fetch("me/tiny").folder) == contents(tiny_folder)
+        return
     assert contents(fetch("me/tiny").folder) == contents(tiny_folder)
     assert hub.ranges == ["bytes=100000-"]
     assert hub.served["model.safetensors"] == (tiny_folder / "model.safetensors").stat().st_size
@@ -144,9 +151,11 @@ def test_a_snapshot_of_the_cache_that_lacks_weights_is_refused_offline(
     commit = hub.add("me/tiny", tiny_folder)
     folder = fetch_config("me/tiny").folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fails(lambda: fetch("me/tiny")) == (
+    assert fails(lambda: fetch("me/tiny")) in (
         f"the cache has only a part of me/tiny@{commit}: {folder}: has neither model.safetensors nor "
-        "model.safetensors.index.json"
+        "model.safetensors.index.json",
+        # huggingface_hub 1.26 to 2.0 finds it itself
+        "no model at 'me/tiny': no such folder, and HF_HUB_OFFLINE is set and the cache has no whole snapshot of it",
     )
 
 
@@ -332,6 +341,7 @@ def test_a_hub_out_of_reach_is_exit_code_1(
     )
 
 
+@pytest.mark.one_version
 def test_a_process_of_its_own_asks_the_endpoint_it_is_told(hub: Any, tiny_folder: Path) -> None:
     hub.add("me/tiny", tiny_folder)
     words = ["plan", "w4a4-mxfp4", "--model", "me/tiny", "--json"]
@@ -348,7 +358,7 @@ def test_progress_is_shown_on_stderr_and_nothing_on_stdout(
     monkeypatch.setenv("TQDM_POSITION", "-1")  # shows bars where no terminal is
     code = "from qsurgeon.checkpoint import fetch; fetch('me/tiny')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Downloading bytes" in done.stderr
+    assert "Downloading" in done.stderr
     assert "100%" in done.stderr
     assert "Downloading" not in done.stdout
 

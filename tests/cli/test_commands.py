@@ -503,6 +503,7 @@ def test_a_source_that_is_quantized_otherwise_is_a_mistake(run: Run) -> None:
 # --- as a program
 
 
+@pytest.mark.one_version
 def test_a_mistake_in_a_real_process_is_one_message_and_exit_code_2() -> None:
     Path("mine.yaml").write_text(RECIPE.replace("weight", "wieght"))
     command = [sys.executable, "-m", "qsurgeon", "plan", "mine.yaml", "--model", "tiny"]
@@ -539,6 +540,7 @@ main()
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.one_version
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(run: Run) -> None:
     done = interrupted(after=20)
     assert (done.returncode, done.stdout) == (130, "")

@@ -72,6 +72,7 @@ def test_a_program_that_knows_nothing_of_qsurgeon_loads_its_checkpoint_and_says_
     ]
 
 
+@pytest.mark.one_version
 def test_without_it_nothing_happens(wrapped: Path) -> None:
     # The folder alone, as a PYTHONPATH that outlived its run: the variable is what counts.
     paths = os.pathsep.join([str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -88,6 +89,7 @@ def test_the_variable_alone_makes_an_imported_qsurgeon_say_it(wrapped: Path) -> 
     assert said(done) == [f"pid N: {WRAPPED}"]
 
 
+@pytest.mark.one_version
 def test_every_child_of_torchrun_says_it(wrapped: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(LOAD)

@@ -1,6 +1,6 @@
 """What the libraries of a user can do, where their versions differ: for tests, and the reason why one is left out.
 
-``make test`` runs with constraints.txt, ``make test-oldest`` and ``make test-serving`` with files of their own.
+``make test`` runs with constraints.txt; ``make test-oldest`` and the other sets with files of their own.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 from packaging.version import Version
+from transformers.integrations import peft as integration
 
 
 def at_least(package: str, least: str) -> bool:
@@ -23,6 +24,15 @@ def needs(package: str, least: str, why: str) -> pytest.MarkDecorator:
         not at_least(package, least), reason=f"{package} {version(package)} {why}; {least} and later do not"
     )
 
+
+# The peft that transformers asks for before it puts an adapter on a model itself.
+_PEFT_ASKED = integration.MIN_PEFT_VERSION
+ADAPTS = at_least("peft", _PEFT_ASKED)
+adapts = pytest.mark.skipif(
+    not ADAPTS,
+    reason=f"transformers {version('transformers')} adapts models with peft {_PEFT_ASKED} and later, this is "
+    f"{version('peft')}",
+)
 
 _RECOMPUTING = "activation_checkpointing" if at_least("transformers", "5.23") else "gradient_checkpointing"
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from versions import at_least
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
@@ -295,8 +296,9 @@ def test_inspect_with_an_example_finds_the_layers_whose_parent_computes_past_the
     operate(mamba, {"backbone.layers.0.mixer.dt_proj": how, "backbone.layers.0.mixer.x_proj": how})  # without a plan
     assert type(dt_proj) is QuantLinear
     report = qsurgeon.inspect(mamba, {"input_ids": TOKENS})
-    assert [row.module.split(".")[-1] for row in report.rows if row.called is False] == ["dt_proj"]
-    assert report.summary.endswith("; 1 of them were never called")
+    past = ["dt_proj"] if at_least("transformers", "5.16") else []  # before, its mixer calls it on a CPU
+    assert [row.module.split(".")[-1] for row in report.rows if row.called is False] == past
+    assert report.summary.endswith("; 1 of them were never called") == bool(past)
     whole = qsurgeon.inspect(qsurgeon.apply("w4a4-mxfp4", small_model()), {"input_ids": TOKENS})
     assert [row.called for row in whole.rows].count(True) == 14
     assert [row.called for row in whole.rows].count(False) == 0

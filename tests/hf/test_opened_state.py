@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from versions import ADAPTS, at_least
 
 import qsurgeon
 from qsurgeon.errors import CheckpointError, NothingWrappedError, SurgeryError
@@ -304,7 +306,11 @@ def test_a_live_model_is_in_the_state_of_one_that_was_loaded(small_model: Maker,
 def test_models_that_ask_whether_they_are_quantized_compute_alike(config: Any, tmp_path: Path) -> None:
     model = hf.AutoModelForCausalLM.from_config(config)
     rule = Rule(target=("**",), exclude=("lm_head",), weight="mxfp4", input="mxfp4")
-    qsurgeon.apply(Recipe(version=1, rules=(rule,)), model).save_pretrained(tmp_path)
+    has_kernels = config.model_type == "falcon_mamba" and not at_least("transformers", "5.16")
+    remark = r"FalconMambaMixer\.cuda_kernels_forward takes its weight itself in some calls, unrounded"
+    with pytest.warns(UserWarning, match=remark) if has_kernels else nullcontext():
+        qsurgeon.apply(Recipe(version=1, rules=(rule,)), model)
+    model.save_pretrained(tmp_path)
     assert torch.equal(logits(qsurgeon.load(tmp_path)), logits(model))
 
 
@@ -400,6 +406,18 @@ def test_an_adapter_is_loaded_under_the_class_that_it_was_trained_with(
     base = kind.from_pretrained(tmp_path / "base")
     model: Any = peft.get_peft_model(base, peft.LoraConfig(task_type=task, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
+    if not ADAPTS:
+        with pytest.raises(CheckpointError, match=r"the adapter cannot be loaded: .*use a version >= 0\.22\.0"):
+            qsurgeon.load(tmp_path / "adapter")
+        return
+    if task == "SEQ_CLS" and not at_least("transformers", "5.17"):
+        with pytest.raises(CheckpointError) as caught:
+            qsurgeon.load(tmp_path / "adapter")
+        assert str(caught.value) == (
+            f"{tmp_path / 'adapter'}: the adapter has a trained score, which transformers does not find in its file: "
+            f"that needs transformers 5.17 or later, this is {hf.__version__}"
+        )
+        return
     again = qsurgeon.load(tmp_path / "adapter")
     assert type(again) is type(base)
     assert torch.equal(logits(again), logits(model))

@@ -16,8 +16,10 @@ import transformers as hf
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import models
+from versions import at_least
 
 import qsurgeon
+from qsurgeon.errors import PlanError
 from qsurgeon.layers import packed_layers
 from qsurgeon.layers.codes import plain
 from qsurgeon.recipe import Recipe
@@ -39,6 +41,7 @@ SMALL = (
 # They name layers that a small model has not; and say what is made anew.
 LEFT = {"layer_types", "mlp_layer_types", "out_features", "out_indices", "stage_names", "architectures"}
 MOST = 1_000_000  # parameters
+MIXERS = {"falcon_mamba", "mamba"}  # whose weights, until transformers 5.16, another function multiplied with
 
 
 def asking(pattern: re.Pattern[str]) -> list[str]:
@@ -126,6 +129,10 @@ def test_they_are_what_their_masters_are_live_and_reloaded(tmp_path: Path) -> No
         torch.manual_seed(0)
         model = kind._from_config(config).eval()
         master = qsurgeon.apply(recipe("master"), deepcopy(model))
+        if module.partition(".")[0] in MIXERS and not at_least("transformers", "5.16"):
+            with pytest.raises(PlanError, match=r"Mixer\.cuda_kernels_forward takes the weight itself and computes"):
+                qsurgeon.apply(recipe("packed"), model)
+            continue
         qsurgeon.apply(recipe("packed"), model).save_pretrained(tmp_path)
         again = kind.from_pretrained(tmp_path).eval()
         assert_alike(model, again)
@@ -154,4 +161,6 @@ def test_layers_that_a_class_keeps_in_float32_compute_in_it_reloaded(tmp_path: P
         packing = {"dtype": torch.float16, "quantization_config": model.config.quantization_config}
         assert_alike(model, kind.from_pretrained(tmp_path / "plain", **packing))
         kept |= {module for layer in packed_layers(model).values() if layer.compute_dtype == torch.float32}
-    assert {one.partition(".")[0] for one in kept} >= {"t5", "deepseek_v32"}
+    keeping = {"t5", "glm_moe_dsa", "deepseek_v32"} & {one.parent.name for one in FILES}  # 5.5 lacks the last
+    assert {one.partition(".")[0] for one in kept} >= keeping
+    assert len(keeping) >= 2

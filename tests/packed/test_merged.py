@@ -29,7 +29,11 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("weight", ["nvfp4", "mxfp4", "turned", "square"])
+def one_version(*weights: str) -> list[Any]:
+    return [pytest.param(weight, marks=pytest.mark.one_version) for weight in weights]
+
+
+@pytest.mark.parametrize("weight", ["mxfp4", *one_version("nvfp4", "turned", "square")])
 def test_an_adapter_is_merged_into_codes(
     small_model: Maker, recipe: MakeRecipe, logits: Logits, adapted: Adapt, tmp_path: Path, weight: str
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
+from versions import at_least
 
 import qsurgeon
 from qsurgeon.errors import CodesError, SurgeryError
@@ -47,7 +48,8 @@ PROMPTS = {"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROM
 # its own on a Linear.
 SHADOWS = {"CPT", "SHADOW", "XLORA"}
 REFUSED = {
-    "master": {"FROD", "GLORA", "HRA", "SHIRA", "SUPERTUNING"},
+    "master": {"FROD", "GLORA", "HRA", "SHIRA", "SUPERTUNING"}
+    | (set() if at_least("peft", "0.21") else {"ADAMSS", "OSF"}),
     "packed": {
         *("FROD", "GLORA", "HRA", "SHIRA", "SUPERTUNING"),
         *("ADAMSS", "DEFT", "DELORA", "HIRA", "LN_TUNING", "LOHA", "LOKR", "OSF", "PEANUT", "PSOFT", "TINYLORA"),
@@ -104,6 +106,8 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [key for key, value in one.items() if not torch.equal(value, other[key])]
 
 
+# What peft 0.21 hands to transformers 5.24 for a prefix.
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated and will be removed:FutureWarning")
 @pytest.mark.parametrize("storage", ["master", "packed"])
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - SHADOWS))
 def test_a_method_trains_and_leaves_the_base_or_is_refused_and_leaves_all(

@@ -31,6 +31,7 @@ def test_a_rule_takes_linears_and_excludes_none_unless_it_says_so() -> None:
         "input": None,
         "gradient": "ste",
         "phases": "both",
+        "adapters": "apart",
         "saved_inputs": "packed",
     }
 

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qsurgeon.layers.added import Added
 from qsurgeon.layers.codes import Codes
 from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.kinds.kind import Kind
@@ -12,7 +13,7 @@ from qsurgeon.layers.layer import QuantProduct, Weight
 from qsurgeon.layers.packed import PackedLayer
 from qsurgeon.layers.phases import is_active
 from qsurgeon.layers.product import quantized_linear
-from qsurgeon.layers.sharded import is_sharded, on_mesh, refuse_part, sharded_linear
+from qsurgeon.layers.sharded import is_sharded, on_mesh, refuse_added, refuse_part, sharded_linear
 from qsurgeon.storage.packed import WEIGHT
 
 
@@ -31,19 +32,26 @@ class QuantConv1D(QuantProduct, Conv1D):
         """How many outputs and inputs the layer has."""
         return self.nf, self.nx
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return q(x) · q(Wᵀ)ᵀ + b, or x · W + b in a phase in which the layer does not round."""
+    def forward(self, x: Tensor, added: Added | None = None) -> Tensor:
+        """Return q(x) · q(Wᵀ)ᵀ + b, or x · W + b in a phase in which the layer does not round.
+
+        added: as a QuantLinear's.
+        """
         how, weight = self.quantization, self.weight
         if not is_active(self, how.behavior.phases):
+            if added is not None:
+                return nn.functional.linear(x, added.to(weight).mT, self.bias)
             plain: Tensor = super().forward(on_mesh(x, weight))  # type: ignore[no-untyped-call]
             return plain
         refuse_export(self.training)
         rows = weight.mT
         if is_sharded(weight):
+            refuse_added(self._described(), added)
             return sharded_linear(x, rows, self.bias, self._described())
         if rows.shape != self.features:
             refuse_part(self._described(), rows)
-        return quantized_linear(x, rows, self.bias, how, name=self.name)
+        turned = None if added is None else added.transposed
+        return quantized_linear(x, rows, self.bias, how, name=self.name, added=turned)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of the layer."""
@@ -56,9 +64,9 @@ class QuantConv1D(QuantProduct, Conv1D):
 class PackedConv1D(PackedLayer, QuantConv1D):
     """A QuantConv1D whose weight is packed as (outputs, inputs), as a PackedLinear with the transposed weight is."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return q(x) · q(Wᵀ)ᵀ + b. Raises: ShapeError for an input of another length or of whole numbers."""
-        return super().forward(x)
+    def forward(self, x: Tensor, added: Added | None = None) -> Tensor:
+        """Return q(x) · q(Wᵀ)ᵀ + b. Raises: as a PackedLinear's."""
+        return super().forward(x, added)
 
     def _as_codes(self, name: str, value: Any) -> Any:
         codes = super()._as_codes(name, value)

@@ -59,14 +59,40 @@ class _State(NamedTuple):
         )
 
 
+class Besides(NamedTuple):
+    """What rounded values are computed from beside a weight: parameters, such as an adapter's, and numbers."""
+
+    parameters: tuple[Tensor, ...] = ()
+    numbers: tuple[float, ...] = ()
+
+
+NOTHING = Besides()
+
+
 class _Kept:
     """A weight's rounded values, and what they were rounded from."""
 
-    __slots__ = ("how", "name", "owner", "round", "state", "uses", "values")
+    __slots__ = ("besides", "how", "name", "numbers", "owner", "round", "state", "uses", "values")
 
-    def __init__(self, owner: "ReferenceType[Tensor]", weight: Tensor, how: Any, round: Round, name: str) -> None:
+    def __init__(
+        self, owner: "ReferenceType[Tensor]", weight: Tensor, how: Any, round: Round, name: str, besides: Besides
+    ) -> None:
         self.owner, self.state, self.how, self.round, self.name = owner, _State.of(weight), how, round, name
+        self.besides, self.numbers = tuple((ref(one), _State.of(one)) for one in besides.parameters), besides.numbers
         self.values, self.uses = round(weight, how), 0
+
+    def is_of(self, owner: Tensor, weight: Tensor, besides: Besides) -> bool:
+        """Return whether torch says of all that the values were computed from that it is the same, and unchanged."""
+        return (
+            self.owner() is owner
+            and self.state.is_of(weight)
+            and besides.numbers == self.numbers
+            and len(besides.parameters) == len(self.besides)
+            and all(
+                known() is one and state.is_of(one)
+                for one, (known, state) in zip(besides.parameters, self.besides, strict=True)
+            )
+        )
 
     def check(self) -> None:
         """Do nothing if the weight still has the values that were rounded. Raises: UsageError."""
@@ -84,7 +110,8 @@ class _Kept:
         weight = owner.detach()
         if (weight.shape, weight.stride()) != (shape, stride):
             weight = weight.as_strided(shape, stride)
-        if not self.state.is_of(weight):
+        besides = [(known(), state) for known, state in self.besides]
+        if not self.state.is_of(weight) or not all(one is not None and state.is_of(one) for one, state in besides):
             return  # it was seen to change after its last use
         again = self.round(weight, self.how)
         if not torch.equal(_bits(again), _bits(self.values)):
@@ -108,17 +135,17 @@ class Keeping:
         self.size = 0
         self.is_open = True
 
-    def rounded(self, weight: Tensor, how: Any, round: Round, name: str) -> Tensor:
+    def rounded(self, weight: Tensor, how: Any, round: Round, name: str, besides: Besides = NOTHING) -> Tensor:
         """Return ``round(weight, how)``, which no gradient is wanted of, kept from an earlier call or for a later one.
 
-        name: of the layer, for errors.
+        name: of the layer, for errors. besides: what ``round`` reads beside the weight.
         """
         owner = base_of(weight)
         kept = self._kept.get((id(owner), id(how)))
-        if kept is not None and kept.owner() is owner and kept.state.is_of(weight):
+        if kept is not None and kept.is_of(owner, weight, besides):
             kept.uses += 1
             return kept.values
-        return self._round(owner, weight, how, round, name)
+        return self._round(owner, weight, how, round, name, besides)
 
     def close(self) -> None:
         """Give all weights back. Raises: UsageError if one that was used changed unseen."""
@@ -132,7 +159,7 @@ class Keeping:
             found, self._kept, self.is_open, self.size = list(self._kept.values()), {}, False, 0
         return found
 
-    def _round(self, owner: Tensor, weight: Tensor, how: Any, round: Round, name: str) -> Tensor:
+    def _round(self, owner: Tensor, weight: Tensor, how: Any, round: Round, name: str, besides: Besides) -> Tensor:
         key = (id(owner), id(how))
         self._forget(key)
         size = weight.numel() * weight.element_size()
@@ -141,7 +168,7 @@ class Keeping:
             self.size += size if has_room else 0
         if not has_room or not weight.data_ptr() or id(owner) in _not_kept:
             return round(weight, how)
-        made = _Kept(ref(owner, lambda _: self._forget(key)), weight, how, round, name)
+        made = _Kept(ref(owner, lambda _: self._forget(key)), weight, how, round, name, besides)
         with self._changing:
             if self.is_open:
                 self._kept[key] = made

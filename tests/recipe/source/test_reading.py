@@ -135,11 +135,12 @@ rules:
     input: mxfp8
     gradient: clipped
     phases: training
+    adapters: apart
 """
 KEYS = [
     *("version", "model", "output", "storage", "saved_inputs", "untie", "formats", "rules"),
     *("like", "element", "block", "scale", "scale_rule", "tensor_scale"),
-    *("name", "target", "types", "exclude", "weight", "input", "gradient", "phases", "saved_inputs"),
+    *("name", "target", "types", "exclude", "weight", "input", "gradient", "phases", "saved_inputs", "adapters"),
 ]
 
 
@@ -192,8 +193,8 @@ def test_a_key_that_is_a_list_is_refused(complaint: Complain) -> None:
 def test_a_merge_key_is_an_unknown_key(complaint: Complain) -> None:
     text = "version: 1\nrules:\n  - &a\n    target: [layers]\n    weight: mxfp4\n  - <<: *a\n    target: [norm]\n"
     assert complaint(text).startswith(
-        "mine.yaml:6:5: unknown key '<<'; expected one of: exclude, gradient, input, name, phases, saved_inputs, "
-        "types, weight\n"
+        "mine.yaml:6:5: unknown key '<<'; expected one of: adapters, exclude, gradient, input, name, phases, "
+        "saved_inputs, types, weight\n"
         "      - <<: *a\n"
         "        ^^"
     )
