@@ -1,8 +1,9 @@
 """Rewrite a Hugging Face model as a recipe says: Linear layers that compute in 4 bits and still train.
 
-Importing the package has two side effects: as soon as transformers' quantizers are imported (at once, if they are
-already), ``quant_method: qsurgeon`` is registered with them; and as soon as peft is, it refuses adapters that would
-compute past wrapped layers. Below ``qsurgeon run``, and only there, loaded models are announced too. Nothing else is
+Importing the package has three side effects: as soon as transformers' quantizers are imported (at once, if they are
+already), ``quant_method: qsurgeon`` is registered with them; as soon as peft is, it refuses adapters that would compute
+past wrapped layers; and as soon as the Trainer is, it names its steps to norms that have noise. Below ``qsurgeon run``,
+and only there, loaded models are announced too. Nothing else is
 imported until it is used, so that ``qsurgeon --help`` answers without torch.
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qsurgeon.formats import Format, get_format
     from qsurgeon.hf.models import apply, load, plan, reference
     from qsurgeon.layers import QuantLinear, disabled, keep_at_most, kept_bytes, phase, rounded_once
+    from qsurgeon.layers.noise import noise
     from qsurgeon.merging import merge
     from qsurgeon.recipe import Recipe, load_recipe
     from qsurgeon.report.inspection import inspect
@@ -50,6 +52,7 @@ __all__ = [
     "load",
     "load_recipe",
     "merge",
+    "noise",
     "phase",
     "plan",
     "reference",
@@ -76,6 +79,7 @@ _HOME = {
     "load": "hf.models",
     "load_recipe": "recipe",
     "merge": "merging",
+    "noise": "layers.noise",
     "phase": "layers",
     "plan": "hf.models",
     "reference": "hf.models",
@@ -130,6 +134,7 @@ def _follow(watched: str, ours: str) -> None:
 
 _follow("transformers.quantizers.auto", "qsurgeon.hf.quantizer")
 _follow("transformers.modeling_utils", "qsurgeon.hf.hooks")
+_follow("transformers.trainer", "qsurgeon.hf.noising")
 _follow("peft.tuners.tuners_utils", "qsurgeon.hf.adapting")
 _follow("peft.tuners.lora.layer", "qsurgeon.hf.merged")
 _follow("peft.mapping_func", "qsurgeon.hf.counting")

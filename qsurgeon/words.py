@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Gradient = Literal["ste", "clipped", "none"]  # how a gradient passes the rounding
 Phase = Literal["training", "rollout"]  # what a model is being called for
 Phases = Literal["both", "training", "rollout"]  # in which of them a layer rounds
+Backward = Literal["dequantized", "high_precision"]  # what a backward pass multiplies gradients with
 Adapters = Literal["apart", "merged"]  # whether an adapter's product is added, or its ΔW before the weight is rounded
 SavedInputs = Literal["packed", "full"]  # what a backward pass keeps of an input: codes and scales, or their values
 Storage = str  # of a weight: "master", full precision, rounded in each pass, or the name of an encoding of storage/
@@ -52,7 +53,7 @@ class Behavior(Common):
 
     gradient: Annotated[
         Gradient,
-        Shown(column=True, others=("grad", "backward", "ste", "gradient_estimator", "gradients", "estimator")),
+        Shown(column=True, others=("grad", "ste", "gradient_estimator", "gradients", "estimator")),
     ] = Field(default="ste", description="How the gradient passes the rounding.")
     phases: Annotated[Phases, Shown(reason="in {} only", forward=True, others=("when", "modes", "mode"))] = Field(
         default="both", description="When modules round: in training, in rollouts, or in both."
@@ -61,6 +62,22 @@ class Behavior(Common):
         default="apart",
         description="What LoRA adds to: the product, q(W)·q(x) + ΔW·x, or the weight before rounding, q(W + ΔW)·q(x).",
     )
+
+    backward: Annotated[
+        Backward, Shown(reason="backward with {} operands", others=("backward_operands", "bwd", "backward_override"))
+    ] = Field(
+        default="dequantized",
+        description="What the backward pass multiplies with: the rounded operands, or the operands before rounding.",
+    )
+
+    @model_validator(mode="after")
+    def _has_one_gradient(self) -> Self:
+        if self.backward == "high_precision" and self.gradient != "ste":
+            raise ValueError(
+                f"'backward: high_precision' has the gradient of a product without rounding, and 'gradient: "
+                f"{self.gradient}' is of one with it; say 'gradient: ste', or leave 'backward' out"
+            )
+        return self
 
     @classmethod
     def of(cls, *sections: BaseModel) -> Self:

@@ -189,6 +189,7 @@ def test_peft_refuses_what_computes_past_wrapped_layers_whichever_comes_first(or
 # What nothing has imported then.
 UNUSED = [
     "transformers.integrations.liger",
+    "transformers.trainer",
     "trl.experimental.async_distillation.async_distillation_trainer",
     "trl.trainer.distillation_trainer",
     "trl.trainer.sft_trainer",

@@ -36,9 +36,8 @@ from qsurgeon.recipe import Recipe, load_recipe
 from qsurgeon.surgery import (
     QUANT_METHOD,
     Plan,
-    build_plan,
     is_ours,
-    modules_of,
+    plan_for,
     read_config,
     read_record,
     record_of,
@@ -145,7 +144,7 @@ def _prepare(
     own = config.get("quantization_config")
     record = read_record(own, "config.json") if isinstance(own, dict) and is_ours(own) else None
     model = skeleton(read_config(found.folder, trusted), trusted)
-    plan = build_plan(recipe, modules_of(model))
+    plan = plan_for(recipe, model)
     plan = plan if record is None else repacked(plan, record, str(source))
     events.ready()
     # By the commit: a branch may have moved since.

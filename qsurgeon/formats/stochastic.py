@@ -2,7 +2,8 @@
 
 So the same tensor is rounded to the same values whenever it is (recomputed under gradient checkpointing, resumed,
 packed and unpacked), and a weight that an optimizer changed, or the next batch, gets fresh numbers. The mixing
-function is lowbias32 of Chris Wellons (public domain, https://nullprogram.com/blog/2018/07/31/).
+function is lowbias32 of Chris Wellons (public domain, https://nullprogram.com/blog/2018/07/31/). The noise of
+``layers/noise/`` is made by the same function.
 """
 
 import torch
@@ -11,21 +12,27 @@ from torch import Tensor
 WEYL = 0x9E3779B9  # 2^32 over the golden ratio: neighbouring columns land far apart
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
     """Return 32 bits as torch's int32 has them."""
     return x - 2**32 if x >= 2**31 else x
 
 
-def _shifted(x: Tensor, by: int) -> Tensor:
+def shifted(x: Tensor, by: int) -> Tensor:
     """Return ``x >> by`` (int32) with zeros coming in, as of an unsigned number."""
     return (x >> by).bitwise_and_((1 << (32 - by)) - 1)
 
 
-def _mixed(x: Tensor) -> Tensor:
+def mixed(x: Tensor) -> Tensor:
     """Return 32 bits (int32) that each depend on all of ``x``'s; products wrap around."""
-    x = (x ^ _shifted(x, 16)) * 0x7FEB352D
-    x = (x ^ _shifted(x, 15)) * _signed(0x846CA68B)
-    return x ^ _shifted(x, 16)
+    x = (x ^ shifted(x, 16)) * 0x7FEB352D
+    x = (x ^ shifted(x, 15)) * signed(0x846CA68B)
+    return x ^ shifted(x, 16)
+
+
+def spread(columns: Tensor) -> Tensor:
+    """Return 32 bits (int32) for each of ``columns`` (int64), such that neighbors have nothing in common."""
+    offsets = (columns * WEYL).bitwise_and_(2**32 - 1)
+    return torch.where(offsets >= 2**31, offsets - 2**32, offsets).to(torch.int32)
 
 
 def uniform(x: Tensor, row: int, column: int, seed: int) -> Tensor:
@@ -35,10 +42,8 @@ def uniform(x: Tensor, row: int, column: int, seed: int) -> Tensor:
     """
     count = x.numel() // x.shape[-1] if x.shape[-1] else 0
     rows = torch.arange(row, row + count, dtype=torch.int64, device=x.device).to(torch.int32)
-    keys = _mixed(rows + seed).reshape(*x.shape[:-1], 1)
-    columns = torch.arange(column, column + x.shape[-1], dtype=torch.int64, device=x.device)
-    offsets = (columns * WEYL).bitwise_and_(2**32 - 1)
-    offsets = torch.where(offsets >= 2**31, offsets - 2**32, offsets).to(torch.int32)
+    keys = mixed(rows + seed).reshape(*x.shape[:-1], 1)
+    offsets = spread(torch.arange(column, column + x.shape[-1], dtype=torch.int64, device=x.device))
     # One zero has one number: negating a tensor must only change signs.
     bits = x.view(torch.int32).bitwise_and(0x7FFFFFFF)
-    return _shifted(_mixed((keys + offsets) ^ bits), 8).to(torch.float32).mul_(2.0**-24)
+    return shifted(mixed((keys + offsets) ^ bits), 8).to(torch.float32).mul_(2.0**-24)

@@ -29,14 +29,14 @@ from qsurgeon.surgery import (
     Plan,
     Record,
     architecture,
-    build_plan,
     current_record,
     foreign_method,
+    install,
     inventory,
     mark,
-    modules_of,
     operate,
     plain_model,
+    plan_for,
     read_config,
     record_in,
     refuse_foreign,
@@ -83,14 +83,14 @@ def plan(
     check_model("plan", model, transformers.PreTrainedConfig)
     made = as_recipe(recipe)
     if isinstance(model, nn.Module):
-        return _following(build_plan(made, modules_of(model)), model)[0]
+        return _following(plan_for(made, model), model)[0]
     is_config = isinstance(model, transformers.PreTrainedConfig)
     config = model if is_config else config_of(model, revision, trust_remote_code=trust_remote_code)
     name = "the model" if is_config else str(model)
     record = record_in(config)
     if record is None:
         refuse_quantized(config, name)
-    planned = build_plan(made, modules_of(skeleton(config, trust_remote_code)))
+    planned = plan_for(made, skeleton(config, trust_remote_code))
     return planned if record is None else repacked(planned, record, name)
 
 
@@ -134,7 +134,7 @@ def apply(recipe: Recipe | str | Path, model: Model | None = None) -> Model:
             "transformers split the model over processes, and its layers could not tell that they round a part: "
             f"{needs(SEES_PARTS)}"
         )
-    made, before = _following(build_plan(as_recipe(recipe), modules_of(model)), model)
+    made, before = _following(plan_for(as_recipe(recipe), model), model)
     chosen = {step.module.name: step.quantization for step in made.wrapped if step.quantization is not None}
     excluded = {step.module.name: step.fate for step in made.steps if isinstance(step.fate, Excluded)}
     source = before.source if before is not None else next(filter(None, (_origin(host.config) for host in found)), "")
@@ -143,6 +143,8 @@ def apply(recipe: Recipe | str | Path, model: Model | None = None) -> Model:
     with uninterrupted():  # from here on there is no way back: what says what was done comes with the operation
         with unwrapped(model) if before is not None else nullcontext():
             operate(model, chosen, untie=made.recipe.untie, storage=made.recipe.storage)
+        if made.noise is not None and before is None:
+            install(model, made.noise)
         mark(model, Origin(source, made.recipe.text), excluded)
         follow_rollouts(model, chosen.values())
         for host in found:

@@ -165,13 +165,19 @@ def places(model: Any, wrapped: Collection[str], noted: Iterable[str], files: It
     """
     stored = opened()
     names = {module.name for module in inventory(model)}
-    is_same = stored is None or type(model).__name__ == stored.saved_class
+    is_same = is_whole(model)
     # A class of somebody's own program can only be looked at by that program.
     is_unknown = stored is not None and not hasattr(transformers, stored.saved_class or "")
     if is_same or (is_unknown and names.issuperset(wrapped)):
         _refuse_absent(type(model).__name__, wrapped, names)
         return {name: name for name in (*wrapped, *noted) if name in names}
     return _places_by_tensors(model, stored, {*wrapped, *noted}, wrapped, files)
+
+
+def is_whole(model: Any) -> bool:
+    """Return whether ``model``, which is being opened, is of the class that was saved."""
+    stored = opened()
+    return stored is None or type(model).__name__ == stored.saved_class
 
 
 def _refuse_absent(kind: str, wrapped: Collection[str], names: Collection[str]) -> None:

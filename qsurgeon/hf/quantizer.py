@@ -16,13 +16,13 @@ from torch import nn
 from qsurgeon.checkpoint.kept import kept_names, packed_names, past
 from qsurgeon.checkpoint.reading.headers import DTYPES
 from qsurgeon.errors import CheckpointError
-from qsurgeon.hf.opening import places
+from qsurgeon.hf.opening import is_whole, places
 from qsurgeon.hf.rollouts import follow_rollouts
 from qsurgeon.layers import PackedLayer, packed_layers, quant_layers
 from qsurgeon.patching import Method, patch
 from qsurgeon.storage import PACKED
 from qsurgeon.storage.packed import WEIGHT
-from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, mark, operate, read_record
+from qsurgeon.surgery import QUANT_METHOD, Origin, Record, current_record, install, mark, operate, read_record
 from qsurgeon.torch_private import COMPILED_FROM
 from qsurgeon.transformers_private.attributes import READ
 from qsurgeon.transformers_private.loading import ConversionOps, WeightConverter
@@ -118,7 +118,8 @@ class QSurgeonQuantizer(HfQuantizer):
     ) -> None:
         record: Record = self.quantization_config.record
         wrapped, excluded = record.quantizations(), record.exclusions()
-        place = places(model, wrapped, excluded, checkpoint_files or ())
+        noisy = {} if record.noise is None else record.noise.modules
+        place = places(model, wrapped, [*excluded, *noisy], checkpoint_files or ())
         chosen = {name: wrapped[there] for name, there in place.items() if there in wrapped}
         operate(model, chosen, storage=record.storage)
         mark(
@@ -126,6 +127,11 @@ class QSurgeonQuantizer(HfQuantizer):
             Origin(record.source, record.recipe),
             {name: excluded[there] for name, there in place.items() if there in excluded},
         )
+        if record.noise is not None:
+            lost = [name for name in noisy if name not in place.values()]
+            if lost and is_whole(model):
+                raise CheckpointError(f"{type(model).__name__} has no {lost[0]}, which config.json gives noise")
+            install(model, record.noise, {name: there for name, there in place.items() if there in noisy})
         follow_rollouts(model, chosen.values())
         if self.is_packed:
             patch(transformers.PreTrainedModel, "save_pretrained", _saving_what_is_given)

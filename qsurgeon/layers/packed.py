@@ -16,6 +16,7 @@ from qsurgeon.layers.dequantized import packed_format
 from qsurgeon.layers.export import refuse_export
 from qsurgeon.layers.layer import QuantProduct, quant_layers
 from qsurgeon.layers.linear import QuantLinear
+from qsurgeon.layers.noise import noisy_norms
 from qsurgeon.layers.phases import During, without
 from qsurgeon.layers.product import packed_linear
 from qsurgeon.layers.quantization import Quantization
@@ -269,6 +270,8 @@ def refused_by_packing(behavior: Behavior) -> tuple[str, str] | None:
     """Return the field of ``behavior`` that a packed weight cannot obey, and why; None if it can obey all."""
     if behavior.phases != "both":
         return "phases", f"a packed weight is rounded in every phase, not in {behavior.phases} only"
+    if behavior.backward != "dequantized":
+        return "backward", "a packed weight has no values in high precision that a backward pass could multiply with"
     if behavior.adapters == "merged":
         return "adapters", "a packed weight is codes, which an adapter cannot be added to; keep storage: master"
     return None
@@ -317,6 +320,7 @@ def kept_bytes(model: nn.Module) -> int:
 def disabled(*models: nn.Module) -> During:
     """Let ``models`` compute in full precision inside the block: a teacher or reference with the same weights.
 
+    Norms have no noise there (``qsurgeon.noise``).
     As a phase does, it follows the work, into the threads that are started inside, tasks of asyncio and thread pools;
     what others do meanwhile with the same models is not disabled. Where ``backward`` is called makes no difference.
 
@@ -333,4 +337,5 @@ def disabled(*models: nn.Module) -> During:
                 "their full precision is gone. Load the checkpoint that they were packed from as a teacher or "
                 "reference, or use storage: master"
             )
-    return without([layer for layers in found for layer in layers.values()])
+    noisy = [norm for model in models for norm in noisy_norms(model).values()]
+    return without([*(layer for layers in found for layer in layers.values()), *noisy])

@@ -3,6 +3,8 @@
 y = q(x) · q(W)ᵀ + b. Backward, rounding counts as the identity (Bengio et al., arXiv 1308.3432, section 4):
 grad_x = g · q(W), grad_W = gᵀ · q(x). All that the second needs of x is q(x), which is kept as its packed codes and
 scales; q(W) is rounded once more from the weight, which is there anyhow, or dequantized from its codes.
+
+Under ``backward: high_precision`` they are g · W and gᵀ · x, as if nothing had been rounded; x is kept as it is.
 """
 
 from collections.abc import Sequence
@@ -171,6 +173,7 @@ class _Wanted(NamedTuple):
     packs: bool  # keeps q(x) as codes
     clips_input: bool
     clips_weight: bool
+    exact: bool  # of the product as it is without rounding
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, bias: Tensor | None, how: Quantization) -> "_Wanted":
@@ -178,14 +181,15 @@ class _Wanted(NamedTuple):
         gradient = behavior.gradient
         for_input = x.requires_grad and (how.input is None or gradient != "none")
         for_weight = weight.requires_grad and (how.weight is None or gradient != "none")
-        clips = gradient == "clipped"
+        clips, is_exact = gradient == "clipped", behavior.backward == "high_precision"
         return cls(
             for_input,
             for_weight,
             _is_trained(bias),
-            for_weight and how.input is not None and behavior.saved_inputs == "packed",
+            for_weight and how.input is not None and behavior.saved_inputs == "packed" and not is_exact,
             for_input and clips and how.input is not None,
             for_weight and clips and how.weight is not None,
+            is_exact,
         )
 
     @property
@@ -261,6 +265,10 @@ class _Product(torch.autograd.Function):
         _refuse_second_derivative()
         task, saved, (x_dtype, bias_dtype) = ctx.task, _Saved.of(ctx.saved_tensors), ctx.dtypes
         wanted, flat = task.wanted, _matrix(grad)
+        grad_bias = flat.sum(0).to(bias_dtype) if wanted.bias else None
+        if wanted.exact:
+            grad_x, grad_weight = _exact_gradients(grad, flat, task, saved, x_dtype)
+            return grad_x, grad_bias, None, None, None, grad_weight, *[None] * (ctx.count - 1)
         grad_x = grad_weight = None
         weight = _once_more(saved.weight[0]) if wanted.reads_weight and not task.is_packed else None
         if wanted.input:
@@ -271,8 +279,20 @@ class _Product(torch.autograd.Function):
             outside = _saturated_weight(weight, task, saved) if wanted.clips_weight and weight is not None else None
             product = flat.T @ _matrix(_input_values(task, saved, ctx.inputs, x_dtype).to(grad.dtype))
             grad_weight = _back(product, task.how, outside, task.dtype)
-        grad_bias = flat.sum(0).to(bias_dtype) if wanted.bias else None
         return grad_x, grad_bias, None, None, None, grad_weight, *[None] * (ctx.count - 1)
+
+
+def _exact_gradients(
+    grad: Tensor, flat: Tensor, task: _Task, saved: _Saved, x_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of input and weight as nn.Linear has them: of the operands before rounding."""
+    grad_x = grad_weight = None
+    if task.wanted.input:
+        product = flat @ saved.weight[0].to(grad.dtype)
+        grad_x = product.reshape(*grad.shape[:-1], product.shape[-1]).to(x_dtype)
+    if task.wanted.weight and saved.values is not None:
+        grad_weight = (flat.T @ _matrix(saved.values).to(grad.dtype)).to(task.dtype)
+    return grad_x, grad_weight
 
 
 def _forward_input(x: Tensor, task: _Task, number: Tensor | None) -> tuple[Tensor, _Saved]:
@@ -283,7 +303,10 @@ def _forward_input(x: Tensor, task: _Task, number: Tensor | None) -> tuple[Tenso
     if grid is None:
         values = turned.to(x.dtype)
         # Where nothing was rounded it is the input itself, which autograd must know as such.
-        return values, _Saved(values=x if how.rotation is None else values) if wanted.weight else _Saved()
+        is_itself = how.rotation is None or wanted.exact
+        return values, _Saved(values=x if is_itself else values) if wanted.weight else _Saved()
+    if wanted.exact:
+        return rounded(turned, grid, above, x.dtype), _Saved(values=x) if wanted.weight else _Saved()
     outside = bits_of(saturated(turned, grid, above)) if wanted.clips_input else None
     if wanted.packs:
         values, codes = coded(turned, grid, above, x.dtype)

@@ -9,9 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     StrictBool,
@@ -26,7 +24,8 @@ from qsurgeon.formats.element import ELEMENTS
 from qsurgeon.formats.fields import FIELDS, HADAMARD_SIZES, NONE, Rounding, TensorScale
 from qsurgeon.formats.scale import RULES, SCALES
 from qsurgeon.layers.kinds import DEFAULT, KINDS
-from qsurgeon.recipe.select import check_pattern
+from qsurgeon.recipe.noise import NoiseSection
+from qsurgeon.recipe.section import PatternText, Section
 from qsurgeon.recipe.text import Path
 from qsurgeon.recipe.words import unknown_format
 from qsurgeon.storage import MASTER, Encoding, StorageName, encoding_of
@@ -51,12 +50,6 @@ def _one_of(description: str, registry: Mapping[str, Any], *others: str) -> Any:
 
 _SIZE = {"type": "integer", "minimum": 1}
 _NONE = {"const": NONE}
-
-
-class Section(BaseModel):
-    """A section of a recipe: unknown keys are errors, and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class FormatSpec(Section):
@@ -85,9 +78,6 @@ class FormatSpec(Section):
     def _is_read(cls, value: Any, info: ValidationInfo) -> Any:
         FIELDS[str(info.field_name)](str(info.field_name), value)
         return value
-
-
-PatternText = Annotated[str, AfterValidator(check_pattern)]
 
 
 def _check_type(name: str) -> str:
@@ -154,6 +144,7 @@ class Recipe(Common, _Head):
     untie: StrictBool = Field(False, description="Give a tied weight that a rule reaches a copy of its own.")
     formats: dict[str, FormatSpec] = Field({}, description="Formats of the recipe's own, by name.")
     rules: tuple[Rule, ...] = Field((), description="In order; a module takes the first rule that names it.")
+    noise: NoiseSection | None = Field(None, description="Noise on the weights of norms while a model is trained.")
 
     _marks: Mapping[Path, tuple[str, str]] = PrivateAttr(default_factory=dict)
     _text: str = PrivateAttr("")

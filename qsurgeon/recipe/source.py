@@ -12,6 +12,7 @@ from qsurgeon.errors import FormatError, Mistake, RecipeError, nearest
 from qsurgeon.formats import CATALOG, Format, check_operands
 from qsurgeon.recipe.find import find_recipe
 from qsurgeon.recipe.foreign import foreign
+from qsurgeon.recipe.noise import NoiseSection, Tier
 from qsurgeon.recipe.schema import FormatSpec, Recipe, Rule, make_format
 from qsurgeon.recipe.select import in_yaml
 from qsurgeon.recipe.text import Path, Source, is_recipe, parse, read_source
@@ -22,6 +23,7 @@ MOST_BASES = 20
 
 _EXPECTED = {
     "string_type": "text",
+    "float_type": "a number",
     "tuple_type": "a list",
     "int_type": "a whole number",
     "bool_type": "true or false",
@@ -199,7 +201,9 @@ def _shown(value: Any) -> str:
 
 
 def _section(path: Path) -> type[BaseModel]:
-    sections: dict[str | int, type[BaseModel]] = {"rules": Rule, "formats": FormatSpec}
+    sections: dict[str | int, type[BaseModel]] = {"rules": Rule, "formats": FormatSpec, "noise": NoiseSection}
+    if path[:2] == ("noise", "tiers"):
+        return Tier
     return sections.get(path[0], Recipe) if path else Recipe
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from qsurgeon.arguments import check_model
 from qsurgeon.checkpoint import config_of
 from qsurgeon.layers import AS_IT_IS, Quantization, current_phase, is_active, packed_layers, quant_layers
+from qsurgeon.layers.noise import Noise, noisy_norms, sigma_now
 from qsurgeon.observing import observed, undisturbed
 from qsurgeon.report.rows import Report, Row, mark_large
 from qsurgeon.storage import MASTER
@@ -23,6 +24,7 @@ from qsurgeon.surgery import (
     exclusions,
     inventory,
     misread,
+    noise_in,
     quantizations,
     record_in,
     refuse_foreign,
@@ -36,7 +38,7 @@ NONE: Mapping[str, str] = MappingProxyType({})
 def report_of(plan: Plan, source: str = "") -> Report:
     """Return what a plan will make of a model, as ``inspect`` will show it afterwards."""
     report = _report(plan.steps, plan.recipe.storage, source)
-    return replace(report, bytes_after=report.bytes + plan.growth)
+    return replace(report, bytes_after=report.bytes + plan.growth, noise=_in_words(plan.noise))
 
 
 def inspect(
@@ -70,20 +72,34 @@ def inspect(
     if record is not None:
         fates |= record.exclusions()
         fates |= record.quantizations()
-    steps = [Step(module, fates.get(module.name)) for module in inventory(skeleton(config, trust_remote_code))]
+    noisy = {} if record is None or record.noise is None else record.noise.modules
+    steps = [
+        Step(module, fates.get(module.name), noisy.get(module.name))
+        for module in inventory(skeleton(config, trust_remote_code))
+    ]
     if record is not None and record.encoding is not None:
         sizes = [step.packed_bytes(record.encoding) for step in steps]
         steps = [
             replace(step, module=replace(step.module, bytes=size)) for step, size in zip(steps, sizes, strict=True)
         ]
-    return _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")
+    report = _report(steps, record.storage if record else "", str(model) if isinstance(model, str | Path) else "")
+    return report if record is None else replace(report, noise=_in_words(record.noise))
+
+
+def _in_words(noise: Noise | None) -> str:
+    return "" if noise is None else str(noise)
 
 
 def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report:
     excluded = exclusions(model)
     layers = quant_layers(model)
     wrapped = quantizations(model)
-    steps = [Step(module, wrapped.get(module.name) or excluded.get(module.name)) for module in inventory(model)]
+    noise, sigmas = noise_in(model), {path: sigma_now(norm) for path, norm in noisy_norms(model).items()}
+    noisy = {} if noise is None else noise.modules
+    steps = [
+        Step(module, wrapped.get(module.name) or excluded.get(module.name), noisy.get(module.name))
+        for module in inventory(model)
+    ]
     called = None if example is None else _called(model, example)
     packed = packed_layers(model)
     storage = next((one.encoding.name for one in packed.values()), MASTER if layers else "")
@@ -95,8 +111,15 @@ def _inspect_live(model: nn.Module, example: Mapping[str, Any] | None) -> Report
         if not is_active(layer, how.behavior.phases)
     }
     report = _report(steps, storage, "", called, bypassed(model), misread(model))
-    rows = (replace(row, rounds=row.module not in resting) if row.module in wrapped else row for row in report.rows)
-    return replace(report, rows=tuple(rows), phase=current_phase())
+    rows = [replace(row, rounds=row.module not in resting) if row.module in wrapped else row for row in report.rows]
+    now = {step.module.name: sigmas.get(step.module.path) for step in steps if step.noise is not None}
+    rows = [_with_sigma(row, now[row.module]) if row.module in now else row for row in rows]
+    return replace(report, rows=tuple(rows), phase=current_phase(), noise=_in_words(noise))
+
+
+def _with_sigma(row: Row, sigma: float | None) -> Row:
+    """Return the row of a norm that says which noise it has at this moment."""
+    return replace(row, sigma=sigma, why=f"{row.why}, sigma {sigma:.3g} at this moment" if sigma else row.why)
 
 
 def _called(model: nn.Module, example: Mapping[str, Any]) -> set[str]:
@@ -151,4 +174,5 @@ def _row(step: Step, called: set[str] | None, past: Mapping[str, str], wrong: Ma
         misread=module.path in wrong,
         adapter=module.adapter,
         tower=module.tower,
+        noise=step.noise,
     )

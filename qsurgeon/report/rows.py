@@ -26,7 +26,8 @@ class Row:
     type: what recipes call its kind; nothing for what cannot be wrapped.
     called: by the example, where there was one to ask with. bypassed: by an adapter that computes past it.
     misread: by an adapter that takes its codes for values. behavior: how it uses its formats, where it is wrapped.
-    rounds: whether it did when a live model was asked; None where there was none to ask.
+    rounds: whether it did when a live model was asked; None where there was none to ask. noise: the multiplier of the
+    noise of a norm, if it gets some. sigma: the standard deviation of that when a live model was asked.
     """
 
     module: str
@@ -47,6 +48,8 @@ class Row:
     rounds: bool | None = None
     adapter: bool = False
     tower: Tower | None = None
+    noise: float | None = None
+    sigma: float | None = None
 
     @property
     def is_wrapped(self) -> bool:
@@ -108,13 +111,17 @@ class Reached:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of a model, and their totals. phase: what a live model was being called for when it was asked."""
+    """The rows of a model, and their totals.
+
+    phase: what a live model was being called for when it was asked. noise: that of its norms, in words.
+    """
 
     rows: tuple[Row, ...]
     storage: str
     source: str = ""
     bytes_after: int | None = None  # what a plan will make of the bytes that the rows have now
     phase: str = ""
+    noise: str = ""
 
     @property
     def wrapped(self) -> int:
@@ -227,6 +234,7 @@ class Report:
             "unnamed": [row.module for row in self.unnamed],
             "large": [vars(one) for one in self.large],
             "towers": [vars(one) for one in self.towers],
+            "noise": self.noise,
             "modules": rows,
         }
 
@@ -302,6 +310,8 @@ def totals_text(report: Report) -> str:
             f"{one.wrappable} {listed(report.types, 'and')} modules, {percent(one.share)} of the parameters"
         )
     lines.append(f"parameters: {shares}; {report.bits_per_weight:.2f} bits per weight")
+    if report.noise:
+        lines.append(f"noise on {sum(row.noise is not None for row in report.rows)} norms: {report.noise}")
     size = f"size: {_megabytes(report.bytes)}"
     if report.bytes_after not in (None, report.bytes):
         size += f" now, {_megabytes(report.bytes_after)} with {report.storage} weights"

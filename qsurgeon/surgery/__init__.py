@@ -5,6 +5,8 @@ from qsurgeon.surgery.current import Origin, current_record, exclusions, inherit
 from qsurgeon.surgery.headline import Part, headline, headline_of, in_words, percent
 from qsurgeon.surgery.interrupts import uninterrupted
 from qsurgeon.surgery.inventory import Module, Tower, inventory, plain_model, quantizations
+from qsurgeon.surgery.noise import plan_for
+from qsurgeon.surgery.noisy import install, noise_in
 from qsurgeon.surgery.operate import operate
 from qsurgeon.surgery.plan import Excluded, Plan, Step, build_plan
 from qsurgeon.surgery.quantized import configs_in, foreign_method, is_ours, refuse_foreign, refuse_quantized
@@ -34,6 +36,7 @@ __all__ = [
     "headline_of",
     "in_words",
     "inherit",
+    "install",
     "inventory",
     "is_ours",
     "mark",
@@ -41,10 +44,12 @@ __all__ = [
     "method_of",
     "misread",
     "modules_of",
+    "noise_in",
     "objection",
     "operate",
     "percent",
     "plain_model",
+    "plan_for",
     "quantizations",
     "read_config",
     "read_record",

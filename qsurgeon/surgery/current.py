@@ -14,6 +14,7 @@ from qsurgeon.errors import SurgeryError
 from qsurgeon.layers import PackedLayer, quant_layers
 from qsurgeon.storage import MASTER
 from qsurgeon.surgery.inventory import inventory, plain_model, quantizations
+from qsurgeon.surgery.noisy import noise_in
 from qsurgeon.surgery.plan import Excluded
 from qsurgeon.surgery.record import Header, Record, make_record
 from qsurgeon.version import __version__
@@ -54,7 +55,8 @@ def exclusions(model: nn.Module) -> dict[str, Excluded]:
 def current_record(model: nn.Module) -> Record | None:
     """Return the record of what is wrapped in ``model`` now, under names relative to it; None if nothing is.
 
-    Raises: SurgeryError if some weights are packed and others, which have a format too, are not.
+    Raises: SurgeryError if some weights are packed and others, which have a format too, are not, or if norms have noise
+    of several recipes.
     """
     _, root = plain_model(model)
     layers = quant_layers(root).values()
@@ -70,6 +72,7 @@ def current_record(model: nn.Module) -> Record | None:
         ),
         quantizations(root),
         exclusions(root),
+        noise_in(root),
     )
 
 

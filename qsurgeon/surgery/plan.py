@@ -8,6 +8,7 @@ from qsurgeon.errors import FormatError, Mistake, PlanError
 from qsurgeon.formats import Format
 from qsurgeon.layers import Quantization, packed_format
 from qsurgeon.layers.kinds import DEFAULT, KINDS, listed
+from qsurgeon.layers.noise import Noise
 from qsurgeon.layers.packed import refused_by_packing
 from qsurgeon.recipe import Recipe
 from qsurgeon.recipe.select import OUTPUT_HEAD, Match, Namespace, parse_pattern
@@ -29,10 +30,15 @@ class Excluded:
 
 @dataclass(frozen=True)
 class Step:
-    """One weight of one module and its fate: how it computes, or what excluded it, or None: no rule names it."""
+    """One weight of one module and its fate: how it computes, or what excluded it, or None: no rule names it.
+
+    noise: the multiplier of the noise that it gets. still: why a norm gets none, where the recipe has noise.
+    """
 
     module: Module
     fate: Quantization | Excluded | None
+    noise: float | None = None
+    still: str = ""
 
     @property
     def quantization(self) -> Quantization | None:
@@ -63,6 +69,10 @@ class Step:
                 return why + (f"; {self.remark}" if self.remark else "")
             case Excluded(rule, pattern):
                 return f"excluded by '{pattern}' of rule '{rule}'"
+        if self.noise is not None:
+            return f"noise ×{self.noise:g}"
+        if self.still:
+            return self.still
         if self.module.adapter and self.module.parameters:
             return "adapter of peft: stays in full precision"
         if self.module.type == DEFAULT:
@@ -74,10 +84,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every module's fate, in the model's order, and the recipe that decided."""
+    """Every module's fate, in the model's order, the recipe that decided, and the noise that norms get."""
 
     steps: tuple[Step, ...]
     recipe: Recipe
+    noise: Noise | None = None
 
     @property
     def wrapped(self) -> tuple[Step, ...]:

@@ -15,6 +15,7 @@ from qsurgeon.errors import CheckpointError, FormatError, nearest
 from qsurgeon.formats import CATALOG, Format
 from qsurgeon.formats.fields import FIELDS
 from qsurgeon.layers import Quantization
+from qsurgeon.layers.noise import Noise
 from qsurgeon.storage import Encoding, StorageName, encoding_of
 from qsurgeon.surgery import versions
 from qsurgeon.surgery.plan import Excluded, Plan
@@ -85,6 +86,8 @@ class Record(_Part):
     recipe: str = ""
     # What calibration found, by module and operand; it wins over the format's own number.
     static_scales: dict[str, dict[Role, float]]
+    # What norms get while the model is trained.
+    noise: Noise | None = None
 
     def quantizations(self) -> dict[str, Quantization]:
         """Return how each wrapped module computes, by its name. Raises: CheckpointError for a broken format."""
@@ -116,7 +119,8 @@ class Record(_Part):
             "formats": {name: one.to_dict() for name, one in self.formats.items()},
             "rules": [rule.to_dict() for rule in self.rules],
         }
-        return versions.lowered({**self.model_dump(mode="json"), **parts})
+        without = {"noise"} if self.noise is None else set()
+        return versions.lowered({**self.model_dump(mode="json", exclude=without), **parts})
 
     def exclusions(self) -> dict[str, Excluded]:
         """Return what excluded each module that a rule named and did not take."""
@@ -141,7 +145,7 @@ def record_of(plan: Plan, version: str, source: str = "") -> Record:
     taken = {step.module.name: step.fate for step in plan.steps if isinstance(step.fate, Quantization)}
     left = {step.module.name: step.fate for step in plan.steps if isinstance(step.fate, Excluded)}
     header = Header(version, plan.recipe.storage, source, plan.recipe.text)
-    return make_record(header, taken, left)
+    return make_record(header, taken, left, plan.noise)
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,12 @@ def make_record(
     header: Header,
     taken: Mapping[str, Quantization],
     left: Mapping[str, Excluded],
+    noise: Noise | None = None,
 ) -> Record:
-    """Return the record of the modules ``taken``, and of those that a rule named and ``left``, by their names."""
+    """Return the record of the modules ``taken``, and of those that a rule named and ``left``, by their names.
+
+    ``noise``: what their norms get.
+    """
     formats = _Formats()
     rules: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for module, how in taken.items():
@@ -187,6 +195,7 @@ def make_record(
         source=header.source,
         recipe=header.recipe,
         static_scales=formats.numbers(),
+        noise=noise,
     )
 
 

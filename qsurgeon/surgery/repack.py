@@ -74,6 +74,11 @@ def _differences(plan: Plan, record: Record) -> Iterator[str]:
         for field in (one.name for one in FIELDS if one.shown.forward):
             if told[field] != asked[field]:
                 yield f"{field} of {name} is {told[field]}, and would be {asked[field]}"
+    if plan.noise != record.noise:
+        old, now = (
+            "none" if one is None else f"{one} on {len(one.modules)} norms" for one in (record.noise, plan.noise)
+        )
+        yield f"the noise is {old}, and would be {now}"
 
 
 def _same(was: Format | None, new: Format | None) -> bool:

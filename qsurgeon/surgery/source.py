@@ -62,7 +62,7 @@ class _Found:
 @lru_cache(maxsize=4096)
 def uses_in(kind: Any, method: str = "forward") -> tuple[tuple[Use, ...], tuple[Call, ...]]:
     """Return what ``method`` of a class of modules does with weights, and which methods of held modules it calls."""
-    function = _function(getattr(kind, method, None))
+    function = function_of(getattr(kind, method, None))
     if function is None:
         return (), ()
     found = _Found()
@@ -70,14 +70,14 @@ def uses_in(kind: Any, method: str = "forward") -> tuple[tuple[Use, ...], tuple[
     return tuple(dict.fromkeys(found.uses)), tuple(dict.fromkeys(found.calls))
 
 
-def _function(found: Any) -> FunctionType | None:
+def function_of(found: Any) -> FunctionType | None:
     """Return the function that decorators wrapped, if Python runs it."""
     found = inspect.unwrap(found) if callable(found) else None
     return found if isinstance(found, FunctionType) else None
 
 
 @lru_cache(maxsize=4096)
-def _parsed(function: FunctionType) -> ast.FunctionDef | None:
+def parsed(function: FunctionType) -> ast.FunctionDef | None:
     """Return the syntax tree of a function, or None for one without source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -107,7 +107,7 @@ class _Reader(ast.NodeVisitor):
         self.is_owner = False  # what is visited owns an attribute that is asked for, which calls nothing
 
     def run(self) -> None:
-        tree = _parsed(self.function)
+        tree = parsed(self.function)
         again = (
             self.function,
             self.certain,
@@ -324,7 +324,7 @@ class _Reader(ast.NodeVisitor):
                 found = self.function.__globals__.get(name)
         if isinstance(found, staticmethod):
             found, own = found.__func__, None
-        return _function(found), self.kind, own
+        return function_of(found), self.kind, own
 
     def _inherited(self, name: str) -> Any:
         """Return what ``super().name`` is in this function."""

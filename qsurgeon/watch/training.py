@@ -12,6 +12,7 @@ from qsurgeon.errors import NothingWrappedError, SurgeryError, UsageError
 from qsurgeon.layers import QuantProduct, current_phase, quant_layers
 from qsurgeon.layers.compiling import is_compiled, uncompiled_name
 from qsurgeon.layers.kinds import kind_in
+from qsurgeon.layers.noise import noisy_norms
 from qsurgeon.layers.sharded import is_sharded
 from qsurgeon.observing import Seen, observed
 from qsurgeon.watch.calls import Call, Calls, by_kind
@@ -46,6 +47,9 @@ class Watch:
     ``formats.quality.sqnr``. Noise over signal is averaged over a group's layers, so that each counts the same;
     infinity where nothing was lost. Of a packed weight there is neither a flip rate nor an SQNR: it does not change,
     and what it was rounded from is gone.
+
+    ``qsurgeon/noise_sigma/GROUP``: the standard deviation of the noise that a recipe gives norms, in the step that was
+    named last (``qsurgeon.noise``, or the Trainer), averaged over a group's norms; absent before the first.
 
     They are of a sample: of each weight ``rows`` whole rows (or as few bands of rows as hold that many, for blocks that
     span rows), and ``rows`` tokens of the input of each layer's first call, drawn once and always the same. With a
@@ -96,6 +100,8 @@ class Watch:
         self._open: _Window | None = None
         self._closed = False
         self._weights = Weights(layers, rows)
+        self._norms = noisy_norms(model)
+        self._groups |= {name: groups(uncompiled_name(name)) for name in self._norms}
         self._arm()
 
     def __enter__(self) -> "Watch":
@@ -190,7 +196,9 @@ class Watch:
         for role, noise in (("weight", weights), ("input", inputs)):
             for group, ratios in self._by_group(noise).items():
                 numbers[f"{PREFIX}/{role}_sqnr_db/{group}"] = _decibel(fmean(ratios))
-        return numbers
+        sigmas = {name: norm.noise.last for name, norm in self._norms.items()}
+        known = {name: sigma for name, sigma in sigmas.items() if sigma is not None}
+        return numbers | {f"{PREFIX}/noise_sigma/{group}": fmean(ones) for group, ones in self._by_group(known).items()}
 
     def _flip_rates(self, rates: Mapping[str, float]) -> Numbers:
         """Return the rates of all and of each group, every weight counting the same; that of a frozen one is 0."""

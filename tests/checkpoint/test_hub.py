@@ -409,13 +409,13 @@ def test_config_and_weights_are_of_one_commit(
     commit = hub.add("me/tiny", tiny_folder, branch="old")
     hub.add("me/tiny", tiny_folder)
     module = sys.modules["qsurgeon.checkpoint.rewrite"]
-    plan = vars(module)["build_plan"]
+    plan = vars(module)["plan_for"]
 
     def move_branch(*args: Any) -> Any:
         hub.add("me/tiny", sharded)
         return plan(*args)
 
-    monkeypatch.setattr(module, "build_plan", move_branch)
+    monkeypatch.setattr(module, "plan_for", move_branch)
     qsurgeon.rewrite("w4a4-mxfp4", "me/tiny", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "qsurgeon-plan.json").read_text())["source"] == f"me/tiny@{commit}"
     assert qsurgeon.load(tmp_path / "out").config.num_hidden_layers == 3

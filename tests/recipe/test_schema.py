@@ -32,6 +32,7 @@ def test_a_rule_takes_linears_and_excludes_none_unless_it_says_so() -> None:
         "gradient": "ste",
         "phases": "both",
         "adapters": "apart",
+        "backward": "dequantized",
         "saved_inputs": "packed",
     }
 
@@ -46,6 +47,7 @@ def test_a_recipe_keeps_master_weights_and_ties_unless_it_says_so() -> None:
         "saved_inputs": "packed",
         "untie": False,
         "formats": {},
+        "noise": None,
     }
 
 
@@ -165,8 +167,16 @@ def faults(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], at: s
     if "anyOf" in schema:
         tried = [list(faults(value, one, root, at)) for one in schema["anyOf"]]
         yield from [] if [] in tried else tried[0]
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
-    if "type" in schema and type(value) is not kinds[schema["type"]]:
+    kinds: dict[str, tuple[type, ...]] = {
+        "object": (dict,),
+        "array": (list,),
+        "string": (str,),
+        "integer": (int,),
+        "number": (int, float),
+        "boolean": (bool,),
+        "null": (type(None),),
+    }
+    if "type" in schema and type(value) not in kinds[schema["type"]]:
         yield f"{at} is no {schema['type']}"
         return
     if "const" in schema and value != schema["const"]:

@@ -4,7 +4,7 @@ Which phase it is is a matter of the work, not of the model: one thread may eval
 trains it. ``state.py`` says where that stands, ``carrying.py`` how it reaches what works for the caller.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, get_args
 
@@ -14,8 +14,8 @@ from qsurgeon.errors import UsageError, nearest
 from qsurgeon.layers.phases.around import around
 from qsurgeon.layers.phases.carrying import carry
 from qsurgeon.layers.phases.keeping import Keeping
-from qsurgeon.layers.phases.marks import is_among, number_of
-from qsurgeon.layers.phases.state import Block, entered
+from qsurgeon.layers.phases.marks import is_among, number_of, numbers_of
+from qsurgeon.layers.phases.state import Block, Noising, entered
 from qsurgeon.layers.phases.state import current as _state
 from qsurgeon.words import Phase, Phases
 
@@ -127,7 +127,39 @@ def is_active(layer: nn.Module, phases: Phases) -> bool:
     """Return whether ``layer``, which rounds in ``phases``, rounds now."""
     state = _state()
     # Not asked for nothing: dynamo guards on what it reads of a layer, and would compile a block once for each.
-    return phases in ("both", state.named or "training") and not (state.off and is_among(layer, state.off))
+    return phases in ("both", state.named or "training") and is_enabled(layer)
+
+
+def with_noises(choose: Callable[[], Iterable[tuple[Sequence[nn.Module], Any, bool]]]) -> During:
+    """Let norms have noise inside the block: for each group of them the moment, and whether there is any then."""
+
+    def block() -> Block:
+        return Block(noises=tuple(Noising(number_of(norms), moment, on) for norms, moment, on in choose() if norms))
+
+    return During(block)
+
+
+def is_noisy(norm: nn.Module, phases: Phases) -> bool:
+    """Return whether ``norm``, which has noise in ``phases``, has some now."""
+    state = _state()
+    return (
+        bool(state.noisy)
+        and is_among(norm, state.noisy)
+        and phases in ("both", state.named or "training")
+        and is_enabled(norm)
+    )
+
+
+def is_enabled(layer: nn.Module) -> bool:
+    """Return whether no block around disables ``layer``."""
+    state = _state()
+    return not (state.off and is_among(layer, state.off))
+
+
+def moment_of(norm: nn.Module) -> Any:
+    """Return the moment whose noise ``norm`` is to have now; None where nobody has said one."""
+    numbers = numbers_of(norm)
+    return next((one.moment for one in reversed(_state().noises) if one.number in numbers), None)
 
 
 def current_phase() -> Phase:

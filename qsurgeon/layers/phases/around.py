@@ -75,7 +75,7 @@ def _later(result: Any, state: State) -> Any:
 
 
 async def _awaited(result: Coroutine[Any, Any, Any], state: State) -> Any:
-    with entered(Block(state.named, state.off)):
+    with entered(Block(state.named, state.off, noises=state.noises)):
         return await result
 
 

@@ -31,22 +31,23 @@ class _Marks:
 def number_of(layers: Sequence[nn.Module]) -> int:
     """Return the number that exactly these layers share; they get one, if they have none yet."""
     with _marking:
-        shared = set.intersection(*(set(_found(layer)) for layer in layers))
+        shared = set.intersection(*(set(numbers_of(layer)) for layer in layers))
         for number in sorted(shared):
             if _sizes[number] == len(layers):
                 return number
         new = next(_numbers)
         _sizes[new] = len(layers)
         for layer in layers:
-            vars(layer)[_MARKS] = _Marks((*_found(layer), new))
+            vars(layer)[_MARKS] = _Marks((*numbers_of(layer), new))
         return new
 
 
 def is_among(layer: nn.Module, numbers: tuple[int, ...]) -> bool:
     """Return whether one of ``numbers`` is the layer's."""
-    return any(number in numbers for number in _found(layer))
+    return any(number in numbers for number in numbers_of(layer))
 
 
-def _found(layer: nn.Module) -> tuple[int, ...]:
+def numbers_of(layer: nn.Module) -> tuple[int, ...]:
+    """Return all numbers of a layer."""
     marks: _Marks | None = getattr(layer, _MARKS, None)
     return () if marks is None else marks.numbers

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, Token
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -28,13 +29,22 @@ _changing = threading.RLock()  # not a Lock: the garbage collector may close a g
 _CONTEXT, _STATE = "context", "qsurgeon.state"
 
 
+class Noising(NamedTuple):
+    """That some norms (by their number) have the noise of a moment, or none at that moment if it is not ``on``."""
+
+    number: int
+    moment: Any  # a layers.noise.Moment
+    on: bool
+
+
 class Block:
     """What one ``with`` asks for: a phase, or that some layers do not round (by their numbers, see ``marks.py``).
 
     unless_told: the phase holds only where no block around has named one. keeping: where rounded weights are kept.
+    noises: which norms have noise.
     """
 
-    __slots__ = ("keeping", "named", "off", "states", "unless_told")
+    __slots__ = ("keeping", "named", "noises", "off", "states", "unless_told")
 
     def __init__(
         self,
@@ -43,24 +53,30 @@ class Block:
         *,
         unless_told: bool = False,
         keeping: Keeping | None = None,
+        noises: tuple[Noising, ...] = (),
     ) -> None:
         self.named, self.off, self.unless_told, self.keeping = named, off, unless_told, keeping
+        self.noises = noises
         self.states: WeakSet[State] = WeakSet()  # those that it is a part of
 
 
 class State:
     """What all open blocks come to: the phase that was named, if one was, and the numbers of what does not round.
 
+    noises: of norms, the last that was said of each number; noisy: the numbers of those that have noise.
+
     Dynamo cannot trace a ContextVar. But it takes a property whose getter is written in C for a field: it guards on
     what the property returns, and asks it again at each call (torch 2.13, UserDefinedObjectVariable). So a compiled
     model follows the state of whoever calls it, and compiles once for each value of what it has read.
     """
 
-    __slots__ = ("__weakref__", "blocks", "keeping", "named", "off")
+    __slots__ = ("__weakref__", "blocks", "keeping", "named", "noises", "noisy", "off")
 
     blocks: tuple[Block, ...]
     named: Phase | None
     off: tuple[int, ...]
+    noises: tuple[Noising, ...]
+    noisy: tuple[int, ...]
     keeping: Keeping | None
     now = property(_current.get)  # the state here; where none was set, the object that was asked itself
 
@@ -74,11 +90,15 @@ class State:
         return f"State(named={self.named!r}, off={self.off})"
 
     def __str__(self) -> str:
-        return f"in phase '{self.named or 'training'}'" + (" with a model disabled" if self.off else "")
+        return f"in phase '{self.named or 'training'}'" + (
+            (" with a model disabled" if self.off else "")
+            + "".join(f" with the noise of step {one.moment.step}" for one in self.noises if one.on)
+        )
 
     def is_like(self, other: "State") -> bool:
         """Return whether all layers do the same in both."""
-        return (self.named or "training", self.off) == (other.named or "training", other.off)
+        mine, its = ({one for one in state.noises if one.on} for state in (self, other))
+        return (self.named or "training", self.off, mine) == (other.named or "training", other.off, its)
 
     def with_(self, block: Block) -> "State":
         """Return the state inside of one more block."""
@@ -99,6 +119,9 @@ class State:
                 named = block.named
         self.blocks, self.named = blocks, named
         self.off = tuple(sorted({number for block in blocks for number in block.off}))
+        noises = {one.number: one for block in blocks for one in block.noises}
+        self.noises = tuple(noises[number] for number in sorted(noises))
+        self.noisy = tuple(one.number for one in self.noises if one.on)
         self.keeping = next((block.keeping for block in reversed(blocks) if block.keeping is not None), None)
 
 
