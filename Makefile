@@ -11,8 +11,8 @@ export TOKENIZERS_PARALLELISM := false
 # What depends on the versions of transformers, peft, accelerate, TRL and the hub; the rest of the suite does not.
 DEPENDS := tests/cli/test_commands.py tests/cli/test_run.py tests/checkpoint/test_converted.py \
 	tests/checkpoint/test_hub.py tests/checkpoint/test_packed.py tests/checkpoint/test_saving.py tests/hf \
-	tests/packed tests/surgery/test_skeleton.py tests/test_accelerate.py tests/test_architectures.py \
-	tests/test_heads.py tests/test_imports.py tests/test_merge.py tests/test_peft.py tests/test_private.py \
+	tests/packed tests/surgery/test_skeleton.py tests/test_accelerate.py tests/test_adapters_merged.py \
+	tests/test_architectures.py tests/test_heads.py tests/test_imports.py tests/test_merge.py tests/test_peft.py tests/test_private.py \
 	tests/test_tensor_parallel.py tests/test_trainer.py tests/test_trl.py tests/watch/test_trainer.py
 
 # Marked so is what shows nothing of those libraries in these files: another case, another process, torch's compiler.

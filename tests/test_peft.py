@@ -23,10 +23,8 @@ from qsurgeon.layers import Quantization, QuantLinear, quant_layers
 from qsurgeon.recipe import Recipe, Rule, load_recipe
 from qsurgeon.surgery import adapters, bypassed
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),  # FRoD's own
-    pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning"),  # peft 0.20
-]
+# FRoD's own.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 TARGETS = ["q_proj", "down_proj"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
-from versions import recomputing
+from versions import adapts, recomputing
 
 import qsurgeon
 from qsurgeon.layers import QuantLinear, quant_layers
@@ -194,6 +194,7 @@ def test_an_adapter_of_packed_weights_trains_saves_and_resumes_to_the_bit(packed
     assert torch.equal(again(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
 
 
+@adapts
 def test_an_adapter_that_transformers_holds_trains_too(packed: Path, tmp_path: Path) -> None:
     model = qsurgeon.load(packed)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))

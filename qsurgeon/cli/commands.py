@@ -252,7 +252,9 @@ def export(
 
 @app.command("import")
 def import_(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that another tool quantized.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Folder or Hub id of a model that another tool quantized.")
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Store the values as master weights, for full fine-tuning.")

@@ -10,6 +10,7 @@ import torch
 
 from qsurgeon.checkpoint.card import with_record, without_record
 from qsurgeon.checkpoint.card.front_matter import CARD
+from qsurgeon.checkpoint.hub import fetch
 from qsurgeon.checkpoint.reading.files import companions, write_json
 from qsurgeon.checkpoint.reading.gate import check_checkpoint
 from qsurgeon.checkpoint.writing.journal import Entry
@@ -35,7 +36,7 @@ from qsurgeon.exchange.incoming import SECTIONS, Incoming, Weight, incoming
 from qsurgeon.exchange.modelopt import CONFIG as MODELOPT_CONFIG
 from qsurgeon.exchange.source import DIVISORS
 from qsurgeon.layers import Quantization
-from qsurgeon.places import expanded
+from qsurgeon.places import expanded, is_id
 from qsurgeon.storage import PACKED, Encoding
 from qsurgeon.surgery import QUANT_METHOD
 from qsurgeon.version import __version__
@@ -91,9 +92,13 @@ def import_checkpoint(
     their values master weights. Inputs are rounded as the checkpoint asks for. What ``export`` wrote comes back under
     the formats and rules that it had. Memory is bounded, and what is interrupted resumes, as in ``export``.
 
+    ``folder`` may also be the id of a model on the hub.
+
     Raises: ExchangeError for what nothing here computes; CheckpointError; OSError. There is no ``destination`` then.
     """
     source, destination = Path(expanded(folder)), Path(os.path.normpath(expanded(destination)))
+    if not source.exists() and is_id(str(folder)):
+        source = fetch(str(folder), trust_remote_code=options.trust_remote_code).folder
     if not source.is_dir():
         raise CheckpointError(f"{source}: {'is a file; expected a folder' if source.exists() else 'no such folder'}")
     refuse_inside(destination, source)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qsurgeon.checkpoint.hub import origin
 from qsurgeon.checkpoint.kept import kept_names
 from qsurgeon.checkpoint.reading.gate import check_generation
 from qsurgeon.checkpoint.reading.headers import Tensor
@@ -95,7 +96,7 @@ def incoming(folder: Path, *, dequantize: bool = False, trust_remote_code: bool 
     modules = _modules(model, foreign, tensors)
     report = _report(folder, config)
     storage = MASTER if dequantize else PACKED.name
-    record = _recorded(report, foreign, modules, storage) or _made(foreign, modules, storage, folder.name)
+    record = _recorded(report, foreign, modules, storage) or _made(foreign, modules, storage, origin(folder))
     hows = record.quantizations()
     names = _names(model, foreign, modules, storage)
     weights = tuple(Weight(one, modules[one.stem], hows[modules[one.stem].name], names[one.stem]) for one in foreign)

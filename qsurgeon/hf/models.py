@@ -12,6 +12,8 @@ from torch import nn
 from qsurgeon.arguments import check_model, check_path, check_recipe, live
 from qsurgeon.checkpoint import BAD_ADAPTER, check_checkpoint, config_of, fetch, origin
 from qsurgeon.errors import CheckpointError, NothingWrappedError, QSurgeonError, SurgeryError
+from qsurgeon.exchange.direct import foreign_method_in, imported
+from qsurgeon.exchange.readers import READERS
 from qsurgeon.hf.opening import ADAPTER, FINDING, adapter_at, finding_in
 from qsurgeon.hf.quantizer import hosts, note, register
 from qsurgeon.hf.references import refuse_unloaded, remember
@@ -194,6 +196,9 @@ def reference(model: nn.Module, source: str | Path, *, wrapped: bool) -> None:
 def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     """Return the model in a folder (or under a hub id) that qsurgeon wrote; wrapped and whole, or not at all.
 
+    A folder that another tool quantized (see ``import_checkpoint``) is imported into the cache first,
+    with the codes that it has.
+
     ``auto_class``: the class that config.json names, unless told otherwise. ``kwargs`` go to its ``from_pretrained``.
 
     Raises: NothingWrappedError if the model has no QuantLinear: it would silently be full precision. CheckpointError
@@ -204,6 +209,8 @@ def load(path: str | Path, auto_class: Any = None, **kwargs: Any) -> Any:
     path = named(path)
     register()
     inside = Path(path) / (kwargs.get("subfolder") or "")
+    if inside == Path(path) and inside.is_dir() and foreign_method_in(inside) is not None:
+        path = inside = imported(inside, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     if inside.is_dir():
         _check(inside, kwargs)
     options, finding = {**kwargs, "output_loading_info": True}, finding_in(kwargs)
@@ -264,7 +271,7 @@ def _class_of(path: str | Path, arguments: Mapping[str, Any], adapter: Mapping[s
     given = finding_in(arguments)
     config = config_of(base, trust_remote_code=trusted) if base else _config_of(path, given, trusted)
     if record_in(config) is None:
-        raise NothingWrappedError(_adapter_alone(path, base) if base else _nothing(path))
+        raise NothingWrappedError(_adapter_alone(path, base) if base else _nothing(path, config))
     task = None if adapter is None else _CLASSES.get(str(adapter.get("task_type")))
     if task is not None:
         return task, None
@@ -302,7 +309,10 @@ def _adapter_alone(path: str | Path, base: str) -> str:
     )
 
 
-def _nothing(path: str | Path) -> str:
+def _nothing(path: str | Path, config: Any = None) -> str:
+    method = None if config is None else foreign_method(config)
+    if method in READERS:
+        return f"{path}: is quantized by {method}; import it: qsurgeon import {path} --output FOLDER"
     return (
         f"{path}: no module is wrapped; its config.json has no quantization_config of qsurgeon. "
         f"Write one with: qsurgeon apply RECIPE --model {path} --output FOLDER"

@@ -177,6 +177,7 @@ def test_plan_prints_json(run: Run) -> None:
         "gradient": "ste",
         "phases": "both",
         "saved_inputs": "packed",
+        "adapters": "apart",
         "why": "rule 'rule 1'",
         "parameters": 4160,
         "bits": 4.25,

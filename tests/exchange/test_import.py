@@ -296,3 +296,39 @@ def test_a_folder_that_needs_no_import_says_what_it_needs(
         with pytest.raises(ExchangeError) as caught:
             qsurgeon.import_checkpoint(folder, tmp_path / "out")
         assert str(caught.value) == f"{folder}: {message}"
+
+
+# --- opened directly
+
+
+def test_a_folder_of_another_tool_is_opened_directly(
+    wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QSURGEON_CACHE", str(tmp_path / "cache"))
+    compressed(wide_folder, tmp_path / "theirs", "MXFP4A16")
+    before = sorted((tmp_path / "theirs").iterdir())
+    model = qsurgeon.load(tmp_path / "theirs")
+    (place,) = (tmp_path / "cache/imported").iterdir()
+    said = "is quantized by compressed-tensors; it was imported with the codes that it has, and is kept in"
+    assert f"qsurgeon: {tmp_path / 'theirs'} {said} {place}\n" in capfd.readouterr().err
+    qsurgeon.import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    assert torch.equal(model(input_ids=IDS).logits, qsurgeon.load(tmp_path / "ours")(input_ids=IDS).logits)
+    assert len(packed_layers(model)) == 6
+    assert sorted((tmp_path / "theirs").iterdir()) == before
+    capfd.readouterr()
+    qsurgeon.load(tmp_path / "theirs")
+    assert "imported" not in capfd.readouterr().err
+
+
+def test_a_folder_that_changed_is_imported_again(
+    wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QSURGEON_CACHE", str(tmp_path / "cache"))
+    compressed(wide_folder, tmp_path / "theirs", "MXFP4A16")
+    one = qsurgeon.load(tmp_path / "theirs")(input_ids=IDS).logits
+    file = tmp_path / "theirs/model.safetensors"
+    found = load_file(file)
+    found[f"{LAYER}.weight_scale"] += 1
+    save_file(found, file, {"format": "pt"})
+    assert not torch.equal(qsurgeon.load(tmp_path / "theirs")(input_ids=IDS).logits, one)
+    assert len(list((tmp_path / "cache/imported").iterdir())) == 2
