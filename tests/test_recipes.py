@@ -58,13 +58,13 @@ def test_the_catalogue_lists_the_shipped_recipes_and_no_others() -> None:
 
 @each_recipe
 def test_a_shipped_recipe_begins_with_what_it_is_for(name: str) -> None:
-    first, *_ = load_recipe(name).text.splitlines()
+    first, *_ = SHIPPED[name].read_text("utf-8").splitlines()
     assert re.fullmatch(r"# \S.*[.:]", first)
 
 
 @each_recipe
 def test_a_shipped_recipe_says_how_to_look_at_it_first(name: str) -> None:
-    assert f"# Look first:  qsurgeon plan {name} --model path/to/" in load_recipe(name).text
+    assert f"# Look first:  qsurgeon plan {name} --model path/to/" in SHIPPED[name].read_text("utf-8")
 
 
 @each_recipe

@@ -33,7 +33,6 @@ from qsurgeon.visible import one_line
 MOST_WORST = 5  # modules that the summary names
 # What is left out first in a narrow terminal.
 _LEAVE_OUT = (
-    "shape",
     "grid",
     "amax p50",
     "amax p99",

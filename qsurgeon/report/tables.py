@@ -66,8 +66,10 @@ def narrowed(columns: Sequence[Column], width: int | None, leave_out: Sequence[s
     for head in leave_out:
         if width is None or natural_width(kept) <= width:
             break
-        kept = [column for column in kept if column.head != head]
-        gone.append(head)
+        fewer = [column for column in kept if column.head != head]
+        if len(fewer) < len(kept):
+            gone.append(head)
+        kept = fewer
     return kept, gone
 
 

@@ -69,7 +69,8 @@ def suggest_bits(found: Scan, bits: float) -> Suggestion:
     Each module gets the recipe's formats, or one of those that the scan tried in their place, or stays in full
     precision. It begins with the fewest bits, and spends the rest where a bit gains most.
 
-    Raises: UsageError without data, and for a budget that is less than the fewest bits of all.
+    Raises: UsageError without data, for a budget that is less than the fewest bits of all, and for one into which every
+    module fits in full precision.
     """
     options = {row.module: _options(found, row) for row in found.of(RECIPE)}
     values = {row.module: row.values for row in found.of(RECIPE)}
@@ -91,6 +92,9 @@ def suggest_bits(found: Scan, bits: float) -> Suggestion:
         if place + 2 < len(options[module]):
             heapq.heappush(steps, (_gain(options[module], place + 1, values[module]), module))
     chosen = {module: options[module][place].row for module, place in at.items()}
+    if not any(chosen.values()):
+        most = spent / sum(values.values())
+        raise UsageError(f"--suggest {bits:g}: every module fits in full precision; expected less than {most:.4g}")
     return _suggestion(found, chosen, f"{bits:g} bits per weight")
 
 

@@ -96,7 +96,7 @@ def test_a_mixture_of_formats_beats_the_uniform_recipe_of_the_same_bits(
     assert divergence(suggestion.recipe, heldout, plain) < divergence("w4a4-nvfp4", heldout, plain)
 
 
-@pytest.mark.parametrize("bits", [4.25, 4.3, 5.0, 8.0, 16.0])
+@pytest.mark.parametrize("bits", [4.25, 4.3, 5.0, 8.0, 15.0])
 def test_the_bits_of_what_is_suggested_are_what_plan_says(bits: float, found: ScanReport) -> None:
     suggestion = found.suggest(bits)
     planned = qsurgeon.plan(suggestion.recipe, TINY)
@@ -119,6 +119,13 @@ def test_a_budget_below_the_fewest_bits_is_refused(found: ScanReport) -> None:
     with pytest.raises(UsageError) as caught:
         found.suggest(4.2)
     assert str(caught.value) == "--suggest 4.2: the fewest bits of what was scanned are 4.25 per weight"
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_a_budget_for_full_precision_is_refused(bits: float, found: ScanReport) -> None:
+    with pytest.raises(UsageError) as caught:
+        found.suggest(bits)
+    assert str(caught.value) == f"--suggest {bits}: every module fits in full precision; expected less than 16"
 
 
 @pytest.mark.parametrize("count", [0, 42])

@@ -148,7 +148,7 @@ def test_mistakes_in_the_extended_recipe_name_its_file_and_come_last(write: Writ
     write("base.yaml", PLAIN.replace("weight", "wieght"))
     assert complaint("version: 1\nextends: base.yaml\nzebra: 1\n") == (
         "mine.yaml:3:1: unknown key 'zebra'; expected one of: "
-        "formats, model, output, rules, saved_inputs, storage, untie\n"
+        "formats, model, noise, output, rules, saved_inputs, storage, untie\n"
         "    zebra: 1\n"
         "    ^^^^^\n"
         "base.yaml:4:5: unknown key 'wieght'; did you mean 'weight'?\n"

@@ -88,7 +88,7 @@ def test_an_unknown_key_is_an_error_with_a_guess(complaint: Complain) -> None:
 def test_an_unknown_key_that_is_near_to_none_is_an_error_with_all_that_are_left(complaint: Complain) -> None:
     assert complaint(PLAIN + "zebra: 1\n") == (
         "mine.yaml:5:1: unknown key 'zebra'; expected one of: "
-        "extends, formats, model, output, saved_inputs, storage, untie\n"
+        "extends, formats, model, noise, output, saved_inputs, storage, untie\n"
         "    zebra: 1\n"
         "    ^^^^^"
     )
@@ -193,7 +193,7 @@ def test_a_key_that_is_a_list_is_refused(complaint: Complain) -> None:
 def test_a_merge_key_is_an_unknown_key(complaint: Complain) -> None:
     text = "version: 1\nrules:\n  - &a\n    target: [layers]\n    weight: mxfp4\n  - <<: *a\n    target: [norm]\n"
     assert complaint(text).startswith(
-        "mine.yaml:6:5: unknown key '<<'; expected one of: adapters, exclude, gradient, input, name, phases, "
+        "mine.yaml:6:5: unknown key '<<'; expected one of: adapters, backward, exclude, gradient, input, name, phases, "
         "saved_inputs, types, weight\n"
         "      - <<: *a\n"
         "        ^^"
