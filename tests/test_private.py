@@ -20,7 +20,8 @@ from qsurgeon.transformers_private import attributes, loading, quantizers
 PACKAGE = Path(qsurgeon.__file__).parent
 PLACES = {
     "hub_private.py", "peft_private.py", "installed.py",
-    "transformers_private/attributes.py", "transformers_private/loading.py", "transformers_private/quantizers.py",
+    "transformers_private/attributes.py", "transformers_private/experts.py", "transformers_private/loading.py",
+    "transformers_private/quantizers.py",
 }  # fmt: skip
 LIBRARIES = ("accelerate", "huggingface_hub", "peft", "transformers")
 # Modules whose names are private though they begin with no underscore: who changes them tells nobody.

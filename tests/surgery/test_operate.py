@@ -110,7 +110,7 @@ def test_a_module_that_is_not_there_is_an_error(tiny_qwen2: Any) -> None:
 def test_what_is_not_a_linear_itself_is_refused(module: nn.Module, kind: str) -> None:
     with pytest.raises(SurgeryError) as caught:
         operate(nn.Sequential(module), {"0": W4A4})
-    assert str(caught.value) == f"0 cannot be wrapped: it is a {kind}, not nn.Linear or Conv1D itself"
+    assert str(caught.value) == f"0 cannot be wrapped: it is a {kind}, not nn.Linear, Conv1D or Experts itself"
 
 
 def test_a_forward_that_was_replaced_on_the_instance_is_refused(tiny_qwen2: Any) -> None:

@@ -62,6 +62,10 @@ class Kind:
         """
         return type(module) is self.source or isinstance(module, self.layer)
 
+    def of(self, module: nn.Module) -> "Kind":
+        """Return the kind of a module that this one holds: this one, unless its classes differ in their weights."""
+        return self
+
     def check(self, module: nn.Module, hows: Mapping[str, Quantization], *, packs: bool) -> None:
         """Do nothing if ``module`` can be wrapped, so that its weights compute as ``hows`` say, by their names.
 
@@ -97,7 +101,7 @@ def register(kind: Kind) -> Kind:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a module, plain or wrapped; None for one that cannot be wrapped."""
-    return next((kind for kind in KINDS.values() if kind.holds(module)), None)
+    return next((kind.of(module) for kind in KINDS.values() if kind.holds(module)), None)
 
 
 def kind_in(layer: QuantLayer) -> Kind:
