@@ -8,9 +8,10 @@ import transformers as hf
 import qsurgeon
 
 _ALL: dict[str, Any] = {"tie_word_embeddings": False}
+_HEAD: dict[str, Any] = {"head_dim": 128}  # an attribute that the signature of Qwen3MoeConfig does not name
 SHAPES: dict[str, Any] = {
     "Qwen3-235B-A22B": hf.Qwen3MoeConfig(
-        **_ALL, hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
+        **_ALL, hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4, **_HEAD,
         intermediate_size=12288, moe_intermediate_size=1536, num_experts=128, num_experts_per_tok=8, vocab_size=151936,
     ),
     "DeepSeek-V3": hf.DeepseekV3Config(
