@@ -18,7 +18,7 @@ DEPENDS := tests/cli/test_commands.py tests/cli/test_run.py tests/checkpoint/tes
 # Marked so is what shows nothing of those libraries in these files: another case, another process, torch's compiler.
 SET := -n 2 --dist worksteal -m "not one_version" $(DEPENDS)
 
-.PHONY: help demo test test-oldest test-axolotl test-serving test-newest coverage check format clean
+.PHONY: help demo test test-oldest test-axolotl test-serving test-newest test-vllm coverage check format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -38,6 +38,14 @@ help:  ## list the targets
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt $(TORCH)
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[trl]' pytest pytest-xdist scikit-learn
+	@touch $@
+
+# Exactly what the file lists: see there.
+.venv-vllm/tested: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 demo: .venv/installed  ## plan, apply, inspect, reload and measure the bundled model
@@ -60,6 +68,10 @@ test-serving: .venv-serving/tested  ## the same with what vLLM and SGLang pin
 
 test-newest: .venv-newest/tested  ## the same with the newest transformers, which asks for a later peft than there is
 	.venv-newest/bin/pytest $(SET)
+
+# vLLM's own code warns, which the suite makes errors of.
+test-vllm: .venv-vllm/tested  ## roll out with a real vLLM on the CPU, and compare with the model
+	.venv-vllm/bin/pytest -W default tests/vllm
 
 check: .venv/tested  ## what a change must pass before it lands: format, lint, types
 	$(BIN)/ruff format --check .

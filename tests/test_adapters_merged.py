@@ -219,13 +219,13 @@ def generated(model: Any) -> list[list[int]]:
 
 def test_a_generation_rounds_each_sum_once(make_qwen2: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rounded = adapted(make_qwen2()).eval(), list[int]()
-    once = product._rounded_weight
+    once = product.rounded_weight
 
     def counted(*args: Any) -> Tensor:
         rounded.append(1)
         return once(*args)
 
-    monkeypatch.setattr(product, "_rounded_weight", counted)
+    monkeypatch.setattr(product, "rounded_weight", counted)
     tokens = generated(model)
     assert len(rounded) == 2 * 21  # once to use it, once to compare at the end
     model.merge_adapter()

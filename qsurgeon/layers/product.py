@@ -60,11 +60,11 @@ def quantized_linear(
         task = _Task(how, _Wanted.of(x, weight, bias, how), weight.dtype, False, agree)
         result: Tensor = _Product.apply(x, bias, task, *numbers, weight)  # type: ignore[no-untyped-call]
         return result
-    values = _rounded_input(x, how, numbers[0], agree)
+    values = rounded_input(x, how, numbers[0], agree)
     keeping = None if torch.compiler.is_compiling() or agree is not ALONE else current().keeping
     if keeping is None:
-        return linear(values, _rounded_weight(weight, how, numbers[1], agree), bias)
-    return linear(values, keeping.rounded(weight, how, _rounded_weight, name), bias)
+        return linear(values, rounded_weight(weight, how, numbers[1], agree), bias)
+    return linear(values, keeping.rounded(weight, how, rounded_weight, name), bias)
 
 
 def _merged_linear(
@@ -78,10 +78,10 @@ def _merged_linear(
             return quantized_linear(x, total, bias, how, name=name)
 
     def round_sum(weight: Tensor, how: Quantization) -> Tensor:
-        return _rounded_weight(added.to(weight.detach()), how)
+        return rounded_weight(added.to(weight.detach()), how)
 
     _refuse_transforms(x, weight)
-    values = _rounded_input(x, how, None, ALONE)
+    values = rounded_input(x, how, None, ALONE)
     return linear(values, keeping.rounded(weight, how, round_sum, name, added.besides), bias)
 
 
@@ -108,7 +108,7 @@ def packed_linear(
         task = _Task(how, _Wanted.of(x, stored[0], bias, how), dtype, True, agree)
         result: Tensor = _Product.apply(x, bias, task, numbers[0], None, *stored)  # type: ignore[no-untyped-call]
         return result
-    values = _rounded_input(x, how, numbers[0], agree).to(dtype)
+    values = rounded_input(x, how, numbers[0], agree).to(dtype)
     return forward_product(values, stored, bias, how, reads_codes=True)
 
 
@@ -147,15 +147,13 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _rounded_input(x: Tensor, how: Quantization, number: Tensor | None, agree: Agreement) -> Tensor:
+def rounded_input(x: Tensor, how: Quantization, number: Tensor | None, agree: Agreement = ALONE) -> Tensor:
     """Return q(x), rotated where the formats rotate."""
     turned, grid = rotated(x.detach(), how.rotation), how.input_grid
     return rounded(turned, grid, above_of(turned, grid, number, agree.input), x.dtype)
 
 
-def _rounded_weight(
-    weight: Tensor, how: Quantization, number: Tensor | None = None, agree: Agreement = ALONE
-) -> Tensor:
+def rounded_weight(weight: Tensor, how: Quantization, number: Tensor | None = None, agree: Agreement = ALONE) -> Tensor:
     """Return q(W) in the dtype of ``weight``, rotated where the formats rotate."""
     turned, grid = rotated(weight.detach(), how.rotation), how.weight_grid
     return rounded(turned, grid, above_of(turned, grid, number, agree.weight), weight.dtype)

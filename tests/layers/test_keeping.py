@@ -70,13 +70,13 @@ def error_of(run: Callable[[], Any]) -> str:
 def rounded(monkeypatch: pytest.MonkeyPatch) -> Rounded:
     """The sizes of the weights that were rounded."""
     found: Rounded = []
-    original = product._rounded_weight
+    original = product.rounded_weight
 
     def counted(weight: Tensor, *args: Any) -> Tensor:
         found.append(weight.numel())
         return original(weight, *args)
 
-    monkeypatch.setattr(product, "_rounded_weight", counted)
+    monkeypatch.setattr(product, "rounded_weight", counted)
     return found
 
 
