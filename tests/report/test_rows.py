@@ -123,10 +123,14 @@ def test_small_modules_that_are_large_together_are_pointed_out() -> None:
     ]
 
 
-def test_experts_in_one_tensor_are_no_linear_and_are_named() -> None:
-    made = report("moe")
-    assert re.search(r"\(\d\d\.\d% are in no Linear, most in (Embedding|Qwen3MoeExperts)\)", made.summary)
-    assert any(one.module == "model.layers.{0..1}.mlp.experts" and one.count == 2 for one in made.large)
+def test_experts_that_a_recipe_does_not_take_are_named() -> None:
+    rules = [{"target": ["**"], "exclude": ["<output_head>", "gate?"], "weight": "mxfp4"}]
+    made = report_of(qsurgeon.plan(qsurgeon.Recipe.model_validate({"version": 1, "rules": rules}), model("moe")))
+    assert "8 of 13 Linear and Experts modules" in made.summary
+    assert re.search(r"\(\d\d\.\d% are in no Linear or Experts, most in Embedding\)", made.summary)
+    parameters = {f"model.layers.{{0..1}}.mlp.experts.{one}" for one in ("gate_up_proj", "down_proj")}
+    assert parameters < {one.module for one in made.large if one.count == 2} | {"model.embed_tokens"}
+    assert "12 of 13 Linear and Experts modules" in report("moe").summary
 
 
 def test_a_part_that_reads_images_is_remarked_with_its_share() -> None:
